@@ -1,0 +1,56 @@
+"""The DeepSpeed config of a run, derived from ours: nobody writes one by hand."""
+
+import math
+from typing import Any
+
+from megatrain.config.schema import RunConfig
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's config for a resolved ``config`` (``parallel.dp`` is set).
+
+    Gradient accumulation is ours (``managed_gradient_accumulation`` off): micro-batches are summed, not
+    averaged, and a pipeline schedule runs the backward passes itself. Learning rate and optimizer
+    come as objects.
+    """
+    train, parallel = config.train, config.parallel
+    assert parallel.dp is not None, "resolve the config first"
+    # ZeRO 0 is ZeRO 1 whose states are shared by one rank: engine/mpu.py says why
+    zero_stage, sharing_ranks = (parallel.zero_stage, parallel.dp) if parallel.zero_stage else (1, 1)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * parallel.dp)
+    derived: dict[str, Any] = {
+        "train_batch_size": train.micro_batch_size * micro_batches * sharing_ranks,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": zero_stage > 1},
+        **_precision(config),
+    }
+    return _merge(derived, config.deepspeed)
+
+
+def _precision(config: RunConfig) -> dict[str, Any]:
+    precision = config.precision
+    accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
+    if precision.dtype == "bf16":
+        return {"bf16": {"enabled": True, "immediate_grad_update": True}, **accumulate}
+    if precision.dtype == "fp16":
+        scaling = {
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": round(math.log2(precision.initial_loss_scale)),
+            "loss_scale_window": precision.loss_scale_window,
+            "hysteresis": precision.loss_scale_hysteresis,
+            "min_loss_scale": precision.min_loss_scale,
+        }
+        return {"fp16": {"enabled": True, **scaling}, **accumulate}
+    return {}
+
+
+def _merge(derived: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

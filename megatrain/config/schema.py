@@ -1,0 +1,168 @@
+"""What a run is: every field that a user may set, with its type, unit and default.
+
+Pure data: rules between fields stand in ``rules``, computed values in ``derive``.
+Names follow the field's usual terms: ``tp cp pp dp ep`` are the axes of the mesh, ``num_*`` are
+counts, sizes are in elements unless the description gives a unit.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A block of the config file: closed (no unknown keys), strict (no silent casts), frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Shape of the Transformer."""
+
+    family: Literal["gpt", "llama"] = Field(
+        "llama",
+        description="gpt: learned positions, LayerNorm, GELU, biases, tied embeddings. "
+        "llama: rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings.",
+    )
+    num_layers: Positive = Field(4, description="Transformer blocks.")
+    hidden_size: Positive = Field(256, description="Width D of the residual stream.")
+    num_heads: Positive = Field(8, description="Query heads H; must divide hidden_size.")
+    num_kv_heads: Positive | None = Field(
+        None, description="Key/value heads (grouped-query attention); default: num_heads."
+    )
+    ffn_hidden_size: Positive | None = Field(
+        None,
+        description="Width F of the feed-forward layer; default: 4 D (gpt), "
+        "8/3 D rounded up to a multiple of 64 (llama).",
+    )
+    vocab_size: Positive = Field(8192, description="Rows V of the embedding; must be divisible by parallel.tp.")
+    max_seq_len: Positive = Field(1024, description="Longest sequence that the positions are made for.")
+    tie_embeddings: bool | None = Field(
+        None, description="Use the word embedding as the output head; default: true for gpt, false for llama."
+    )
+    norm_eps: PositiveFloat = Field(1e-5, description="Epsilon inside the square root of the norms.")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies (llama).")
+    init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    dropout: Probability = Field(0.0, description="Dropout of embeddings and of each sublayer's output.")
+    attention_dropout: Probability = Field(0.0, description="Dropout of the attention probabilities.")
+
+
+class ParallelConfig(Section):
+    """Layout: how the run is spread over ranks. It never changes the numbers."""
+
+    tp: Positive = Field(1, description="Tensor-parallel size: ranks that share every matrix.")
+    pp: Positive = Field(1, description="Pipeline-parallel size: ranks that share the layers.")
+    dp: Positive | None = Field(None, description="Data-parallel size; default: the ranks that tp and pp leave over.")
+    sequence_parallel: bool = Field(
+        False, description="Split the activations between tensor-parallel regions over the sequence."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also weights."
+    )
+    pp_schedule: Literal["1f1b", "interleaved_1f1b"] = Field("1f1b", description="Order of the pipeline's work.")
+    stages_per_rank: Positive = Field(1, description="Pipeline stages on each rank (more than 1: interleaved).")
+
+
+class PrecisionConfig(Section):
+    """Number formats. Master weights, moments and gradient accumulation are always FP32."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Type of weights and activations in the step.")
+    initial_loss_scale: PositiveFloat = Field(65536.0, description="FP16: first dynamic loss scale (a power of 2).")
+    loss_scale_window: Positive = Field(1000, description="FP16: steps without overflow before the scale doubles.")
+    loss_scale_hysteresis: Positive = Field(1, description="FP16: overflows in a row before the scale halves.")
+    min_loss_scale: PositiveFloat = Field(1.0, description="FP16: an overflow at this scale ends the run.")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019, decoupled weight decay)."""
+
+    lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
+    beta1: Probability = Field(0.9, description="Decay of the first moment.")
+    beta2: Probability = Field(0.95, description="Decay of the second moment.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="Decay of matrices; norms and biases have none."
+    )
+    grad_clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Largest global gradient norm; 0: no clipping.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = Field(
+        "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
+    )
+    warmup_steps: Natural = Field(0, description="Steps of linear warm-up from 0 to the peak.")
+    decay_steps: Positive | None = Field(
+        None,
+        description="cosine, linear: step at which the minimum is reached (default: train.steps). "
+        "wsd: steps of the final decay (default: a tenth of train.steps).",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="Lowest rate as a share of the peak.")
+
+
+class DataConfig(Section):
+    """Token shards to read (folders made by data_tools/tokenize_text.py)."""
+
+    train: str = Field("", description="Folder of the training data set.")
+    validation: str | None = Field(None, description="Folder of the validation data set; none: no evaluation.")
+    tokenizer: str | None = Field(
+        None, description="tokenizer.json for generated samples; default: the one named in the data set's manifest."
+    )
+    seq_len: Positive = Field(256, description="Tokens S in a training sequence.")
+    seed: Natural = Field(1234, description="Seed of the sample order.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = Field(100, description="Optimizer steps of the whole run.")
+    global_batch_size: Positive = Field(8, description="Sequences in one optimizer step, over all ranks.")
+    micro_batch_size: Positive = Field(1, description="Sequences in one forward pass of one rank.")
+    seed: Natural = Field(1234, description="Seed of the initial weights and of dropout.")
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="full: keep only each block's input and compute the rest again in the backward pass."
+    )
+    compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler on CPU).")
+    log_every: Positive = Field(10, description="Steps between two lines of metrics.")
+    eval_every: Natural = Field(0, description="Steps between two evaluations; 0: only at the end.")
+    eval_batches: Positive = Field(8, description="Global batches in one evaluation.")
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="Peak 10^12 operations per second of one device, for MFU; default: known GPUs, else no MFU."
+    )
+
+
+class CheckpointConfig(Section):
+    """What is saved and what a start resumes."""
+
+    save_every: Natural = Field(0, description="Steps between two checkpoints; 0: only at the end and on a signal.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any."
+    )
+    load: str | None = Field(
+        None, description="A checkpoint folder (step-…) of another run to start from when the run folder has none."
+    )
+
+
+class RunConfig(Section):
+    """The whole file."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run.")
+    folder: str = Field("runs", description="Where run folders are made; this run's is folder/name.")
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Extra DeepSpeed keys (communication and profiling only); whatever megatrain derives is refused here.",
+    )

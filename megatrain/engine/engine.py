@@ -1,0 +1,181 @@
+"""The training step: micro-batches in, one optimizer update out."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatrain.config.deepspeed import deepspeed_config
+from megatrain.config.schema import RunConfig
+from megatrain.engine.gradients import all_reduce_accumulated, set_up_buckets
+from megatrain.engine.mpu import MeshForDeepSpeed
+from megatrain.engine.start import import_deepspeed
+from megatrain.optim.optimizer import build_optimizer
+from megatrain.optim.schedule import learning_rate
+from megatrain.parallel.dropout import dropout_keys
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.pipeline import Pipeline, StepInput
+
+IGNORE = -100
+
+
+class RankBatch(Protocol):
+    """What the engine reads of a batch: this rank's [N, S] tokens and labels, [N] global sample numbers."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def sample_ids(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. ``loss`` and ``grad_norm`` are device tensors: reading them waits.
+
+    ``loss``: mean over the step's loss tokens; ``grad_norm``: global norm before clipping;
+    ``tokens``: tokens read by all ranks; ``skipped``: overflow, no update.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    tokens: int
+    loss_scale: float
+    skipped: bool
+
+
+class RankModel(nn.Module):
+    """The parts of the model that stand on this rank (several only when the pipeline interleaves)."""
+
+    def __init__(self, parts: list[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.parts[0](*args, **kwargs)
+
+    def canonical_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(canonical name, parameter): names without the number of the part."""
+        return [(name.split(".", 2)[2], parameter) for name, parameter in self.named_parameters()]
+
+
+class Engine:
+    """Trains the parts of a model that stand on this rank.
+
+    One object for every layout: without a pipeline each micro-batch runs forward and backward in
+    turn, with one a schedule runs them all; then DeepSpeed reduces the gradients and steps once.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, parts: list[nn.Module]):
+        self.config, self.mesh = config, mesh
+        self.model = RankModel(parts)
+        self.parameters = self.model.canonical_parameters()
+        self._mark_tied_copy()
+        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
+            self._deepspeed, *_ = import_deepspeed().initialize(
+                model=self.model,
+                optimizer=build_optimizer(self.parameters, config.optimizer),
+                config=deepspeed_config(config),
+                mpu=MeshForDeepSpeed(mesh, shards_data_parallel=config.parallel.zero_stage > 0),
+                dist_init_required=False,
+            )
+        self.optimizer = self._deepspeed.optimizer
+        train, parallel = config.train, config.parallel
+        self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.topology.dp)
+        self._pipeline = Pipeline(parts, parallel, self.micro_batches, mesh) if parallel.pp > 1 else None
+
+    def train_step(self, batch: RankBatch, step: int) -> StepResult:
+        """Optimizer step number ``step`` (the first is 1) on this rank's sequences of the global batch."""
+        lr = learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        scale = self.loss_scale
+        inputs = self._inputs(batch)
+        num_tokens = self._global_loss_tokens(inputs.labels)
+        loss = self._forward_backward(inputs, self._gradient_factor() / num_tokens) / num_tokens
+        self._reduce_what_deepspeed_does_not()
+        self._deepspeed.step()
+        return StepResult(
+            loss=self._global_loss(loss),
+            grad_norm=torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32),
+            lr=lr,
+            tokens=self.config.train.global_batch_size * batch.tokens.shape[1],
+            loss_scale=scale,
+            skipped=not self._deepspeed.was_step_applied(),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: RankBatch) -> tuple[Tensor, int]:
+        """Sum of the losses of a global batch, and its number of loss tokens, both over all ranks."""
+        self.model.eval()
+        inputs = self._inputs(batch)
+        if self._pipeline is not None:
+            loss = self._pipeline.forward(inputs)
+        else:
+            micro_batches = self._split(inputs)
+            loss = sum((self._deepspeed(*micro) for micro in micro_batches), torch.zeros((), device=self.mesh.device))
+        return self._global_loss(loss), self._global_loss_tokens(inputs.labels)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss in FP16, else 1."""
+        return float(self.optimizer.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
+
+    def _forward_backward(self, inputs: StepInput, factor: float) -> Tensor:
+        if self._pipeline is not None:
+            # the schedule runs the backward passes, so DeepSpeed cannot scale the loss
+            self._pipeline.loss_factor = factor * self.loss_scale
+            set_up_buckets(self.optimizer)
+            return self._pipeline.forward_backward(inputs)
+        total = torch.zeros((), device=self.mesh.device)
+        for micro_batch in self._split(inputs):
+            loss = self._deepspeed(*micro_batch)
+            self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def _gradient_factor(self) -> int:
+        """DeepSpeed averages over the data-parallel ranks that share its states; the loss wants a sum."""
+        return self.mesh.topology.dp if self.config.parallel.zero_stage > 0 else 1
+
+    def _reduce_what_deepspeed_does_not(self) -> None:
+        """Sums the two copies of a tied embedding and, without ZeRO, the gradients of all replicas."""
+        if self.mesh.tied_group is not None and self.config.model.tie_embeddings:
+            word = [p for name, p in self.parameters if name == "embedding.word.weight"]
+            all_reduce_accumulated(word, self.mesh.tied_group)
+        if self.config.parallel.zero_stage == 0:
+            all_reduce_accumulated([p for _, p in self.parameters], self.mesh.dp_group)
+
+    def _mark_tied_copy(self) -> None:
+        """DeepSpeed's mark of a parameter that another stage holds too: counted once in the norm."""
+        if self.mesh.topology.pp > 1 and self.mesh.coordinate("pp") > 0:
+            for name, parameter in self.parameters:
+                if name == "embedding.word.weight":
+                    parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+    def _inputs(self, batch: RankBatch) -> StepInput:
+        tokens, labels, ids = (x.to(self.mesh.device) for x in (batch.tokens, batch.labels, batch.sample_ids))
+        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids))
+
+    def _split(self, inputs: StepInput) -> list[StepInput]:
+        size = self.config.train.micro_batch_size
+        return [StepInput(*parts) for parts in zip(*(x.split(size) for x in inputs), strict=True)]
+
+    def _global_loss_tokens(self, labels: Tensor) -> int:
+        count = (labels != IGNORE).sum()
+        dist.all_reduce(count, group=self.mesh.dp_group)
+        return max(1, int(count))
+
+    def _global_loss(self, loss: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks of what the last pipeline ranks hold, on every rank."""
+        loss = loss.detach().clone()
+        dist.all_reduce(loss, group=self.mesh.dp_group)
+        dist.broadcast(loss, self.mesh.last_pp_rank, group=self.mesh.pp_group)
+        return loss

@@ -1,0 +1,30 @@
+"""Where DeepSpeed's optimizers keep the gradients that have accumulated over micro-batches."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def accumulated_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The summed gradient of a step so far: an FP32 buffer beside a 16-bit weight, else ``.grad``."""
+    for place in ("_hp_grad", "grad_accum"):
+        gradient = getattr(parameter, place, None)
+        if gradient is not None:
+            return gradient
+    return parameter.grad
+
+
+def all_reduce_accumulated(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sums the accumulated gradients over ``group``, all under way at once."""
+    if dist.get_world_size(group) == 1:
+        return
+    gradients = [g for g in map(accumulated_gradient, parameters) if g is not None]
+    for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
+        work.wait()
+
+
+def set_up_buckets(optimizer: Any) -> None:
+    """Readies ZeRO's gradient buckets where no ``engine.forward`` does: before a pipeline schedule."""
+    if hasattr(optimizer, "setup_buckets"):
+        optimizer.setup_buckets()

@@ -1,0 +1,58 @@
+"""Joins this process to the others."""
+
+import logging
+import os
+import warnings
+
+import torch
+
+_LAUNCHER_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started, before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_distributed() -> torch.device:
+    """Initialises the process group (NCCL on GPUs, gloo on CPUs) and returns this rank's device.
+
+    Started without a launcher, the process is a world of its own.
+    """
+    deepspeed = import_deepspeed()
+    alone = "RANK" not in os.environ
+    for name, value in _LAUNCHER_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if alone:
+        os.environ["MASTER_PORT"] = "0"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if alone:
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def import_deepspeed():  # type: ignore[no-untyped-def]
+    """Imports DeepSpeed, quietly and without the compiler.
+
+    ``deepspeed.init_distributed`` would compile a shared-memory operator for CPUs that training does
+    not need; a machine without g++ could not start.
+    """
+    warnings.filterwarnings("ignore", message=".*is deprecated.*", module="torch.distributed.*")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

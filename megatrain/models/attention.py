@@ -1,0 +1,55 @@
+"""Causal self-attention with grouped queries.
+
+Shapes: S sequence, B micro-batch, D width, H query heads, G key/value heads, K head width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatrain.config.schema import ModelConfig
+from megatrain.models.rotary import Rotary
+from megatrain.parallel.layers import Layers
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V, Vaswani et al. 2017, eq. 1; groups of Ainslie et al. 2023.
+
+    The rows of ``query_key_value`` stand group by group: the H/G queries of a group, its key, its
+    value. So any whole number of groups is one slice of rows.
+    """
+
+    def __init__(self, config: ModelConfig, layers: Layers, site: str, bias: bool, rotary: bool):
+        super().__init__()
+        heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
+        self.head_width = config.hidden_size // heads
+        self.queries_per_group = heads // groups
+        self.query_key_value = layers.column_linear(config.hidden_size, (heads + 2 * groups) * self.head_width, bias)
+        self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
+        self.rotary = Rotary(self.head_width, config.rope_theta) if rotary else None
+        self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
+
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
+        groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
+        query, key, value = groups.split([self.queries_per_group, 1, 1], dim=-2)  # S, B, G, heads, K
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # S, B, H or G, K
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # B, H or G, S, K
+        if self.training and self.dropout.probability > 0.0:
+            mixed = self._attend_with_dropout(query, key, value, keys_B)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=self.queries_per_group > 1
+            )
+        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+
+    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, keys_B: Tensor | None) -> Tensor:
+        """Dense attention: the fused kernels draw their masks from a generator, ours is a function."""
+        key, value = (x.repeat_interleave(self.queries_per_group, dim=1) for x in (key, value))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_width)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.float().masked_fill(future, -math.inf).softmax(dim=-1)
+        return self.dropout(weights, keys_B).to(value.dtype) @ value

@@ -1,0 +1,141 @@
+"""The decoder-only Transformer: GPT and Llama.
+
+Shapes: S sequence, B micro-batch, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatrain.config.schema import ModelConfig
+from megatrain.models.attention import Attention
+from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
+from megatrain.models.loss import sum_of_token_losses
+from megatrain.parallel.layers import Layers
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one family of decoders from another."""
+
+    norm: Callable[[int, float], nn.Module]
+    feed_forward: Callable[[int, int, bool, Layers], nn.Module]
+    bias: bool
+    rotary: bool
+
+
+FAMILIES = {
+    "gpt": Family(nn.LayerNorm, GeluFeedForward, bias=True, rotary=False),
+    "llama": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True),
+}
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, site: str):
+        super().__init__()
+        family = FAMILIES[config.family]
+        assert config.ffn_hidden_size is not None, "resolve the config first"
+        self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
+        self.attention = Attention(config, layers, site, family.bias, family.rotary)
+        self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
+        self.feed_forward = family.feed_forward(config.hidden_size, config.ffn_hidden_size, family.bias, layers)
+        self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
+        self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
+
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
+        x = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), keys_B), keys_B)
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), keys_B)
+
+
+class Embedding(nn.Module):
+    """Word embedding, plus learned positions where the family has no rotary ones."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, positions: bool):
+        super().__init__()
+        self.layers = layers
+        self.word = layers.vocab_embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if positions else None
+        self.dropout = layers.dropout(config.dropout, "embedding")
+
+    def forward(self, tokens_BS: Tensor, keys_B: Tensor | None) -> Tensor:
+        x_SBD = self.word(tokens_BS).transpose(0, 1)
+        if self.position is not None:
+            x_SBD = x_SBD + self.position.weight[: tokens_BS.shape[1], None]
+        return self.dropout(self.layers.split_sequence(x_SBD.contiguous()), keys_B)
+
+
+class Head(nn.Module):
+    """Output projection of an untied model."""
+
+    def __init__(self, config: ModelConfig, layers: Layers):
+        super().__init__()
+        self.weight = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight
+
+
+class Decoder(nn.Module):
+    """Some consecutive blocks of a decoder; the first also embeds, the last also has the head.
+
+    Parameters have the same names whichever blocks are here. Tied, the last part holds a copy of
+    the word embedding under its own name.
+    """
+
+    def __init__(self, config: ModelConfig, layers: Layers, block_range: range, first: bool, last: bool):
+        super().__init__()
+        family = FAMILIES[config.family]
+        self.config, self.factory, self.first, self.last = config, layers, first, last
+        tied = bool(config.tie_embeddings)
+        if first or (last and tied):
+            self.embedding = Embedding(config, layers, positions=first and not family.rotary)
+        self.layers = nn.ModuleDict({str(i): Block(config, layers, f"layers.{i}") for i in block_range})
+        if last:
+            self.final_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
+            if not tied:
+                self.head = Head(config, layers)
+
+    def forward(self, x: Tensor, labels_BS: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
+        """Runs this part.
+
+        Args:
+            x: tokens [B, S] in the first part, activations [S, B, D] in the others.
+            labels_BS: next tokens; IGNORE where there is no loss. Without them the last part
+                returns logits.
+            keys_B: the samples' dropout keys.
+        Returns:
+            activations [S, B, D]; from the last part the summed loss (scalar, FP32) or logits [S, B, V].
+        """
+        if self.first:
+            x = self.embedding(x, keys_B)
+        for block in self.layers.values():
+            x = block(x, keys_B)
+        if not self.last:
+            return x
+        weight = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight
+        logits_SBV = self.factory.head_logits(self.final_norm(x), weight)
+        return logits_SBV if labels_BS is None else sum_of_token_losses(self.factory, logits_SBV, labels_BS)
+
+
+def use_activation_checkpointing(model: nn.Module) -> None:
+    """Keeps only each block's input and computes the rest again in the backward pass (Chen et al. 2016).
+
+    Nothing here draws random numbers, so no generator state is saved.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    for block in model.modules():
+        if isinstance(block, Block):
+            run = block.forward
+            block.forward = lambda x, keys, run=run: checkpoint(  # type: ignore[method-assign]
+                run, x, keys, use_reentrant=False, preserve_rng_state=False
+            )
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of each block by itself: one compilation serves all."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile()
+
+

@@ -1,0 +1,76 @@
+"""The process groups of this rank."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatrain.config.schema import ParallelConfig
+from megatrain.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place and the groups that it belongs to.
+
+    ``model_group`` holds the ranks that together hold one copy of the model (tensor x pipeline);
+    ``tied_group`` the first and last rank of the pipeline, which share tied embeddings
+    (None on the ranks between them, and where there is no pipeline); ``self_group`` this rank alone.
+    """
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    tied_group: dist.ProcessGroup | None
+    self_group: dist.ProcessGroup
+
+    def coordinate(self, axis: str) -> int:
+        return self.topology.coordinate(self.rank, axis)
+
+    @property
+    def last_pp_rank(self) -> int:
+        """Global rank of the last pipeline rank of this rank's pipeline: it holds the loss."""
+        return dist.get_process_group_ranks(self.pp_group)[-1]
+
+
+def topology_of(parallel: ParallelConfig) -> Topology:
+    """Topology of a resolved config (``dp`` is set)."""
+    assert parallel.dp is not None, "resolve the config first"
+    return Topology(tp=parallel.tp, dp=parallel.dp, pp=parallel.pp)
+
+
+def build_mesh(topology: Topology, device: torch.device) -> Mesh:
+    """Makes all groups. Collective: every rank of the world calls it once, in the same order.
+
+    Raises:
+        ValueError: the world's size is not the topology's.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size != topology.world_size:
+        raise ValueError(f"{topology} needs {topology.world_size} ranks, but {world_size} were started")
+    ends = [sorted({ranks[0], ranks[-1]}) for ranks in topology.groups(["pp"])] if topology.pp > 1 else []
+    return Mesh(
+        topology=topology,
+        rank=rank,
+        device=device,
+        tp_group=_own_group(topology.groups(["tp"]), rank),
+        dp_group=_own_group(topology.groups(["dp"]), rank),
+        pp_group=_own_group(topology.groups(["pp"]), rank),
+        model_group=_own_group(topology.groups(["tp", "pp"]), rank),
+        tied_group=_own_group(ends, rank, required=False),
+        self_group=_own_group(topology.groups([]), rank),
+    )
+
+
+def _own_group(all_ranks: list[list[int]], rank: int, required: bool = True) -> dist.ProcessGroup:
+    own = None
+    for ranks in all_ranks:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = group
+    assert own is not None or not required
+    return own  # type: ignore[return-value]

@@ -1,0 +1,108 @@
+"""Worker processes that are started once per test run and then serve every layout.
+
+Importing torch, DeepSpeed and megatron-core costs seconds a process, so the pool pays it once. For
+each call the first ``world_size`` workers form a fresh gloo world.
+"""
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+class WorkerFailure(AssertionError):
+    """A worker raised; the text holds its traceback."""
+
+
+class Pool:
+    """``run(function, world_size, *args)`` calls ``function(*args)`` on each rank of a gloo world."""
+
+    def __init__(self, size: int, timeout: float = 180.0):
+        self.size, self.timeout = size, timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="megatrain-pool-")
+        self._calls = 0
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """Results by rank. A worker that fails or hangs ends the pool's processes; the next call starts new ones."""
+        self._start()
+        self._calls += 1
+        store = str(Path(self._folder.name) / f"store-{self._calls}")
+        pipes = [pipe for _, pipe in self._workers[:world_size]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((function, rank, world_size, store, args))
+        return self._collect(pipes)
+
+    def _collect(self, pipes: list[Connection]) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < len(pipes):
+            pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(pending, timeout=self.timeout)
+            if not ready:
+                self.close()
+                raise WorkerFailure(f"no answer within {self.timeout} s from ranks {set(range(len(pipes))) - set(results)}")
+            for pipe in ready:
+                ok, value = pipe.recv()  # type: ignore[union-attr]
+                if not ok:
+                    self.close()
+                    raise WorkerFailure(value)
+                results[pipes.index(pipe)] = value  # type: ignore[arg-type]
+        return [results[rank] for rank in range(len(pipes))]
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        while len(self._workers) < self.size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from megatrain.engine.start import import_deepspeed
+
+    import_deepspeed()
+    while True:
+        function, rank, world_size, store, args = pipe.recv()
+        try:
+            with_fresh_world(rank, world_size, store)
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}"))
+
+
+def with_fresh_world(rank: int, world_size: int, store: str) -> None:
+    """Ends the previous world and joins a new one; clears the groups that DeepSpeed and megatron-core keep."""
+    import sys
+
+    import deepspeed.comm.comm
+    import torch.distributed as dist
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    deepspeed.comm.comm.cdb = None
+    Init.param_id = 0  # ZeRO-3 numbers parameters per process, and compares the numbers between ranks
+    for name, value in vars(groups).items():
+        if name.startswith("_") and name.isupper():
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    if "megatrain.parallel.tensor" in sys.modules:
+        sys.modules["megatrain.parallel.tensor"].forget_groups()
