@@ -21,6 +21,7 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import Pipeline, StepInput
 
 IGNORE = -100
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class RankBatch(Protocol):
@@ -86,6 +87,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.optimizer = self._deepspeed.optimizer
+        self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
         train, parallel = config.train, config.parallel
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.topology.dp)
         self._pipeline = Pipeline(parts, parallel, self.micro_batches, mesh) if parallel.pp > 1 else None
@@ -127,6 +129,17 @@ class Engine:
     def loss_scale(self) -> float:
         """Factor on the loss in FP16, else 1."""
         return float(self.optimizer.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """The dynamic loss scaler's numbers, for a checkpoint; empty but in FP16."""
+        if self.config.precision.dtype != "fp16":
+            return {}
+        return {name: float(getattr(self.optimizer.loss_scaler, name)) for name in _SCALER_STATE}
+
+    def load_loss_scaler_state(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            current = getattr(self.optimizer.loss_scaler, name)
+            setattr(self.optimizer.loss_scaler, name, type(current)(value))
 
     def _forward_backward(self, inputs: StepInput, factor: float) -> Tensor:
         if self._pipeline is not None:

@@ -1,0 +1,115 @@
+"""Values that follow from others: defaults that depend on the model, the layout or the world, and counts.
+
+Letters as in the models: L layers, D width, H query heads, G key/value heads, K head width, F feed-forward width,
+V vocabulary, S sequence.
+"""
+
+import math
+
+from megatrain.config.schema import ModelConfig, RunConfig
+
+_FFN_MULTIPLE = 64  # whole tiles of a matrix unit, and room for tensor parallelism
+
+
+def resolve(config: RunConfig, world_size: int) -> RunConfig:
+    """``config`` with every derived field filled in, for a run of ``world_size`` ranks.
+
+    The config must have passed ``rules.check`` with that world size.
+    """
+    parallel, schedule = config.parallel, config.schedule
+    dp = parallel.dp or world_size // (parallel.tp * parallel.pp)
+    return config.model_copy(
+        update={
+            "model": resolve_model(config.model),
+            "parallel": parallel.model_copy(update={"dp": dp}),
+            "schedule": schedule.model_copy(update={"decay_steps": decay_steps(config)}),
+        }
+    )
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """``model`` with its derived fields filled in."""
+    tied = model.family == "gpt" if model.tie_embeddings is None else model.tie_embeddings
+    update = {
+        "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "ffn_hidden_size": ffn_hidden_size(model),
+        "tie_embeddings": tied,
+    }
+    return model.model_copy(update=update)
+
+
+def ffn_hidden_size(model: ModelConfig) -> int:
+    """F: as set, else 4 D (gpt) or 8/3 D rounded up to a multiple of 64 (llama).
+
+    SwiGLU has three matrices where GELU has two, so 8/3 D keeps the parameters of 4 D (Shazeer 2020).
+    """
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if model.family == "gpt":
+        return 4 * model.hidden_size
+    return math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+
+
+def decay_steps(config: RunConfig) -> int | None:
+    """Steps of the decay, as `schedule.decay_steps` describes them; None where the schedule has no such number."""
+    schedule = config.schedule
+    if schedule.decay_steps is not None:
+        return schedule.decay_steps
+    if schedule.name in ("cosine", "linear"):
+        return config.train.steps
+    return math.ceil(config.train.steps / 10) if schedule.name == "wsd" else None
+
+
+def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
+    """dp, where it is set or follows from ``world_size``; None where it does not."""
+    parallel = config.parallel
+    if parallel.dp is not None or world_size is None:
+        return parallel.dp
+    dp, left_over = divmod(world_size, parallel.tp * parallel.pp)
+    return dp if dp and not left_over else None
+
+
+def head_width(model: ModelConfig) -> int:
+    """K: columns of one attention head."""
+    return model.hidden_size // model.num_heads
+
+
+def grad_accum_steps(config: RunConfig) -> int:
+    """Micro-batches of a rank in one step; ``config`` is resolved."""
+    assert config.parallel.dp is not None, "resolve the config first"
+    return config.train.global_batch_size // (config.train.micro_batch_size * config.parallel.dp)
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of one global batch."""
+    return config.train.global_batch_size * config.data.seq_len
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Exact number of weights of the whole model; a tied head counts once."""
+    model = resolve_model(model)
+    assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
+    D, F, K = model.hidden_size, model.ffn_hidden_size, head_width(model)
+    HK, qkv = model.num_heads * K, (model.num_heads + 2 * model.num_kv_heads) * K
+    if model.family == "gpt":
+        norm, biases, feed_forward = 2 * D, qkv + D + F + D, 2 * D * F
+    else:
+        norm, biases, feed_forward = D, 0, 3 * D * F
+    block = 2 * norm + D * qkv + HK * D + feed_forward + biases
+    head = 0 if model.tie_embeddings else model.vocab_size * D
+    return model.vocab_size * D + _position_table(model) + model.num_layers * block + norm + head
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """Operations of a forward and backward pass per token: 6 N + 12 L D S (Chowdhery et al. 2022, appendix B).
+
+    N counts the parameters without the position table, whose rows are looked up and not multiplied. As in that
+    paper, the word embedding counts in N (tied, it is the head's product), attention counts
+    as if it were not causal, and what activation checkpointing computes again does not count.
+    """
+    attention = 12 * model.num_layers * model.hidden_size * seq_len
+    return 6 * (num_parameters(model) - _position_table(model)) + attention
+
+
+def _position_table(model: ModelConfig) -> int:
+    return model.max_seq_len * model.hidden_size if model.family == "gpt" else 0

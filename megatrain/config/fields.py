@@ -1,0 +1,88 @@
+"""The schema as a flat table: what each dotted key may be, in words."""
+
+import difflib
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatrain.config.schema import RunConfig
+
+_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "pattern": "that matches {}",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key that a user may set. ``allowed``: its values in words; ``kind``: the JSON schema's type."""
+
+    key: str
+    kind: str
+    allowed: str
+    default: Any
+    description: str
+
+
+@functools.cache
+def all_fields() -> dict[str, Field]:
+    """Every field by its dotted key, in the schema's order."""
+    schema = RunConfig.model_json_schema()
+    found = {}
+    for name, entry in schema["properties"].items():
+        if "$ref" in entry:
+            section = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
+            found.update({f"{name}.{key}": _field(f"{name}.{key}", inner) for key, inner in section["properties"].items()})
+        else:
+            found[name] = _field(name, entry)
+    return found
+
+
+@functools.cache
+def all_sections() -> dict[str, str]:
+    """Names of the sections, with what each is about."""
+    schema = RunConfig.model_json_schema()
+    return {
+        name: schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]["description"]
+        for name, entry in schema["properties"].items()
+        if "$ref" in entry
+    }
+
+
+def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Known dotted keys that a mistyped ``key`` may mean, the likeliest first.
+
+    A key in the wrong section counts by its last name, so `train.lr` finds `optimizer.lr`.
+    """
+    section, _, name = key.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        its_section, _, its_name = candidate.rpartition(".")
+        same_name = difflib.SequenceMatcher(None, name.replace("-", "_"), its_name).ratio()
+        same_section = difflib.SequenceMatcher(None, section, its_section).ratio()
+        return same_name + 0.1 * same_section
+
+    ranked = sorted(known, key=likeness, reverse=True)
+    best = [candidate for candidate in ranked if likeness(candidate) >= 0.7]
+    return [candidate for candidate in best if likeness(candidate) >= likeness(best[0]) - 0.15][:count]
+
+
+def _field(key: str, entry: dict[str, Any]) -> Field:
+    kinds = entry.get("anyOf", [entry])
+    main = next(kind for kind in kinds if kind.get("type") != "null")
+    words = _allowed(main) + (" or null" if len(kinds) > 1 else "")
+    return Field(key, main["type"], words, entry.get("default", {}), entry["description"])
+
+
+def _allowed(entry: dict[str, Any]) -> str:
+    if "enum" in entry:
+        return "one of " + ", ".join(str(choice) for choice in entry["enum"])
+    if entry["type"] == "object":
+        return "a section of keys"
+    bounds = [words.format(entry[name]) for name, words in _BOUNDS.items() if name in entry]
+    return ", ".join([_KINDS[entry["type"]], " and ".join(bounds)] if bounds else [_KINDS[entry["type"]]])

@@ -1,0 +1,86 @@
+"""Rules between fields. Each is a small function that yields a problem for what it forbids.
+
+A rule names the fields that it reads, so that rules whose inputs are sound still run when others are not,
+and all problems are shown at once.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from megatrain.config import rules_batch, rules_layout, rules_model
+from megatrain.config.deepspeed_keys import forbidden_keys
+from megatrain.config.problems import Problem
+from megatrain.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and the dotted keys that it reads."""
+
+    function: Callable[[RunConfig, int | None], Iterable[Problem]]
+    reads: tuple[str, ...]
+
+
+_LAYOUT = ("parallel.tp", "parallel.pp", "parallel.dp")
+_BATCH = ("train.global_batch_size", "train.micro_batch_size")
+
+RULES = (
+    Rule(rules_model.heads_divide_width, ("model.hidden_size", "model.num_heads")),
+    Rule(rules_model.rotary_needs_even_heads, ("model.family", "model.hidden_size", "model.num_heads")),
+    Rule(rules_model.groups_divide_heads, ("model.num_heads", "model.num_kv_heads")),
+    Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
+    Rule(rules_layout.ranks_fit_world, _LAYOUT),
+    Rule(
+        rules_layout.tensor_ranks_divide_model,
+        (
+            "parallel.tp",
+            "model.family",
+            "model.hidden_size",
+            "model.num_heads",
+            "model.num_kv_heads",
+            "model.ffn_hidden_size",
+            "model.vocab_size",
+        ),
+    ),
+    Rule(rules_layout.sequence_parallel_fits, ("parallel.sequence_parallel", "parallel.tp", "data.seq_len")),
+    Rule(rules_layout.layers_fill_stages, ("model.num_layers", "parallel.pp", "parallel.stages_per_rank")),
+    Rule(rules_layout.zero_fits_pipeline, ("parallel.zero_stage", "parallel.pp")),
+    Rule(
+        rules_layout.schedule_fits_stages,
+        ("parallel.pp", "parallel.pp_schedule", "parallel.stages_per_rank"),
+    ),
+    Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
+    Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
+    Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),
+    Rule(
+        rules_batch.decay_fits,
+        ("schedule.name", "schedule.warmup_steps", "schedule.decay_steps", "train.steps"),
+    ),
+    Rule(rules_batch.loss_scales_fit, ("precision.initial_loss_scale", "precision.min_loss_scale")),
+    Rule(forbidden_keys, ("deepspeed",)),
+)
+
+
+def check(config: RunConfig, world_size: int | None = None, unusable: Collection[str] = ()) -> list[Problem]:
+    """All problems between the fields of ``config``.
+
+    Args:
+        world_size: ranks that were started; None where nobody knows yet, which leaves out what depends on it.
+        unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
+    """
+    return [problem for rule in RULES if not _touches(rule, unusable) for problem in rule.function(config, world_size)]
+
+
+def check_ready_to_train(config: RunConfig) -> list[Problem]:
+    """What a training run needs beyond a valid config; planning and printing do without."""
+    return list(_has_data(config))
+
+
+def _has_data(config: RunConfig) -> Iterator[Problem]:
+    if not config.data.train:
+        cure = "make a data set with data_tools/tokenize_text.py and set data.train to its folder"
+        yield Problem("data.train", config.data.train, "names no data set to train on", "a folder", cure)
+
+
+def _touches(rule: Rule, unusable: Collection[str]) -> bool:
+    return any(key == bad or key.startswith(f"{bad}.") for key in rule.reads for bad in unusable)

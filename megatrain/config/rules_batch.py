@@ -1,0 +1,132 @@
+"""Rules of the batch, the schedule of the learning rate, and the loss scale."""
+
+import math
+from collections.abc import Iterator
+
+from megatrain.config.derive import data_parallel_size, decay_steps
+from megatrain.config.problems import Problem
+from megatrain.config.rules_model import divisors, listed
+from megatrain.config.schema import RunConfig
+
+
+def batch_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Every rank makes the same number of whole micro-batches in a step."""
+    train, dp = config.train, data_parallel_size(config, world_size)
+    unit = train.micro_batch_size * (dp or 1)
+    if train.global_batch_size % unit == 0:
+        return
+    at_once = f"train.micro_batch_size = {train.micro_batch_size}"
+    if dp is not None:
+        at_once += f" × dp = {dp}"
+    below = train.global_batch_size // unit * unit
+    cure = f"set train.global_batch_size to {' or '.join(str(size) for size in (below, below + unit) if size)}"
+    if train.global_batch_size % (dp or 1) == 0:
+        sizes = listed(divisors(train.global_batch_size // (dp or 1)))
+        cure += f", or train.micro_batch_size to one of {sizes}"
+    yield Problem(
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"is not divisible by the {unit} sequences that are computed at once: {at_once}",
+        f"multiples of {unit}",
+        cure,
+    )
+
+
+def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What torch's pipeline schedules ask of the number of micro-batches."""
+    train, pp, dp = config.train, config.parallel.pp, data_parallel_size(config, world_size)
+    unit = train.micro_batch_size * (dp or 1)
+    if pp == 1 or train.global_batch_size % unit:  # the latter is reported by `batch_divides`
+        return
+    num_micro_batches = train.global_batch_size // unit  # at least so few if dp is not known yet
+    if config.parallel.pp_schedule == "1f1b":
+        if num_micro_batches < pp:
+            yield Problem(
+                "train.global_batch_size",
+                train.global_batch_size,
+                f"makes {num_micro_batches} micro-batches of a rank in a step: too few to fill parallel.pp = {pp} stages",
+                f"multiples of {unit} from {pp * unit} on",
+                f"set train.global_batch_size to {pp * unit} or more, or lower train.micro_batch_size",
+            )
+    elif dp is not None and not _interleaves(num_micro_batches, pp):
+        below = next(number for number in range(num_micro_batches, 0, -1) if _interleaves(number, pp))
+        above = next(number for number in range(num_micro_batches, 2 * num_micro_batches + pp) if _interleaves(number, pp))
+        yield Problem(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"makes {num_micro_batches} micro-batches of a rank in a step; interleaved_1f1b runs them in "
+            f"{num_micro_batches // pp} equal rounds, one per parallel.pp = {pp} of them",
+            f"multiples of {unit * pp}, and a few between them",
+            f"set train.global_batch_size to {below * unit} or {above * unit}, or parallel.pp_schedule to 1f1b",
+        )
+
+
+def _interleaves(num_micro_batches: int, pp: int) -> bool:
+    """The condition of torch's ScheduleInterleaved1F1B."""
+    return num_micro_batches % max(1, num_micro_batches // pp) == 0
+
+
+def warmup_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A run that ends in its warm-up never sees its learning rate."""
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            warmup,
+            f"is more than train.steps = {steps}",
+            f"0 to {steps}",
+            f"lower schedule.warmup_steps, or set train.steps to more than {warmup}",
+        )
+
+
+def decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The decay comes after the warm-up; the last part of a wsd run must fit into it.
+
+    A cosine or linear decay may be longer than the run: that is a long schedule, stopped early.
+    """
+    schedule, steps = config.schedule, config.train.steps
+    decay = decay_steps(config)
+    if decay is None or schedule.warmup_steps > steps:  # the latter is reported by `warmup_fits`
+        return
+    if schedule.name == "wsd" and schedule.warmup_steps + decay > steps:
+        room = steps - schedule.warmup_steps
+        yield Problem(
+            "schedule.decay_steps",
+            decay,
+            f"does not fit behind schedule.warmup_steps = {schedule.warmup_steps} into train.steps = {steps}",
+            f"1 to {room}" if room else "none: the warm-up takes all steps",
+            f"set schedule.decay_steps to {room} or less" if room else "lower schedule.warmup_steps, or raise train.steps",
+        )
+    elif schedule.name in ("cosine", "linear") and schedule.decay_steps is not None and decay <= schedule.warmup_steps:
+        yield Problem(
+            "schedule.decay_steps",
+            decay,
+            f"is the step at which {schedule.name} reaches its minimum, and the warm-up lasts until "
+            f"schedule.warmup_steps = {schedule.warmup_steps}",
+            f"more than {schedule.warmup_steps}",
+            f"leave it out (train.steps = {steps}), or set it to more than {schedule.warmup_steps}",
+        )
+
+
+def loss_scales_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The scale moves by factors of two, so that it never rounds a gradient, from the first one down to the least."""
+    precision = config.precision
+    scales = {"initial_loss_scale": precision.initial_loss_scale, "min_loss_scale": precision.min_loss_scale}
+    for name, scale in scales.items():
+        if math.frexp(scale)[0] != 0.5:
+            below = 2.0 ** math.floor(math.log2(scale))
+            yield Problem(
+                f"precision.{name}",
+                scale,
+                "is not a power of 2",
+                "1, 2, 4, 8, … 65536, …",
+                f"set precision.{name} to {below:g} or {2 * below:g}",
+            )
+    if precision.min_loss_scale > precision.initial_loss_scale:
+        yield Problem(
+            "precision.min_loss_scale",
+            precision.min_loss_scale,
+            f"is more than precision.initial_loss_scale = {precision.initial_loss_scale:g}",
+            f"powers of 2 up to {precision.initial_loss_scale:g}",
+            "lower precision.min_loss_scale, or raise precision.initial_loss_scale",
+        )

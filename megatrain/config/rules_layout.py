@@ -1,0 +1,146 @@
+"""Rules of the layout: what the ranks can share, and how many there are."""
+
+import math
+from collections.abc import Iterator
+
+from megatrain.config.derive import ffn_hidden_size
+from megatrain.config.problems import Problem
+from megatrain.config.rules_model import divisors, listed
+from megatrain.config.schema import RunConfig
+
+
+def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """tp x pp x dp ranks are asked for; exactly so many must be started."""
+    if world_size is None:
+        return
+    parallel = config.parallel
+    sizes = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp or 1}
+    asked = math.prod(sizes.values())
+    product = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    # the largest axis is the likeliest to be wrong; dp last, as it is the one that can be left out
+    key = max(("dp", "tp", "pp") if parallel.dp else ("tp", "pp"), key=lambda axis: sizes[axis])
+    started = f"{world_size} {'was' if world_size == 1 else 'were'} started"
+    if asked > world_size:
+        yield Problem(
+            f"parallel.{key}",
+            sizes[key],
+            f"more ranks asked for than started: {product} = {asked} ranks, {started}",
+            f"tp × pp × dp of at most {world_size}",
+            f"start {asked} ranks (deepspeed --num_gpus {asked} …), or lower {_names(parallel.dp)}",
+        )
+    elif parallel.dp is not None and asked < world_size:
+        yield Problem(
+            "parallel.dp",
+            parallel.dp,
+            f"fewer ranks asked for than started: {product} = {asked} ranks, {started}",
+            f"tp × pp × dp = {world_size}",
+            f"leave parallel.dp out, or start {asked} ranks (deepspeed --num_gpus {asked} …)",
+        )
+    elif world_size % asked:
+        below = world_size // asked * asked
+        yield Problem(
+            f"parallel.{key}",
+            sizes[key],
+            f"copies of the model take tp × pp = {asked} ranks each, and {started}: {world_size % asked} left over",
+            f"tp × pp of {listed(divisors(world_size))}",
+            f"start {below} or {below + asked} ranks (deepspeed --num_gpus …), or change parallel.tp or parallel.pp",
+        )
+
+
+def _names(dp: int | None) -> str:
+    return "parallel.tp, parallel.pp or parallel.dp" if dp else "parallel.tp or parallel.pp"
+
+
+def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each tensor rank holds an equal part of every split matrix: whole heads, equal rows."""
+    model, tp = config.model, config.parallel.tp
+    sizes = {"num_heads": model.num_heads, "ffn_hidden_size": ffn_hidden_size(model), "vocab_size": model.vocab_size}
+    if model.num_kv_heads is not None:
+        sizes["num_kv_heads"] = model.num_kv_heads
+    good = listed(divisors(math.gcd(*sizes.values())))
+    for name, size in sizes.items():
+        if size % tp:
+            above = math.ceil(size / tp) * tp
+            yield Problem(
+                f"model.{name}",
+                size,
+                f"is not divisible by parallel.tp = {tp}",
+                f"multiples of {tp}",
+                f"set model.{name} to {above}, or parallel.tp to a size that divides all that it splits: {good}",
+            )
+
+
+def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Sequence parallelism lives between the tensor ranks, which take equal parts of the sequence."""
+    parallel, seq_len = config.parallel, config.data.seq_len
+    if not parallel.sequence_parallel:
+        return
+    if parallel.tp == 1:
+        yield Problem(
+            "parallel.sequence_parallel",
+            True,
+            "has no ranks to split the sequence over: parallel.tp = 1",
+            "false where parallel.tp is 1",
+            "set parallel.sequence_parallel to false, or parallel.tp to 2 or more",
+        )
+    elif seq_len % parallel.tp:
+        yield Problem(
+            "data.seq_len",
+            seq_len,
+            f"is not divisible by parallel.tp = {parallel.tp}, over which parallel.sequence_parallel splits it",
+            f"multiples of {parallel.tp}",
+            f"set data.seq_len to {max(1, seq_len // parallel.tp) * parallel.tp}, or parallel.sequence_parallel to false",
+        )
+
+
+def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A stage without a layer has nothing to do."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    num_stages = parallel.pp * parallel.stages_per_rank
+    if num_layers < num_stages:
+        yield Problem(
+            "model.num_layers",
+            num_layers,
+            f"is less than the {num_stages} pipeline stages of parallel.pp = {parallel.pp} "
+            f"× parallel.stages_per_rank = {parallel.stages_per_rank}",
+            f"at least {num_stages}",
+            f"use {num_stages} layers or more, or a smaller parallel.pp or parallel.stages_per_rank",
+        )
+
+
+def zero_fits_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Only the ZeRO stages that leave gradients whole work under a pipeline."""
+    parallel = config.parallel
+    if parallel.pp > 1 and parallel.zero_stage > 1:
+        yield Problem(
+            "parallel.zero_stage",
+            parallel.zero_stage,
+            f"cannot be used with a pipeline (parallel.pp = {parallel.pp}): ZeRO-2 and ZeRO-3 partition gradients inside "
+            "backward hooks, which a pipeline schedule's backward for several micro-batches does not go through",
+            "0 or 1 where parallel.pp is more than 1",
+            "set parallel.zero_stage to 0 or 1, or parallel.pp to 1",
+        )
+
+
+def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Interleaving means several stages on a rank, of which only a pipeline has any."""
+    parallel = config.parallel
+    interleaved, several = parallel.pp_schedule == "interleaved_1f1b", parallel.stages_per_rank > 1
+    if interleaved != several:
+        yield Problem(
+            "parallel.stages_per_rank",
+            parallel.stages_per_rank,
+            f"does not fit parallel.pp_schedule = {parallel.pp_schedule}",
+            "1 with 1f1b; 2 or more with interleaved_1f1b",
+            "set parallel.stages_per_rank to 2, or parallel.pp_schedule to 1f1b"
+            if interleaved
+            else "set parallel.pp_schedule to interleaved_1f1b, or parallel.stages_per_rank to 1",
+        )
+    elif several and parallel.pp == 1:
+        yield Problem(
+            "parallel.stages_per_rank",
+            parallel.stages_per_rank,
+            "needs a pipeline, and parallel.pp = 1",
+            "1 where parallel.pp is 1",
+            "set parallel.pp to 2 or more, or parallel.stages_per_rank to 1 and parallel.pp_schedule to 1f1b",
+        )

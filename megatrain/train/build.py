@@ -1,0 +1,41 @@
+"""From a resolved config to a running engine."""
+
+import torch
+
+from megatrain.config.schema import RunConfig
+from megatrain.engine.engine import Engine
+from megatrain.models.build import build_stages
+from megatrain.models.decoder import compile_blocks, use_activation_checkpointing
+from megatrain.parallel.layers import Layers
+from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
+from megatrain.parallel.pipeline import own_stages
+
+
+def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
+    """Plain layers on one tensor rank; megatron-core's, whose import takes seconds, on several."""
+    if mesh.topology.tp == 1:
+        return Layers()
+    from megatrain.parallel.tensor import TensorParallelLayers
+
+    return TensorParallelLayers(mesh, config.parallel.sequence_parallel)
+
+
+def build_engine(config: RunConfig, device: torch.device) -> Engine:
+    """Groups, this rank's part of the model, and the engine. Collective over all ranks."""
+    parallel = config.parallel
+    mesh = build_mesh(topology_of(parallel), device)
+    parts = build_stages(
+        config.model,
+        build_layers(config, mesh),
+        own_stages(parallel, mesh.coordinate("pp")),
+        parallel.pp * parallel.stages_per_rank,
+        parallel.tp,
+        config.train.seed,
+        device,
+    )
+    for part in parts:
+        if config.train.activation_checkpointing == "full":
+            use_activation_checkpointing(part)
+        if config.train.compile:
+            compile_blocks(part)
+    return Engine(config, mesh, list(parts))

@@ -1,0 +1,148 @@
+"""What a run reports: a console line, ``metrics.jsonl`` and TensorBoard, from the same records."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatrain.train.run_folder import RunFolder, replace_text
+from megatrain.train.throughput import Hardware
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One logging step. ``tokens`` (over all ranks) and ``seconds`` cover all steps since the record before."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+class MetricsLog:
+    """Writes the metrics of a run into its folder. One process of the run has one: rank 0.
+
+    Every record is on disk when the call returns. A resumed run goes on in the same files: what an
+    earlier start recorded after ``resumed_step`` was lost with that start, and is dropped.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        num_steps: int,
+        flops_per_token: float,
+        hardware: Hardware,
+        resumed_step: int = 0,
+        write_line: Callable[[str], None] = print,
+    ):
+        # imported here: seconds, and only one rank needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.num_steps, self.flops_per_token, self.hardware = num_steps, flops_per_token, hardware
+        self._previous_step, self._write_line = resumed_step, write_line
+        _drop_after(run.metrics, resumed_step)
+        self._file = run.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=resumed_step + 1)
+        # four spaces: a code block in TensorBoard's Markdown
+        config = run.config.read_text(encoding="utf-8")
+        self._board.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()), resumed_step)
+        self._board.flush()
+
+    def log_step(self, record: StepRecord) -> None:
+        """Reports a logging step everywhere."""
+        mfu = self.hardware.mfu(self.flops_per_token, record.tokens_per_second)
+        self._write_line(self._line(record, mfu))
+        measured = {"tokens_per_second": record.tokens_per_second, "mfu": mfu}
+        self._append({"kind": "step", **asdict(record), **measured})
+        self._scalars(
+            record.step,
+            {
+                "train/loss": record.loss,
+                "train/grad_norm": record.grad_norm,
+                "train/lr": record.lr,
+                "train/loss_scale": record.loss_scale,
+                "train/skipped": float(record.skipped),
+                "throughput/tokens_per_second": record.tokens_per_second,
+                "throughput/mfu": mfu,
+            },
+        )
+        self._previous_step = record.step
+
+    def log_evaluation(self, step: int, loss: float, perplexity: float) -> None:
+        """Reports an evaluation of the weights after ``step`` everywhere."""
+        self._write_line(f"{self._progress(step)} | validation loss {loss:.4f} | perplexity {perplexity:,.2f}")
+        self._append({"kind": "evaluation", "step": step, "loss": loss, "perplexity": perplexity})
+        self._scalars(step, {"evaluation/loss": loss, "evaluation/perplexity": perplexity})
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _progress(self, step: int) -> str:
+        total = str(self.num_steps)
+        return f"step {step:>{len(total)}}/{total}"
+
+    def _line(self, record: StepRecord, mfu: float | None) -> str:
+        seconds_per_step = record.seconds / (record.step - self._previous_step)
+        remaining = timedelta(seconds=round(seconds_per_step * (self.num_steps - record.step)))
+        parts = [
+            self._progress(record.step),
+            f"loss {record.loss:.4f}",
+            f"grad norm {record.grad_norm:.3f}",
+            f"lr {record.lr:.2e}",
+            f"{record.tokens_per_second:,.0f} tokens/s",
+            "mfu -" if mfu is None else f"mfu {mfu:.1%}",
+            f"loss scale {record.loss_scale:g}",
+            f"eta {remaining}",
+        ]
+        return " | ".join(parts + ["skipped (overflow)"] * record.skipped)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _scalars(self, step: int, values: dict[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def _is_not_finite(value: Any) -> bool:
+    """JSON has no NaN and no infinity: readers get null."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the records up to ``step``."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        replace_text(path, "".join(line for line in lines if _is_up_to(step, line)))
+
+
+def _is_up_to(step: int, line: str) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except ValueError:  # cut short by a crash
+        return False

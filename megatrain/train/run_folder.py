@@ -1,0 +1,114 @@
+"""The folder that everything of a run goes into."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Self
+
+import yaml
+
+from megatrain.config.schema import RunConfig
+
+_PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
+
+
+class RunFolderError(Exception):
+    """The run folder cannot be used; the text says why and what to do."""
+
+
+class RunFolder:
+    """Places inside a run's folder. Making the object touches nothing; ``prepare`` makes the folder.
+
+    ``config``: the resolved config of the latest start; ``versions``: what that start ran on;
+    ``metrics``: one JSON object a line.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self.config = self.path / "config.yaml"
+        self.versions = self.path / "versions.json"
+        self._id_file = self.path / "run_id"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The folder that ``config`` names."""
+        return cls(Path(config.folder) / config.name)
+
+    def prepare(self, config: RunConfig) -> None:
+        """Makes the folder and records the resolved ``config`` and the versions. One process does it: rank 0.
+
+        Raises:
+            RunFolderError: it cannot be made or written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.tensorboard.mkdir(exist_ok=True)
+            if not self._id_file.exists():
+                replace_text(self._id_file, uuid.uuid4().hex + "\n")
+            replace_text(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            replace_text(self.versions, json.dumps(_versions(), indent=2) + "\n")
+            with self.metrics.open("a"):
+                pass  # it may be there from an earlier start, and belong to somebody else
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write the run folder {self.path.absolute()}: {error.strerror} ({error.filename}). "
+                "Set `folder` to a place that this user can write."
+            ) from error
+
+    @property
+    def run_id(self) -> str:
+        """Made once, by the first ``prepare``; every resumed start keeps it."""
+        return self._id_file.read_text(encoding="utf-8").strip()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file or, if the process dies on the way, leaves the old one."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source, not installed
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of megatrain's source, None where it does not stand in a git repository."""
+    source = Path(__file__)
+    # an installed copy may stand inside the repository of another project, whose commit says nothing
+    if _git("ls-files", "--error-unmatch", source.name, folder=source.parent) is None:
+        return None
+    return _git("rev-parse", "HEAD", folder=source.parent)
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

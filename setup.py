@@ -1,0 +1,30 @@
+"""Packaging of megatrain; exact versions stand in requirements.lock."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatrain",
+    version="0.1.0",
+    description="A pretraining stack for the Transformer family: any layout, same numbers.",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatrain", "megatrain.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "megatron-core>=0.16.1,<0.17",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6",
+        "numpy>=2",
+        "zarr>=3.1,<4",
+        "google-crc32c>=1.5",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
+        "tensorboard>=2.17",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4"],
+        "convert": ["safetensors>=0.4", "transformers>=4.51"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    },
+)

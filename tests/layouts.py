@@ -1,0 +1,147 @@
+"""One test body for every layout: train a tiny model and give back what must not depend on the layout."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatrain.config.schema import RunConfig
+
+SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE = 16, 64, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 0
+    stages_per_rank: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        marks = ("sp-" if self.sequence_parallel else "") + ("interleaved-" if self.stages_per_rank > 1 else "")
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}-{marks}zero{self.zero_stage}"
+
+
+ONE_PROCESS = Layout()
+
+
+def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunConfig:
+    """A resolved config of a tiny model (5 layers: no even split over 2 stages)."""
+    config: dict[str, dict[str, Any]] = {
+        "model": {
+            "family": family,
+            "num_layers": 5,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 64,
+            "vocab_size": VOCAB_SIZE,
+            "max_seq_len": SEQ_LEN,
+            "tie_embeddings": family == "gpt",
+        },
+        "parallel": {
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "sequence_parallel": layout.sequence_parallel,
+            "zero_stage": layout.zero_stage,
+            "stages_per_rank": layout.stages_per_rank,
+            "pp_schedule": "1f1b" if layout.stages_per_rank == 1 else "interleaved_1f1b",
+        },
+        "precision": {"dtype": "fp32"},
+        "optimizer": {"lr": 1e-2, "grad_clip": 0.5},
+        "schedule": {"warmup_steps": 2, "decay_steps": 100},
+        "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 1},
+        "data": {"seq_len": SEQ_LEN},
+    }
+    for section, values in sections.items():
+        config[section] = {**config.get(section, {}), **values}
+    return RunConfig.model_validate(config)
+
+
+def global_batch(step: int, rank: int = 0, num_ranks: int = 1) -> SimpleNamespace:
+    """A rank's share of a step's random batch, whose micro-batches hold different numbers of loss tokens."""
+    generator = torch.Generator().manual_seed(step)
+    tokens, labels = torch.randint(0, VOCAB_SIZE, (2, GLOBAL_BATCH_SIZE, SEQ_LEN), generator=generator)
+    labels[0, :12] = -100
+    labels[3] = -100
+    size = GLOBAL_BATCH_SIZE // num_ranks
+    own = slice(rank * size, (rank + 1) * size)
+    return SimpleNamespace(
+        tokens=tokens[own], labels=labels[own], sample_ids=torch.arange(GLOBAL_BATCH_SIZE)[own] + step * 1000
+    )
+
+
+def build_engine(config: RunConfig) -> Any:
+    """The engine of this rank, as the launcher builds it."""
+    from megatrain.train.build import build_engine as build
+
+    if config.precision.dtype == "fp16":
+        # DeepSpeed refuses FP16 on CPUs without native FP16 arithmetic, though torch computes it
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+    return build(config, torch.device("cpu"))
+
+
+@dataclass
+class Trained:
+    """What one rank saw: the same losses and norms as all others, and its parts of the state."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    skipped: list[bool]
+    loss_scales: list[float]
+    evaluation: float
+    state: dict[tuple[str, str], tuple[np.ndarray, int | None, int]]  # (part, split dim, tensor rank)
+
+
+def train_steps(engine: Any, first: int, last: int) -> Trained:
+    dp_rank, dp = engine.mesh.coordinate("dp"), engine.mesh.topology.dp
+    results = [engine.train_step(global_batch(step, dp_rank, dp), step) for step in range(first, last + 1)]
+    from megatrain.engine.state import export_state
+    from megatrain.parallel.layers import partition_dim
+
+    dims = {name: partition_dim(parameter) for name, parameter in engine.parameters}
+    tp_rank = engine.mesh.coordinate("tp")
+    return Trained(
+        losses=[float(result.loss) for result in results],
+        grad_norms=[float(result.grad_norm) for result in results],
+        skipped=[result.skipped for result in results],
+        loss_scales=[result.loss_scale for result in results],
+        evaluation=float(engine.evaluate(global_batch(99, dp_rank, dp))[0]),
+        state={(kind, name): (t.numpy().copy(), dims[name], tp_rank) for kind, name, t in export_state(engine)},
+    )
+
+
+def train(family: str, layout: Layout, steps: int = 5, **sections: dict[str, Any]) -> Trained:
+    """The test body; runs on every rank of a layout."""
+    return train_steps(build_engine(run_config(family, layout, **sections)), 1, steps)
+
+
+def worst_state_error(ranks: list[Trained], reference: Trained, kind: str = "weight") -> tuple[float, str]:
+    """Largest difference of any tensor of any rank, relative to the largest value of that tensor, and its name."""
+    worst, where = 0.0, ""
+    seen = set()
+    for trained in ranks:
+        for (this_kind, name), (part, dim, tp_rank) in trained.state.items():
+            if this_kind != kind:
+                continue
+            seen.add(name)
+            whole = reference.state[kind, name][0]
+            if dim is not None:
+                whole = np.split(whole, whole.shape[dim] // part.shape[dim], axis=dim)[tp_rank]
+            assert part.shape == whole.shape, f"{name}: {part.shape} is no part of {whole.shape}"
+            error = float(np.abs(part - whole).max() / np.abs(whole).max())
+            if error > worst:
+                worst, where = error, name
+    assert seen == {name for this_kind, name in reference.state if this_kind == kind}, "a parameter is missing"
+    return worst, where
