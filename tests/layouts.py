@@ -9,7 +9,7 @@ import torch
 
 from megatrain.config.schema import RunConfig
 
-SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE = 16, 64, 8
+SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 16, 64, 16, 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": 1e-2, "grad_clip": 0.5},
         "schedule": {"warmup_steps": 2, "decay_steps": 100},
-        "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 1},
+        "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE},
         "data": {"seq_len": SEQ_LEN},
     }
     for section, values in sections.items():

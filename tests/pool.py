@@ -44,7 +44,9 @@ class Pool:
             ready = wait(pending, timeout=self.timeout)
             if not ready:
                 self.close()
-                raise WorkerFailure(f"no answer within {self.timeout} s from ranks {set(range(len(pipes))) - set(results)}")
+                raise WorkerFailure(
+                    f"no answer within {self.timeout} s from ranks {set(range(len(pipes))) - set(results)}"
+                )
             for pipe in ready:
                 ok, value = pipe.recv()  # type: ignore[union-attr]
                 if not ok:

@@ -43,15 +43,18 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, run_id: str, data_s
     return folder / f"step-{step:08d}"
 
 
-def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: Path, data_state: dict[str, Any]) -> dict[str, Any]:
     """Restores weights, moments, update count and loss scaler; reads only this rank's parts.
 
+    Args:
+        data_state: as given to ``save_checkpoint``; another one would silently change the order of the samples.
     Returns: the manifest's state (``step``, ``data``, …).
     Raises:
-        CheckpointError: damaged, or of another model (all differing fields are listed).
+        CheckpointError: damaged, or of another model or data (all differing fields are listed).
     """
     reader = CheckpointReader(path)
     require_same_model(reader, engine.config.model)
+    _require_equal(reader, "data", reader.state["data"], data_state)
     import_state(engine, lambda kind, name, parameter: _read_part(reader, engine, kind, name, parameter))
     set_optimizer_step_count(engine, reader.state["optimizer_steps"])
     if engine.config.precision.dtype == reader.state["dtype"]:
@@ -65,12 +68,21 @@ def require_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
     Raises:
         CheckpointError: lists every field that differs.
     """
-    saved, wanted = reader.state["model"], model.model_dump(mode="json")
-    fields = [field for field in wanted if field not in ("dropout", "attention_dropout", "init_std")]
-    different = [f"model.{f}: {saved.get(f)!r} saved, {wanted[f]!r} asked" for f in fields if saved.get(f) != wanted[f]]
+    ignored = ("dropout", "attention_dropout", "init_std")
+    wanted = {field: value for field, value in model.model_dump(mode="json").items() if field not in ignored}
+    _require_equal(reader, "model", reader.state["model"], wanted)
+
+
+def _require_equal(reader: CheckpointReader, section: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = [
+        f"{section}.{field}: {saved.get(field)!r} saved, {value!r} asked"
+        for field, value in wanted.items()
+        if saved.get(field) != value
+    ]
     if different:
+        listed = "\n  ".join(different)
         raise CheckpointError(
-            f"{reader.path} holds another model:\n  " + "\n  ".join(different) + "\nuse the saved values, or another run folder"
+            f"{reader.path} was made with another {section}:\n  {listed}\nuse the saved values, or another run folder"
         )
 
 

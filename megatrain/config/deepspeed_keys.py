@@ -58,9 +58,9 @@ _DERIVED = {
     "checkpoint": "the section `checkpoint`",
     "seed": "train.seed",
 }
-_KINDS = {bool: "true or false", int: "a whole number, at least 0", str: "text", list: "a list of names"}
-# in DeepSpeed, -1 means no limit
-_BELOW_ZERO = {"flops_profiler.module_depth": -1}
+_KINDS = {bool: "true or false", int: "a whole number, at least {}", str: "text", list: "a list of names"}
+# least numbers other than 0
+_LEAST = {"flops_profiler.module_depth": -1, "zero_optimization.reduce_bucket_size": 1}
 
 
 def forbidden_keys(config: RunConfig, world_size: int | None = None) -> Iterator[Problem]:
@@ -70,7 +70,7 @@ def forbidden_keys(config: RunConfig, world_size: int | None = None) -> Iterator
 
 def kind_of(key: str) -> str:
     """The values of an allowed key, in words."""
-    return _KINDS[ALLOWED[key][0]] + (" or -1" if key in _BELOW_ZERO else "")
+    return _KINDS[ALLOWED[key][0]].format(_LEAST.get(key, 0))
 
 
 def _problems(section: dict[str, Any], prefix: str) -> Iterator[Problem]:
@@ -112,7 +112,7 @@ def _keys_below(section: str) -> str:
 def _fits(key: str, value: Any) -> bool:
     kind = ALLOWED[key][0]
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= _BELOW_ZERO.get(key, 0)
+        return isinstance(value, int) and not isinstance(value, bool) and value >= _LEAST.get(key, 0)
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, kind)

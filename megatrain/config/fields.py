@@ -14,7 +14,6 @@ _BOUNDS = {
     "exclusiveMinimum": "above {}",
     "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
-    "pattern": "that matches {}",
 }
 
 
@@ -37,7 +36,9 @@ def all_fields() -> dict[str, Field]:
     for name, entry in schema["properties"].items():
         if "$ref" in entry:
             section = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
-            found.update({f"{name}.{key}": _field(f"{name}.{key}", inner) for key, inner in section["properties"].items()})
+            found.update(
+                {f"{name}.{key}": _field(f"{name}.{key}", inner) for key, inner in section["properties"].items()}
+            )
         else:
             found[name] = _field(name, entry)
     return found
@@ -75,7 +76,7 @@ def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:
 def _field(key: str, entry: dict[str, Any]) -> Field:
     kinds = entry.get("anyOf", [entry])
     main = next(kind for kind in kinds if kind.get("type") != "null")
-    words = _allowed(main) + (" or null" if len(kinds) > 1 else "")
+    words = _allowed(main) + (", or null" if len(kinds) > 1 else "")
     return Field(key, main["type"], words, entry.get("default", {}), entry["description"])
 
 
@@ -84,5 +85,11 @@ def _allowed(entry: dict[str, Any]) -> str:
         return "one of " + ", ".join(str(choice) for choice in entry["enum"])
     if entry["type"] == "object":
         return "a section of keys"
-    bounds = [words.format(entry[name]) for name, words in _BOUNDS.items() if name in entry]
+    if "pattern" in entry:
+        return f"text that matches `{entry['pattern']}`"
+    bounds = [words.format(_short(entry[name])) for name, words in _BOUNDS.items() if name in entry]
     return ", ".join([_KINDS[entry["type"]], " and ".join(bounds)] if bounds else [_KINDS[entry["type"]]])
+
+
+def _short(bound: Any) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)

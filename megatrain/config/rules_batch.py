@@ -44,13 +44,15 @@ def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Ite
             yield Problem(
                 "train.global_batch_size",
                 train.global_batch_size,
-                f"makes {num_micro_batches} micro-batches of a rank in a step: too few to fill parallel.pp = {pp} stages",
+                f"makes {num_micro_batches} micro-batches of a rank in a step: too few for parallel.pp = {pp} stages",
                 f"multiples of {unit} from {pp * unit} on",
                 f"set train.global_batch_size to {pp * unit} or more, or lower train.micro_batch_size",
             )
     elif dp is not None and not _interleaves(num_micro_batches, pp):
         below = next(number for number in range(num_micro_batches, 0, -1) if _interleaves(number, pp))
-        above = next(number for number in range(num_micro_batches, 2 * num_micro_batches + pp) if _interleaves(number, pp))
+        above = next(
+            number for number in range(num_micro_batches, 2 * num_micro_batches + pp) if _interleaves(number, pp)
+        )
         yield Problem(
             "train.global_batch_size",
             train.global_batch_size,
@@ -95,7 +97,9 @@ def decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             decay,
             f"does not fit behind schedule.warmup_steps = {schedule.warmup_steps} into train.steps = {steps}",
             f"1 to {room}" if room else "none: the warm-up takes all steps",
-            f"set schedule.decay_steps to {room} or less" if room else "lower schedule.warmup_steps, or raise train.steps",
+            f"set schedule.decay_steps to {room} or less"
+            if room
+            else "lower schedule.warmup_steps, or raise train.steps",
         )
     elif schedule.name in ("cosine", "linear") and schedule.decay_steps is not None and decay <= schedule.warmup_steps:
         yield Problem(

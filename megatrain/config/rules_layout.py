@@ -84,12 +84,13 @@ def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterato
             "set parallel.sequence_parallel to false, or parallel.tp to 2 or more",
         )
     elif seq_len % parallel.tp:
+        good = max(1, seq_len // parallel.tp) * parallel.tp
         yield Problem(
             "data.seq_len",
             seq_len,
             f"is not divisible by parallel.tp = {parallel.tp}, over which parallel.sequence_parallel splits it",
             f"multiples of {parallel.tp}",
-            f"set data.seq_len to {max(1, seq_len // parallel.tp) * parallel.tp}, or parallel.sequence_parallel to false",
+            f"set data.seq_len to {good}, or parallel.sequence_parallel to false",
         )
 
 
@@ -115,8 +116,9 @@ def zero_fits_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
         yield Problem(
             "parallel.zero_stage",
             parallel.zero_stage,
-            f"cannot be used with a pipeline (parallel.pp = {parallel.pp}): ZeRO-2 and ZeRO-3 partition gradients inside "
-            "backward hooks, which a pipeline schedule's backward for several micro-batches does not go through",
+            f"cannot be used with a pipeline (parallel.pp = {parallel.pp}): ZeRO-2 and ZeRO-3 partition "
+            "gradients inside backward hooks, which a pipeline schedule's backward for several micro-batches "
+            "does not go through",
             "0 or 1 where parallel.pp is more than 1",
             "set parallel.zero_stage to 0 or 1, or parallel.pp to 1",
         )

@@ -1,5 +1,6 @@
 """Rules of the model's shape."""
 
+import math
 from collections.abc import Iterator
 
 from megatrain.config.derive import head_width
@@ -9,7 +10,7 @@ from megatrain.config.schema import RunConfig
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 

@@ -16,9 +16,9 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
-    """A block of the config file: closed (no unknown keys), strict (no silent casts), frozen."""
+    """A block of the config file: closed (no unknown keys), strict (no silent casts), frozen, finite numbers only."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -103,7 +103,9 @@ class ScheduleConfig(Section):
         description="cosine, linear: step at which the minimum is reached (default: train.steps). "
         "wsd: steps of the final decay (default: a tenth of train.steps).",
     )
-    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="Lowest rate as a share of the peak.")
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.1, description="Lowest rate as a share of the peak."
+    )
 
 
 class DataConfig(Section):
@@ -142,7 +144,8 @@ class CheckpointConfig(Section):
 
     save_every: Natural = Field(0, description="Steps between two checkpoints; 0: only at the end and on a signal.")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any."
+        "auto",
+        description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any.",
     )
     load: str | None = Field(
         None, description="A checkpoint folder (step-…) of another run to start from when the run folder has none."
@@ -152,7 +155,7 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """The whole file."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run.")
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Name of the run.")
     folder: str = Field("runs", description="Where run folders are made; this run's is folder/name.")
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -164,5 +167,5 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="Extra DeepSpeed keys (communication and profiling only); whatever megatrain derives is refused here.",
+        description="Extra DeepSpeed keys (communication and profiling only); those that are derived are refused.",
     )

@@ -35,13 +35,11 @@ class Node:
             else:
                 yield prefix + key, node.origin
 
-    def origin_of(self, key: str) -> str | None:
-        """Where the value at a dotted key stands; None if there is none."""
+    def origin_of(self, path: Sequence[str]) -> str:
+        """Where the value below these keys stands."""
         node = self
-        for part in key.split("."):
-            if not isinstance(node.content, dict) or part not in node.content:
-                return None
-            node = node.content[part]
+        for key in path:
+            node = node.content[key]
         return node.origin
 
 
@@ -68,7 +66,9 @@ def read_file(path: Path) -> Node:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         cure = "give the path of a file that is there, from the folder you are in"
-        raise ConfigError([Problem("config file", str(path), f"cannot be read: {reason}", "a YAML file", cure)]) from None
+        raise ConfigError(
+            [Problem("config file", str(path), f"cannot be read: {reason}", "a YAML file", cure)]
+        ) from None
     return read_text(text, str(path))
 
 
@@ -120,8 +120,8 @@ def read_overrides(arguments: Sequence[str]) -> Node:
 
 def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Node:
     """The tree of YAML ``text``; ``key`` and ``shown`` name it in problems."""
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         root = loader.get_single_node()
         return Node(None, origin(1)) if root is None else _tree(loader, root, origin, root.start_mark.line)
     except yaml.MarkedYAMLError as error:
@@ -130,8 +130,6 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
         what = " ".join(part for part in (error.context, error.problem) if part)
     except yaml.YAMLError as error:  # a character that YAML does not allow
         line, what = 1, str(error).splitlines()[0]
-    finally:
-        loader.dispose()
     cure = "mend that line: mappings are `key: value`, indented by spaces, each key once"
     raise ConfigError([Problem(key, shown, f"is not valid YAML: {what}", "YAML", cure, origin(line))])
 
@@ -143,9 +141,7 @@ def _tree(loader: Loader, node: yaml.Node, origin: Callable[[int], str], line: i
         raise yaml.MarkedYAMLError(problem="mappings are nested too deeply", problem_mark=node.start_mark)
     _refuse_twice(node)
     loader.flatten_mapping(node)  # puts what `<<` brings before the mapping's own keys
-    content = {
-        key.value: _tree(loader, value, origin, key.start_mark.line, depth + 1) for key, value in node.value
-    }  # fmt: skip
+    content = {key.value: _tree(loader, value, origin, key.start_mark.line, depth + 1) for key, value in node.value}
     return Node(content, origin(line + 1))
 
 

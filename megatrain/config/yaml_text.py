@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
-_FLOAT = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
 # tag, pattern, characters that a match can begin with; the first match counts, so integers stand before floats
 _PLAIN_SCALARS = [
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -19,6 +22,9 @@ _PLAIN_SCALARS = [
     ("float", _FLOAT, list("-+.0123456789")),
     ("merge", re.compile(r"^<<$"), ["<"]),
 ]
+
+
+_AS_WRITTEN: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": math.inf}
 
 
 class Loader(yaml.SafeLoader):
@@ -42,13 +48,10 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def one_line(value: Any) -> str:
     """``value`` as YAML on one line, whatever characters text holds."""
     style = '"' if isinstance(value, str) and not value.isprintable() else None
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True,
-        sort_keys=False,
-    )  # fmt: skip
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, default_style=style, **_AS_WRITTEN)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def many_lines(value: Any) -> str:
     """``value`` as indented YAML, keys in their own order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return yaml.dump(value, Dumper=_Dumper, **_AS_WRITTEN)

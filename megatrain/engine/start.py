@@ -9,15 +9,6 @@ import torch
 _LAUNCHER_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def world_size_from_environment() -> int:
-    """Ranks that the launcher started, before anything is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def start_distributed() -> torch.device:
     """Initialises the process group (NCCL on GPUs, gloo on CPUs) and returns this rank's device.
 
@@ -32,6 +23,9 @@ def start_distributed() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        # ranks of one host share its cores: more threads than cores wait for each other
+        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
     if alone:
         os.environ["MASTER_PORT"] = "0"
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -29,6 +29,7 @@ class Attention(nn.Module):
         self.query_key_value = layers.column_linear(config.hidden_size, (heads + 2 * groups) * self.head_width, bias)
         self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
         self.rotary = Rotary(self.head_width, config.rope_theta) if rotary else None
+        self.dropout_probability = config.attention_dropout
         self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
 
     def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # B, H or G, S, K
-        if self.training and self.dropout.probability > 0.0:
+        if self.training and self.dropout_probability > 0.0:
             mixed = self._attend_with_dropout(query, key, value, keys_B)
         else:
             mixed = F.scaled_dot_product_attention(

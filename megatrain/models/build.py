@@ -26,3 +26,8 @@ def build_stages(
 def build_model(config: ModelConfig, seed: int, device: torch.device | None = None) -> Decoder:
     """The whole model on one process, in plain PyTorch."""
     return build_stages(config, Layers(), [0], 1, 1, seed, device or torch.device("cpu"))[0]
+
+
+def build_empty_model(config: ModelConfig) -> Decoder:
+    """The same without initial weights, for weights to be loaded into."""
+    return Decoder(config, Layers(), range(config.num_layers), first=True, last=True)

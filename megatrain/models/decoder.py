@@ -72,7 +72,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers):
         super().__init__()
-        self.weight = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight
+        self.weight: nn.Parameter = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight  # type: ignore[assignment]
 
 
 class Decoder(nn.Module):
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             x = block(x, keys_B)
         if not self.last:
             return x
-        weight = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight
+        weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
         logits_SBV = self.factory.head_logits(self.final_norm(x), weight)
         return logits_SBV if labels_BS is None else sum_of_token_losses(self.factory, logits_SBV, labels_BS)
 
@@ -127,7 +127,7 @@ def use_activation_checkpointing(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Block):
             run = block.forward
-            block.forward = lambda x, keys, run=run: checkpoint(  # type: ignore[method-assign]
+            block.forward = lambda x, keys, run=run: checkpoint(  # type: ignore[method-assign,misc]
                 run, x, keys, use_reentrant=False, preserve_rng_state=False
             )
 
@@ -137,5 +137,3 @@ def compile_blocks(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Block):
             block.compile()
-
-

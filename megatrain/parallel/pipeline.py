@@ -49,7 +49,7 @@ class Pipeline:
         self._schedule = (
             Schedule1F1B(pipeline_stages[0], **options)
             if parallel.pp_schedule == "1f1b"
-            else ScheduleInterleaved1F1B(pipeline_stages, **options)
+            else ScheduleInterleaved1F1B(list(pipeline_stages), **options)
         )
 
     def forward_backward(self, batch: StepInput) -> Tensor:

@@ -82,7 +82,7 @@ class TensorParallelLayers(Layers):
     def cross_entropy(self, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
         # float() of FP32 logits is the same tensor, which megatron-core then overwrites
         logits = logits_SBV.clone() if logits_SBV.dtype == torch.float32 else logits_SBV
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels_SB)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels_SB.contiguous())
 
     def on_split_sequence(self, module: nn.Module) -> nn.Module:
         for parameter in module.parameters():

@@ -7,6 +7,7 @@ megatron-core (``tp-cp-ep-dp-pp``).
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,4 +61,4 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     for stage in middle_first[:extra]:
         sizes[stage] += 1
     starts = np.cumsum([0, *sizes]).tolist()
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]

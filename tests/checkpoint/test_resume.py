@@ -38,7 +38,7 @@ def resume_and_train(family: str, layout: Layout, folder: str, dtype: str) -> Tr
     engine = build_engine(run_config(family, layout, model=DROPOUT, precision={"dtype": dtype}))
     path = newest_checkpoint(Path(folder))
     assert path is not None
-    assert load_checkpoint(engine, path)["step"] == 3
+    assert load_checkpoint(engine, path, {})["step"] == 3
     return train_steps(engine, 4, 6)
 
 
@@ -47,7 +47,7 @@ def load_other_model(folder: str) -> str:
 
     engine = build_engine(run_config("llama", Layout(), model={"hidden_size": 64, "rope_theta": 5e5}))
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(engine, Path(folder) / "step-00000003")
+        load_checkpoint(engine, Path(folder) / "step-00000003", {})
     return str(error.value)
 
 
@@ -84,5 +84,10 @@ def test_16_bit_resume_is_bit_exact(pool: Pool, tmp_path: Path, dtype: str, layo
 def test_checkpoint_of_another_model_is_refused(pool: Pool, tmp_path: Path) -> None:
     pool.run(train_and_save, 1, "gpt", Layout(), str(tmp_path), "fp32")
     message = pool.run(load_other_model, 1, str(tmp_path))[0]
-    for field in ("model.family: 'gpt' saved, 'llama' asked", "model.hidden_size", "model.rope_theta", "model.tie_embeddings"):
+    for field in (
+        "model.family: 'gpt' saved, 'llama' asked",
+        "model.hidden_size",
+        "model.rope_theta",
+        "model.tie_embeddings",
+    ):
         assert field in message

@@ -21,7 +21,10 @@ def all_layouts() -> list[Layout]:
         for sequence_parallel in (False, True) if tp > 1 else (False,):
             for zero_stage in range(4) if pp == 1 else range(2):
                 layouts.append(Layout(tp, pp, dp, sequence_parallel, zero_stage))
-    layouts += [Layout(pp=2, stages_per_rank=2), Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1, stages_per_rank=2)]
+    layouts += [
+        Layout(pp=2, stages_per_rank=2),
+        Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1, stages_per_rank=2),
+    ]
     return layouts
 
 

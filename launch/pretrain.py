@@ -1,0 +1,61 @@
+"""Trains a Transformer.
+
+    deepspeed --num_gpus 4 launch/pretrain.py --config configs/run/quickstart.yaml --train.steps 200
+
+Several config files are merged left to right; any field can be set on the command line by its dotted
+name (docs/config.md). ``--print-config`` shows every value and where it comes from, and trains nothing.
+"""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from megatrain.config.load import load_config
+from megatrain.config.problems import ConfigError
+from megatrain.config.rules import check_ready_to_train
+from megatrain.config.schema import RunConfig
+from megatrain.config.show import format_config
+from megatrain.train.environment import rank_from_environment, world_size_from_environment
+from megatrain.train.errors import EXPECTED
+
+
+def main(arguments: list[str]) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved config and exit")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        config = resolved_config(options.config, overrides, options.print_config)
+        if config is not None:
+            from megatrain.train.run import run  # imports torch: after the config's mistakes
+
+            run(config)
+        return 0
+    except EXPECTED as error:
+        if options.debug:
+            traceback.print_exc()
+        elif rank_from_environment() == 0:  # the ranks open the same files and find the same mistakes
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> RunConfig | None:
+    """The config of the run for the ranks that were started, or None when it was only to be shown."""
+    world_size = world_size_from_environment()
+    resolved = load_config(files, overrides, world_size).with_derived(world_size)
+    if print_only:
+        if rank_from_environment() == 0:
+            print(format_config(resolved), end="")
+        return None
+    problems = check_ready_to_train(resolved.config)
+    if problems:
+        raise ConfigError(resolved.with_origins(problems))
+    return resolved.config
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

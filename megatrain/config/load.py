@@ -1,0 +1,109 @@
+"""From files and overrides to a checked config whose every value knows where it comes from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatrain.config.derive import resolve
+from megatrain.config.fields import all_fields
+from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.rules import check
+from megatrain.config.schema import RunConfig
+from megatrain.config.source import Node, merge, read_file, read_overrides, read_text
+from megatrain.config.typed import validate
+
+DEFAULT, DERIVED = "default", "derived"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked config and the origin of every value, by dotted key.
+
+    An origin is 'path:line', 'command line', 'default' or 'derived'. Extra DeepSpeed keys have their own.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+    def with_derived(self, world_size: int) -> "Resolved":
+        """With the fields filled in that follow from others, for a run of ``world_size`` ranks.
+
+        Raises:
+            ConfigError: the config does not fit so many ranks.
+        """
+        problems = check(self.config, world_size)
+        if problems:
+            raise ConfigError(self.with_origins(problems))
+        config = resolve(self.config, world_size)
+        filled = {key for key in all_fields() if value_at(self.config, key) != value_at(config, key)}
+        return Resolved(config, {**self.origins, **dict.fromkeys(filled, DERIVED)})
+
+    def with_origins(self, problems: Sequence[Problem]) -> list[Problem]:
+        """``problems`` of this config, with the origins of their values."""
+        return [replace(problem, origin=problem.origin or self._origin(problem)) for problem in problems]
+
+    def _origin(self, problem: Problem) -> str:
+        if problem.value is not None and problem.key in all_fields() and value_at(self.config, problem.key) is None:
+            return DERIVED
+        key, origin = problem.key, self.origins.get(problem.key)
+        while origin is None and "." in key:  # a section of extra keys: any value in it
+            origin = next((where for name, where in self.origins.items() if name.startswith(f"{key}.")), None)
+            key = key.rpartition(".")[0]
+        return origin or DEFAULT
+
+
+def load_config(files: Sequence[Path], overrides: Sequence[str] = (), world_size: int | None = None) -> Resolved:
+    """The config that ``files``, merged left to right, and then ``overrides`` describe.
+
+    Derived fields stay None until ``with_derived``.
+
+    Args:
+        overrides: `--model.num_layers 4` or `--model.num_layers=4`, as the command line splits them.
+        world_size: ranks that were started, where that is known: rules that depend on it are then checked too.
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    trees, problems = [Node({}, DEFAULT)], []
+    for path in files:
+        try:
+            trees.append(read_file(path))
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        trees.append(read_overrides(overrides))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:  # what a broken file would have set is unknown, so nothing else can be judged
+        raise ConfigError(problems)
+    tree = trees[0]
+    for higher in trees[1:]:
+        tree = merge(tree, higher)
+    return _checked(tree, world_size)
+
+
+def from_yaml(text: str, name: str = "config.yaml") -> RunConfig:
+    """The config that ``show.to_yaml`` wrote; ``name`` says in problems where the text stood.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    return _checked(read_text(text, name), None).config
+
+
+def value_at(config: RunConfig, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _checked(tree: Node, world_size: int | None) -> Resolved:
+    config, problems, unusable = validate(tree)
+    origins = dict.fromkeys(all_fields(), DEFAULT)
+    origins.update(tree.leaves())
+    resolved = Resolved(config, origins)
+    problems += resolved.with_origins(check(config, world_size, unusable))
+    if problems:
+        raise ConfigError(problems)
+    return resolved

@@ -1,0 +1,51 @@
+"""Text from a checkpoint, on one process, whatever layout wrote it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.store import CheckpointReader
+from megatrain.config.schema import ModelConfig
+from megatrain.models.build import build_empty_model
+from megatrain.models.decoder import Decoder
+
+
+def load_model(checkpoint: Path) -> Decoder:
+    """The model of a checkpoint, in plain PyTorch and FP32, ready to evaluate.
+
+    Raises:
+        CheckpointError: damaged or not there.
+    """
+    reader = CheckpointReader(checkpoint)
+    model = build_empty_model(ModelConfig.model_validate(reader.state["model"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(reader.read("weight", name)))
+    return model.eval()
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompt: list[int], max_new_tokens: int, temperature: float, seed: int, stop_id: int | None = None
+) -> Iterator[int]:
+    """Yields new tokens one by one; at temperature 0 the likeliest, else drawn from softmax(logits / temperature).
+
+    The model sees at most its last ``max_seq_len`` tokens. Ends before ``stop_id``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        window = torch.tensor([tokens[-model.config.max_seq_len :]])
+        token = _choose(model(window)[-1, 0].float(), temperature, generator)
+        if token == stop_id:
+            return
+        tokens.append(token)
+        yield token
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0.0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))

@@ -1,0 +1,44 @@
+"""A whole training run, from a config that the launcher has checked."""
+
+import torch.distributed as dist
+
+from megatrain.config.schema import RunConfig
+from megatrain.data.loader import Loader
+from megatrain.data.reader import TokenDataset
+from megatrain.engine.start import start_distributed
+from megatrain.train.build import build_engine
+from megatrain.train.loop import Trainer
+from megatrain.train.run_folder import RunFolder
+
+
+def run(config: RunConfig) -> bool:
+    """Trains a resolved ``config``. Returns whether all steps are done; a signal may have ended it before.
+
+    Raises:
+        DataError, CheckpointError, RunFolderError: before training where it can be known then.
+    """
+    dp = config.parallel.dp
+    assert dp is not None, "resolve the config first"
+    train_set = TokenDataset.open(config.data.train, vocab_size=config.model.vocab_size)
+    validation_set = (
+        TokenDataset.open(config.data.validation, vocab_size=config.model.vocab_size)
+        if config.data.validation is not None
+        else None
+    )
+    device = start_distributed()
+    if dist.get_rank() == 0:
+        RunFolder.of(config).prepare(config)
+    dist.barrier()
+    engine = build_engine(config, device)
+    place = {
+        "seq_len": config.data.seq_len,
+        "global_batch_size": config.train.global_batch_size,
+        "dp_rank": engine.mesh.coordinate("dp"),
+        "dp_size": dp,
+    }
+    training = Loader(train_set, seed=config.data.seed, **place)
+    validation = None if validation_set is None else Loader(validation_set, order="sequential", **place)
+    finished = Trainer(config, engine, training, validation).train()
+    dist.barrier()
+    dist.destroy_process_group()
+    return finished

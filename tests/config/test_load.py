@@ -1,0 +1,183 @@
+"""Loading as a whole: precedence, origins, and all problems at once."""
+
+from pathlib import Path
+
+import pytest
+
+from megatrain.config.fields import all_fields, all_sections
+from megatrain.config.load import load_config, value_at
+from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.schema import RunConfig
+
+
+def problems_of(text: str, folder: Path, *overrides: str, world_size: int | None = None) -> dict[str, Problem]:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([path], overrides, world_size)
+    problems = {problem.key: problem for problem in caught.value.problems}
+    assert len(problems) == len(caught.value.problems), "a key is reported twice"
+    for problem in problems.values():
+        assert problem.message and problem.allowed and problem.cure and problem.origin
+        assert str(problem) in str(caught.value)
+    return problems
+
+
+def test_nothing_given_is_the_schema_s_defaults() -> None:
+    resolved = load_config([])
+    assert resolved.config == RunConfig()
+    assert set(resolved.origins) == set(all_fields())
+    assert set(resolved.origins.values()) == {"default"}
+
+
+def test_later_files_and_the_command_line_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("train:\n  steps: 10\n  seed: 1\n  log_every: 1\n")
+    second.write_text("# later\ntrain:\n  seed: 2\n  log_every: 2\ndata:\n")
+    resolved = load_config([first, second], ["--train.log_every", "3"])
+    train = resolved.config.train
+    assert (train.steps, train.seed, train.log_every) == (10, 2, 3)
+    assert resolved.origins["train.steps"] == f"{first}:2"
+    assert resolved.origins["train.seed"] == f"{second}:3"
+    assert resolved.origins["train.log_every"] == "command line"
+    assert resolved.origins["train.compile"] == "default"
+
+
+def test_numbers_and_nulls() -> None:
+    config = load_config([], ["--optimizer.lr=3e-4", "--optimizer.grad_clip", "1", "--model.num_kv_heads=null"]).config
+    assert config.optimizer.lr == 3e-4
+    assert config.optimizer.grad_clip == 1.0
+    assert config.model.num_kv_heads is None
+
+
+def test_derived_fields_stay_open_until_the_world_is_known() -> None:
+    resolved = load_config([], ["--parallel.tp=2"])
+    assert resolved.config.parallel.dp is None
+    derived = resolved.with_derived(4)
+    assert derived.config.parallel.dp == 2
+    filled = {key for key, origin in derived.origins.items() if origin == "derived"}
+    assert filled == {
+        "model.num_kv_heads", "model.ffn_hidden_size", "model.tie_embeddings", "parallel.dp", "schedule.decay_steps",
+    }  # fmt: skip
+    assert derived.origins["parallel.tp"] == "command line"
+    with pytest.raises(ConfigError, match="left over"):
+        resolved.with_derived(5)
+
+
+def test_all_problems_are_shown_at_once(tmp_path: Path) -> None:
+    text = """
+model:
+  num_heads: 7
+  num_kv_head: 2
+train:
+  steps: many
+  micro_batch_size: 3
+optimizer: {lr: 0}
+precision:
+  dtype: [bf16, fp16]
+parallel: {pp: 2, zero_stage: 3}
+deepspeed:
+  fp16: {enabled: true}
+"""
+    problems = problems_of(text, tmp_path, "--schedule.name=cosin", world_size=2)
+    assert set(problems) == {
+        "model.num_heads", "model.num_kv_head", "train.steps", "train.global_batch_size", "optimizer.lr",
+        "precision.dtype", "parallel.zero_stage", "deepspeed.fp16", "schedule.name",
+    }  # fmt: skip
+    assert problems["model.num_heads"].origin == f"{tmp_path}/my.yaml:3"
+    assert problems["schedule.name"].origin == "command line"
+    assert problems["train.global_batch_size"].origin == "default"
+    assert problems["deepspeed.fp16"].origin == f"{tmp_path}/my.yaml:13"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "cure"),
+    [
+        ("model: {hiden_size: 64}", "model.hiden_size", "did you mean model.hidden_size?"),
+        ("model: {hidden-size: 64}", "model.hidden-size", "did you mean model.hidden_size?"),
+        ("train: {lr: 1}", "train.lr", "did you mean optimizer.lr?"),
+        ("num_layers: 4", "num_layers", "did you mean model.num_layers?"),
+        ("modle: {num_layers: 4}", "modle", "did you mean model?"),
+        ("zqx: 4", "zqx", "leave it out; docs/config.md lists all keys"),
+        ("precision: {bf16: true}", "precision.bf16", "choose one: precision.dtype: bf16"),
+        ("precision: {fp16: {enabled: true}}", "precision.fp16", "choose one: precision.dtype: fp16"),
+        ("bf16: true", "bf16", "choose one: precision.dtype: bf16"),
+        ("data.seq_len: 64", "data.seq_len", "write it in two lines: `data:`, and below it, indented, `seq_len: 64`"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest(tmp_path: Path, text: str, key: str, cure: str) -> None:
+    (problem,) = problems_of(text, tmp_path).values()
+    assert (problem.key, problem.cure) == (key, cure)
+    assert problem.origin.endswith("my.yaml:1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "cure"),
+    [
+        ("--precision.dtype=[bf16, fp16]", "is not one of the choices", "choose one of fp32, bf16, fp16"),
+        ("--train.steps=0", "is too small", "set train.steps to a whole number, at least 1, such as 100"),
+        ("--train.steps=1e3", "has the wrong type", "write it without point and exponent: 1000"),
+        ("--train.steps=null", "has the wrong type", "set train.steps to a whole number, at least 1, such as 100"),
+        ("--train.steps=true", "has the wrong type", "set train.steps to a whole number, at least 1, such as 100"),
+        ("--model.dropout=1", "is too large", "set model.dropout to a number, at least 0 and below 1, such as 0.0"),
+        ("--optimizer.lr=.inf", "is not a finite number", "set optimizer.lr to a number, above 0, such as 0.0003"),
+        ("--optimizer.lr=3e-4x", "has the wrong type", "set optimizer.lr to a number, above 0, such as 0.0003"),
+        ("--parallel.dp=0", "is too small", "set parallel.dp to a whole number, at least 1, or null"),
+        ("--train.compile=yes", "has the wrong type", "write true or false"),
+        ("--name=2024", "has the wrong type", "put it in quotes: \"2024\" (on a command line: '\"2024\"')"),
+        ("--name=a/b", "has characters that are not allowed", None),
+        ("--name=..", "has characters that are not allowed", None),
+        ("--name=''", "is empty", None),
+        ("--model=3", "is a section and not a value", "put `key: value` lines below `model:`"),
+        ("--deepspeed=[1]", "has the wrong type", "set deepspeed to a section of keys"),
+        ("--train.steps.x=3", "has the wrong type", "set train.steps to a whole number, at least 1, such as 100"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_gets_a_cure(override: str, message: str, cure: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    (problem,) = caught.value.problems
+    assert problem.message == message
+    assert problem.cure == cure or (cure is None and "matches" in problem.cure)
+    assert problem.origin == "command line"
+
+
+def test_rules_that_read_a_bad_value_keep_quiet() -> None:
+    """num_heads is wrong in itself; what it should divide is then unknown."""
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["--model.num_heads=x", "--model.hidden_size=100", "--model=3"])
+    assert [problem.key for problem in caught.value.problems] == ["model"]
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["--model.num_heads=x", "--model.hidden_size=100", "--data.seq_len=2000"])
+    assert [problem.key for problem in caught.value.problems] == ["model.num_heads", "data.seq_len"]
+
+
+def test_a_derived_value_at_fault_is_said_to_be_derived() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["--parallel.tp=3", "--model.num_heads=12", "--model.hidden_size=768", "--model.vocab_size=9"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value, problem.origin) == ("model.ffn_hidden_size", 2048, "derived")
+
+
+def test_broken_files_are_all_named_and_nothing_else(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    with pytest.raises(ConfigError) as caught:
+        load_config([bad, tmp_path / "gone.yaml"], ["--train.steps=0", "word"])
+    assert [problem.key for problem in caught.value.problems] == ["config file", "config file", "argument"]
+
+
+def test_extra_deepspeed_keys_have_origins_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("deepspeed:\n  comms_logger:\n    enabled: true\n")
+    resolved = load_config([path], ["--deepspeed.comms_logger.verbose=true"])
+    assert resolved.config.deepspeed == {"comms_logger": {"enabled": True, "verbose": True}}
+    assert resolved.origins["deepspeed.comms_logger.enabled"] == f"{path}:3"
+    assert resolved.origins["deepspeed.comms_logger.verbose"] == "command line"
+
+
+def test_every_field_says_what_it_may_be() -> None:
+    assert {key.partition(".")[0] for key in all_fields() if "." in key} == set(all_sections())
+    for key, field in all_fields().items():
+        assert field.allowed and field.description and field.description.endswith("."), key
+        assert value_at(RunConfig(), key) == field.default, key

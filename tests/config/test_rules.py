@@ -1,0 +1,239 @@
+"""Every rule between fields: what it forbids, what it says, and that it reads only what it declares."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from megatrain.config.load import load_config
+from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.rules import RULES, check, check_ready_to_train
+from megatrain.config.schema import RunConfig
+
+# overrides, ranks that were started, key, value, what the message says, what the cure says
+CASES: list[tuple[str, int | None, str, Any, str, str]] = [
+    ("model.num_heads=7", None, "model.num_heads", 7, "does not divide model.hidden_size = 256", "a multiple of 7"),
+    (
+        "model.hidden_size=24 model.num_heads=8", None, "model.num_heads", 8,
+        "heads of width 3 (model.hidden_size = 24 / num_heads); rotary positions turn pairs", "choose one of these",
+    ),
+    ("model.hidden_size=9 model.num_heads=3", None, "model.num_heads", 3, "must be even", "an even model.hidden_size"),
+    ("model.num_kv_heads=3", None, "model.num_kv_heads", 3, "does not divide model.num_heads = 8", "leave it out"),
+    ("model.num_kv_heads=16", None, "model.num_kv_heads", 16, "does not divide model.num_heads = 8", "choose one"),
+    ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
+    (
+        "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,
+        "more ranks asked for than started: tp 2 × pp 2 × dp 1 = 4 ranks, 2 were started", "--num_gpus 4",
+    ),
+    ("parallel.dp=8", 1, "parallel.dp", 8, "tp 1 × pp 1 × dp 8 = 8 ranks, 1 was started", "start 8 ranks"),
+    ("parallel.dp=2", 4, "parallel.dp", 2, "fewer ranks asked for than started", "leave parallel.dp out"),
+    ("parallel.tp=4", 6, "parallel.tp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
+    ("parallel.tp=2 model.vocab_size=50257", None, "model.vocab_size", 50257, "by parallel.tp = 2", "to 50258"),
+    (
+        "parallel.tp=8 model.num_kv_heads=4", None, "model.num_kv_heads", 4,
+        "is not divisible by parallel.tp = 8", "a size that divides all that it splits: 1, 2, 4",
+    ),
+    ("parallel.tp=2 model.ffn_hidden_size=33", None, "model.ffn_hidden_size", 33, "by parallel.tp = 2", "to 34"),
+    (
+        "parallel.tp=3 model.vocab_size=9 model.ffn_hidden_size=9", None, "model.num_heads", 8,
+        "is not divisible by parallel.tp = 3", "all that it splits: 1",
+    ),
+    (
+        "parallel.sequence_parallel=true", None, "parallel.sequence_parallel", True,
+        "has no ranks to split the sequence over: parallel.tp = 1", "to false, or parallel.tp to 2",
+    ),
+    (
+        "parallel.sequence_parallel=true parallel.tp=2 data.seq_len=31", None, "data.seq_len", 31,
+        "is not divisible by parallel.tp = 2", "set data.seq_len to 30",
+    ),
+    ("parallel.pp=5 model.num_layers=4", None, "model.num_layers", 4, "less than the 5 pipeline stages", "use 5"),
+    (
+        "parallel.pp=2 parallel.zero_stage=2", None, "parallel.zero_stage", 2,
+        "ZeRO-2 and ZeRO-3 partition gradients inside backward hooks", "set parallel.zero_stage to 0 or 1",
+    ),
+    (
+        "parallel.pp=2 parallel.zero_stage=3", None, "parallel.zero_stage", 3,
+        "a pipeline schedule's backward for several micro-batches does not go through", "or parallel.pp to 1",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2", None, "parallel.stages_per_rank", 2,
+        "does not fit parallel.pp_schedule = 1f1b", "set parallel.pp_schedule to interleaved_1f1b",
+    ),
+    (
+        "parallel.pp=2 parallel.pp_schedule=interleaved_1f1b", None, "parallel.stages_per_rank", 1,
+        "does not fit parallel.pp_schedule = interleaved_1f1b", "set parallel.stages_per_rank to 2",
+    ),
+    (
+        "parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b", None, "parallel.stages_per_rank", 2,
+        "needs a pipeline, and parallel.pp = 1", "set parallel.pp to 2 or more",
+    ),
+    (
+        "train.global_batch_size=10 train.micro_batch_size=4", None, "train.global_batch_size", 10,
+        "by the 4 sequences that are computed at once: train.micro_batch_size = 4",
+        "to 8 or 12, or train.micro_batch_size to one of 1, 2, 5, 10",
+    ),
+    (
+        "train.global_batch_size=10 train.micro_batch_size=2", 4, "train.global_batch_size", 10,
+        "× dp = 4", "set train.global_batch_size to 8 or 16",
+    ),
+    ("train.global_batch_size=1", 2, "train.global_batch_size", 1, "× dp = 2", "set train.global_batch_size to 2"),
+    (
+        "parallel.pp=4 train.global_batch_size=2", None, "train.global_batch_size", 2,
+        "makes 2 micro-batches of a rank in a step: too few for parallel.pp = 4 stages",
+        "set train.global_batch_size to 4 or more",
+    ),
+    (
+        "parallel.pp=2 train.global_batch_size=4", 8, "train.global_batch_size", 4,
+        "makes 1 micro-batches", "set train.global_batch_size to 8 or more",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=10",
+        4, "train.global_batch_size", 10,
+        "makes 5 micro-batches of a rank in a step; interleaved_1f1b runs them in 2 equal rounds", "to 8 or 12",
+    ),
+    ("schedule.warmup_steps=101", None, "schedule.warmup_steps", 101, "more than train.steps = 100", "more than 101"),
+    (
+        "schedule.warmup_steps=20 schedule.decay_steps=20", None, "schedule.decay_steps", 20,
+        "the warm-up lasts until schedule.warmup_steps = 20", "leave it out (train.steps = 100)",
+    ),
+    (
+        "schedule.name=wsd schedule.warmup_steps=50 schedule.decay_steps=60", None, "schedule.decay_steps", 60,
+        "does not fit behind schedule.warmup_steps = 50 into train.steps = 100", "to 50 or less",
+    ),
+    ("schedule.name=wsd schedule.warmup_steps=100", None, "schedule.decay_steps", 10, "does not fit", "raise train"),
+    ("precision.initial_loss_scale=1000", None, "precision.initial_loss_scale", 1000, "power of 2", "to 512 or 1024"),
+    ("precision.min_loss_scale=3", None, "precision.min_loss_scale", 3, "power of 2", "to 2 or 4"),
+    (
+        "precision.min_loss_scale=131072", None, "precision.min_loss_scale", 131072,
+        "more than precision.initial_loss_scale = 65536", "lower precision.min_loss_scale",
+    ),
+    ("deepspeed.train_batch_size=8", None, "deepspeed.train_batch_size", 8, "decided by", "train.global_batch_size"),
+]  # fmt: skip
+
+ALLOWED = [
+    ("model.family=gpt model.hidden_size=9 model.num_heads=3", None),
+    ("schedule.decay_steps=1000", None),  # a long schedule, stopped early
+    ("schedule.warmup_steps=100", None),
+    ("schedule.name=constant schedule.warmup_steps=90 schedule.decay_steps=50", None),
+    ("schedule.name=wsd schedule.warmup_steps=90", None),
+    ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
+    ("parallel.pp=4 train.global_batch_size=4", 4),
+    ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=3", 2),
+    (  # torch's own example: 10 micro-batches on 4 ranks make 2 rounds of 5
+        "parallel.pp=4 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=10 "
+        "model.num_layers=8",
+        4,
+    ),
+    ("precision.initial_loss_scale=0.5 precision.min_loss_scale=0.25", None),
+]
+
+
+def problems_of(overrides: str, world_size: int | None = None) -> list[Problem]:
+    try:
+        load_config([], [f"--{override}" for override in overrides.split()], world_size)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "key", "value", "message", "cure"), CASES)
+def test_a_rule_says_what_is_wrong(
+    overrides: str, world_size: int | None, key: str, value: Any, message: str, cure: str
+) -> None:
+    (problem,) = problems_of(overrides, world_size)
+    assert (problem.key, problem.value) == (key, value)
+    assert message in problem.message
+    assert cure in problem.cure
+    assert problem.allowed and problem.origin in ("command line", "default", "derived")
+    if f"{key}=" in overrides:
+        assert problem.origin == "command line"
+
+
+@pytest.mark.parametrize(("overrides", "world_size"), ALLOWED)
+def test_what_is_sound_passes(overrides: str, world_size: int | None) -> None:
+    assert problems_of(overrides, world_size) == []
+
+
+def test_a_run_without_data_is_valid_but_not_ready() -> None:
+    (problem,) = check_ready_to_train(RunConfig())
+    assert problem.key == "data.train" and "tokenize_text.py" in problem.cure
+    assert check_ready_to_train(RunConfig.model_validate({"data": {"train": "data/x"}})) == []
+
+
+class Watched:
+    """Stands for a config and notes which dotted keys are read."""
+
+    def __init__(self, inner: BaseModel, prefix: str, seen: set[str]):
+        self._inner, self._prefix, self._seen = inner, prefix, seen
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if isinstance(value, BaseModel):
+            return Watched(value, f"{self._prefix}{name}.", self._seen)
+        self._seen.add(self._prefix + name)
+        return value
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.function.__name__)
+def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
+    seen: set[str] = set()
+    found = 0
+    for overrides, world_size, *_ in [*CASES, *ALLOWED]:
+        values: dict[str, Any] = {}
+        for override in overrides.split():
+            key, _, text = override.partition("=")
+            *outer, name = key.split(".")
+            value: Any = int(text) if text.isdigit() else {"true": True}.get(text, text)
+            value = float(text) if re.fullmatch(r"\d+\.\d+", text) else value
+            values.setdefault(outer[0], {})[name] = value
+        config = RunConfig.model_validate(values)
+        watched: Any = Watched(config, "", seen)
+        found += len(list(rule.function(watched, world_size)))
+    assert seen == set(rule.reads)
+    assert found
+
+
+def test_unusable_keys_silence_the_rules_that_read_them() -> None:
+    config = RunConfig.model_validate({"model": {"num_heads": 7}, "data": {"seq_len": 5000}})
+    assert {problem.key for problem in check(config)} == {"model.num_heads", "data.seq_len"}
+    assert {problem.key for problem in check(config, unusable={"model.num_heads"})} == {"data.seq_len"}
+    assert check(config, unusable={"model"}) == []
+
+
+sizes = st.integers(1, 24)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=sizes, micro=sizes, pp=st.integers(1, 4), dp=st.integers(1, 4), interleaved=st.booleans())
+def test_the_sizes_that_a_cure_names_are_cures(batch: int, micro: int, pp: int, dp: int, interleaved: bool) -> None:
+    parallel: dict[str, Any] = {"pp": pp, "dp": dp}
+    if interleaved and pp > 1:
+        parallel |= {"stages_per_rank": 2, "pp_schedule": "interleaved_1f1b"}
+
+    def batch_problems(size: int) -> list[Problem]:
+        train = {"global_batch_size": size, "micro_batch_size": micro}
+        model = {"num_layers": 8}
+        return check(RunConfig.model_validate({"model": model, "parallel": parallel, "train": train}), pp * dp)
+
+    for problem in batch_problems(batch):
+        assert problem.key == "train.global_batch_size"
+        proposed = re.search(r"global_batch_size to ([0-9 or]+)", problem.cure)
+        assert proposed is not None
+        for size in re.findall(r"\d+", proposed[1]):
+            # a size that divides may still be too small for the pipeline: then the next message says so
+            assert {p.message.split()[0] for p in batch_problems(int(size))} <= {"makes"} - {problem.message.split()[0]}
+
+
+@settings(max_examples=100, deadline=None)
+@given(hidden_size=st.integers(1, 200), num_heads=st.integers(1, 40), family=st.sampled_from(["gpt", "llama"]))
+def test_the_heads_that_are_allowed_are_allowed(hidden_size: int, num_heads: int, family: str) -> None:
+    def head_problems(heads: int) -> list[Problem]:
+        model = {"family": family, "hidden_size": hidden_size, "num_heads": heads}
+        return check(RunConfig.model_validate({"model": model}))
+
+    for problem in head_problems(num_heads):
+        for heads in map(int, re.findall(r"\d+", problem.allowed.partition(" for ")[0])):
+            assert all("must be even" in p.message for p in head_problems(heads))
