@@ -1,6 +1,6 @@
 """Continues a text with a trained model.
 
-    python launch/generate.py --run runs/quickstart --prompt "def main("
+python launch/generate.py --run runs/quickstart --prompt "def main("
 """
 
 import argparse

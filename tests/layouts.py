@@ -124,7 +124,11 @@ def train_steps(engine: Any, first: int, last: int) -> Trained:
 
 def train(family: str, layout: Layout, steps: int = 5, **sections: dict[str, Any]) -> Trained:
     """The test body; runs on every rank of a layout."""
-    return train_steps(build_engine(run_config(family, layout, **sections)), 1, steps)
+    engine = build_engine(run_config(family, layout, **sections))
+    try:
+        return train_steps(engine, 1, steps)
+    finally:
+        engine.close()
 
 
 def worst_state_error(ranks: list[Trained], reference: Trained, kind: str = "weight") -> tuple[float, str]:

@@ -4,6 +4,7 @@ Importing torch, DeepSpeed and megatron-core costs seconds a process, so the poo
 each call the first ``world_size`` workers form a fresh gloo world.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -80,6 +81,7 @@ def _serve(pipe: Connection) -> None:
     import_deepspeed()
     while True:
         function, rank, world_size, store, args = pipe.recv()
+        gc.collect()  # engines are cycles
         try:
             with_fresh_world(rank, world_size, store)
             pipe.send((True, function(*args)))

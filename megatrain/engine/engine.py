@@ -125,6 +125,10 @@ class Engine:
             loss = sum((self._deepspeed(*micro) for micro in micro_batches), torch.zeros((), device=self.mesh.device))
         return self._global_loss(loss), self._global_loss_tokens(inputs.labels)
 
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks, for a process that builds one engine after another."""
+        self._deepspeed.destroy()
+
     @property
     def loss_scale(self) -> float:
         """Factor on the loss in FP16, else 1."""

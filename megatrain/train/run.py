@@ -1,5 +1,7 @@
 """A whole training run, from a config that the launcher has checked."""
 
+from typing import Any
+
 import torch.distributed as dist
 
 from megatrain.config.schema import RunConfig
@@ -30,7 +32,7 @@ def run(config: RunConfig) -> bool:
         RunFolder.of(config).prepare(config)
     dist.barrier()
     engine = build_engine(config, device)
-    place = {
+    place: dict[str, Any] = {
         "seq_len": config.data.seq_len,
         "global_batch_size": config.train.global_batch_size,
         "dp_rank": engine.mesh.coordinate("dp"),

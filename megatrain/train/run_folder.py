@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
-import yaml
-
 from megatrain.config.schema import RunConfig
+from megatrain.config.show import to_yaml
 
 _PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
 
@@ -54,7 +53,7 @@ class RunFolder:
             self.tensorboard.mkdir(exist_ok=True)
             if not self._id_file.exists():
                 replace_text(self._id_file, uuid.uuid4().hex + "\n")
-            replace_text(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            replace_text(self.config, to_yaml(config))
             replace_text(self.versions, json.dumps(_versions(), indent=2) + "\n")
             with self.metrics.open("a"):
                 pass  # it may be there from an earlier start, and belong to somebody else

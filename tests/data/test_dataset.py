@@ -158,7 +158,7 @@ def write_until_killed(folder: Path, call: int) -> None:
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    make_dataset(folder, num_tokens=3000, seed=2)
+    make_dataset(folder, num_tokens=600, seed=2)
 
 
 def kill_at_every_call(root: Path) -> None:
@@ -167,7 +167,7 @@ def kill_at_every_call(root: Path) -> None:
         for kind in ("old", "new"):
             folder = root / f"{kind}-{call}" / "set"
             if kind == "old":
-                make_dataset(folder, num_tokens=2000, seed=1)
+                make_dataset(folder, num_tokens=500, seed=1)
             child = os.fork()
             if child == 0:
                 write_until_killed(folder, call)
@@ -196,6 +196,6 @@ def test_a_killed_writer_leaves_the_old_data_set_or_none(tmp_path):
         else:
             assert place.name.startswith("new")
             seen.add("none")
-        make_dataset(folder, num_tokens=3000, seed=2)
+        make_dataset(folder, num_tokens=600, seed=2)
         assert [path.name for path in place.iterdir()] == ["set"]
-    assert seen == {"moved aside", "none", 2000, 3000}
+    assert seen == {"moved aside", "none", 500, 600}

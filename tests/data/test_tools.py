@@ -9,8 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from data_tools import inspect_shards, tokenize_text, train_tokenizer
+from megatrain.data.errors import DataError
 from megatrain.data.reader import TokenDataset
-from tests.data.factory import byte_tokenizer
+from tests.data.factory import byte_tokenizer, make_dataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,11 +180,15 @@ def test_the_tools_run_as_scripts(tmp_path):
         ran = script(command)
         assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("every byte is as it was written\nhello world<|endoftext|>\n")
-    failed = script(f"inspect_shards.py {tmp_path}/set --document 1")
-    assert failed.returncode == 2
-    assert failed.stderr == "error: no document 1: the data set has documents 0 to 0\n"
-    assert "Traceback" in script(f"inspect_shards.py {tmp_path}/set --document 1 --debug").stderr
-    assert run(inspect_shards, tmp_path) == 2
+
+
+def test_a_traceback_is_shown_on_request_only(tmp_path, capsys):
+    folder = make_dataset(tmp_path / "set", num_tokens=5)
+    options = (folder, "--document", 7)
+    assert run(inspect_shards, *options) == 2
+    assert capsys.readouterr().err == "error: no document 7: the data set has documents 0 to 0\n"
+    with pytest.raises(DataError):
+        run(inspect_shards, *options, "--debug")
 
 
 def script(command):
