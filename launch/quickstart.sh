@@ -11,11 +11,12 @@ source launch/install.sh
 
 data=data/quickstart
 sources="$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
+texts=(--input "$sources" --suffix .py --exclude site-packages test tests)
 mkdir -p "$data"
 if [[ ! -f "$data/tokenizer.json" ]]; then
-    python data_tools/train_tokenizer.py --input "$sources"/*.py --output "$data/tokenizer.json" --vocab-size 4096
+    python data_tools/train_tokenizer.py "${texts[@]}" --output "$data/tokenizer.json" --vocab-size 4096
 fi
-python data_tools/tokenize_text.py --input "$sources"/*.py --tokenizer "$data/tokenizer.json" --bad skip \
+python data_tools/tokenize_text.py "${texts[@]}" --tokenizer "$data/tokenizer.json" --bad skip \
     --output "$data/train" --validation-output "$data/validation" --validation-share 0.05
 
 unset CUDA_VISIBLE_DEVICES # breaks the deepspeed launcher on hosts without GPUs

@@ -20,7 +20,7 @@ class WorkerFailure(AssertionError):
 
 
 class Pool:
-    """``run(function, world_size, *args)`` calls ``function(*args)`` on each rank of a gloo world."""
+    """``run(function, world_size, ...)`` calls ``function(...)`` on each rank of a gloo world."""
 
     def __init__(self, size: int, timeout: float = 180.0):
         self.size, self.timeout = size, timeout
@@ -28,14 +28,14 @@ class Pool:
         self._calls = 0
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[Any]:
         """Results by rank. A worker that fails or hangs ends the pool's processes; the next call starts new ones."""
         self._start()
         self._calls += 1
         store = str(Path(self._folder.name) / f"store-{self._calls}")
         pipes = [pipe for _, pipe in self._workers[:world_size]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((function, rank, world_size, store, args))
+            pipe.send((function, rank, world_size, store, args, options))
         return self._collect(pipes)
 
     def _collect(self, pipes: list[Connection]) -> list[Any]:
@@ -80,11 +80,11 @@ def _serve(pipe: Connection) -> None:
 
     import_deepspeed()
     while True:
-        function, rank, world_size, store, args = pipe.recv()
+        function, rank, world_size, store, args, options = pipe.recv()
         gc.collect()  # engines are cycles
         try:
             with_fresh_world(rank, world_size, store)
-            pipe.send((True, function(*args)))
+            pipe.send((True, function(*args, **options)))
         except BaseException:
             pipe.send((False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}"))
 

@@ -95,7 +95,8 @@ class Trainer:
         if self.validation_data is None:
             return
         start = time.perf_counter()
-        results = [self.engine.evaluate(self.validation_data.batch(i)) for i in range(self.config.train.eval_batches)]
+        num_batches = min(self.config.train.eval_batches, self.validation_data.steps_per_epoch)
+        results = [self.engine.evaluate(self.validation_data.batch(i)) for i in range(num_batches)]
         loss = sum(float(total) for total, _ in results) / sum(count for _, count in results)
         if metrics is not None:
             metrics.log_evaluation(self.step, loss, math.exp(loss))
