@@ -6,6 +6,8 @@ import warnings
 
 import torch
 
+from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
+
 _LAUNCHER_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -25,6 +27,7 @@ def start_distributed() -> torch.device:
         device = torch.device("cpu")
         # ranks of one host share its cores: more threads than cores wait for each other
         num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        speed_up_bf16_matmul()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
     if alone:
         os.environ["MASTER_PORT"] = "0"

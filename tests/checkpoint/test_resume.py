@@ -63,6 +63,7 @@ def saved_layouts() -> list:
     ]
 
 
+@pytest.mark.timeout(1200)  # eight runs, several of four ranks
 @pytest.mark.parametrize(("family", "saved"), saved_layouts())
 def test_resume_in_every_layout(pool: Pool, tmp_path: Path, family: str, saved: Layout) -> None:
     folder = str(tmp_path)
@@ -81,8 +82,17 @@ def test_resume_in_every_layout(pool: Pool, tmp_path: Path, family: str, saved: 
         assert resumed[0].grad_norms == pytest.approx(uninterrupted[0].grad_norms, rel=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def sixteen_bit_cases() -> list:
+    """All behind the marker; by default each ZeRO stage and both types once."""
+    quick = {("bf16", LAYOUTS[1]), ("bf16", LAYOUTS[3]), ("fp16", LAYOUTS[4]), ("fp16", LAYOUTS[5])}
+    return [
+        pytest.param(dtype, layout, id=f"{dtype}-{layout}", marks=() if (dtype, layout) in quick else pytest.mark.slow)
+        for dtype in ("bf16", "fp16")
+        for layout in LAYOUTS
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "layout"), sixteen_bit_cases())
 def test_16_bit_resume_is_bit_exact(pool: Pool, tmp_path: Path, dtype: str, layout: Layout) -> None:
     uninterrupted = pool.run(train_and_save, layout.world_size, "llama", layout, str(tmp_path), dtype)
     resumed = pool.run(resume_and_train, layout.world_size, "llama", layout, str(tmp_path), dtype)
