@@ -95,6 +95,7 @@ def with_fresh_world(rank: int, world_size: int, store: str) -> None:
 
     import deepspeed.comm.comm
     import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
@@ -103,7 +104,10 @@ def with_fresh_world(rank: int, world_size: int, store: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     deepspeed.comm.comm.cdb = None
-    Init.param_id = 0  # ZeRO-3 numbers parameters per process, and compares the numbers between ranks
+    # ZeRO-3 numbers parameters and modules per process and compares the numbers between ranks; the workers
+    # of one world served different numbers of engines before
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     for name, value in vars(groups).items():
         if name.startswith("_") and name.isupper():
             setattr(groups, name, {} if isinstance(value, dict) else None)
