@@ -78,6 +78,7 @@ class Engine:
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
         self._mark_tied_copy()
+        self._linear = nn.functional.linear
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self._deepspeed, *_ = import_deepspeed().initialize(
                 model=self.model,
@@ -126,8 +127,13 @@ class Engine:
         return self._global_loss(loss), self._global_loss_tokens(inputs.labels)
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks, for a process that builds one engine after another."""
+        """Takes DeepSpeed out of the process, for one that builds one engine after another.
+
+        ZeRO 3 leaves its own ``linear`` behind, whose backward hands out the gradients of weight and
+        bias in another order; ranks that differ in it would reduce each other's wrong buckets.
+        """
         self._deepspeed.destroy()
+        nn.functional.linear = self._linear
 
     @property
     def loss_scale(self) -> float:

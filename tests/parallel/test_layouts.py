@@ -33,15 +33,10 @@ def one_process(pool: Pool, family: str) -> Trained:
     return pool.run(train, 1, family, ONE_PROCESS)[0]
 
 
-def is_slow(family: str, layout: Layout) -> bool:
-    """GPT on 8 ranks, and GPT with ZeRO 2 and 3 on several: an open defect, docs/architecture.md."""
-    return family == "gpt" and (layout.world_size == 8 or (layout.zero_stage >= 2 and layout.world_size > 1))
-
-
 def cases() -> list:
     """Both families in every layout."""
     return [
-        pytest.param(family, layout, id=f"{family}-{layout}", marks=pytest.mark.slow if is_slow(family, layout) else ())
+        pytest.param(family, layout, id=f"{family}-{layout}")
         for family in ("gpt", "llama")
         for layout in all_layouts()
     ]
