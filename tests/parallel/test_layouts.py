@@ -36,9 +36,7 @@ def one_process(pool: Pool, family: str) -> Trained:
 def cases() -> list:
     """Both families in every layout."""
     return [
-        pytest.param(family, layout, id=f"{family}-{layout}")
-        for family in ("gpt", "llama")
-        for layout in all_layouts()
+        pytest.param(family, layout, id=f"{family}-{layout}") for family in ("gpt", "llama") for layout in all_layouts()
     ]
 
 
