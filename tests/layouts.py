@@ -19,14 +19,18 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 0
-    stages_per_rank: int = 1
+    schedule: str = "1f1b"
+
+    @property
+    def stages_per_rank(self) -> int:
+        return 1 if self.schedule in ("1f1b", "gpipe") else 2
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        marks = ("sp-" if self.sequence_parallel else "") + ("interleaved-" if self.stages_per_rank > 1 else "")
+        marks = ("sp-" if self.sequence_parallel else "") + (f"{self.schedule}-" if self.schedule != "1f1b" else "")
         return f"tp{self.tp}-pp{self.pp}-dp{self.dp}-{marks}zero{self.zero_stage}"
 
 
@@ -54,7 +58,7 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
             "sequence_parallel": layout.sequence_parallel,
             "zero_stage": layout.zero_stage,
             "stages_per_rank": layout.stages_per_rank,
-            "pp_schedule": "1f1b" if layout.stages_per_rank == 1 else "interleaved_1f1b",
+            "pp_schedule": layout.schedule,
         },
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": 1e-2, "grad_clip": 0.5},

@@ -17,10 +17,10 @@ CONTRACT: dict[str, dict[str, set[str] | None]] = {
     "data": {"config": ALL},
     "optim": {"config": ALL},
     "parallel": {"config": ALL},
-    "models": {"config": ALL, "parallel": {"layers", "topology"}},
+    "models": {"config": ALL, "parallel": {"layers"}},
     "engine": {"config": ALL, "parallel": ALL, "optim": ALL},
     "checkpoint": {"config": ALL, "parallel": ALL, "models": ALL, "engine": ALL},
-    "plan": {"config": ALL, "parallel": {"topology"}, "models": ALL},
+    "plan": {"config": ALL, "parallel": {"topology", "schedules"}, "models": ALL},
     "train": dict.fromkeys(
         ("config", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan"), ALL
     ),
@@ -97,7 +97,8 @@ def own_texts() -> list[Path]:
     """The project's own text files: no environments, caches, runs or data sets."""
     folders = ("megatrain", "launch", "data_tools", "tests", "docs", "configs", "benchmarks", ".ci")
     below = [path for folder in folders for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
-    return sorted(path for path in [*ROOT.iterdir(), *below] if path.is_file() and path.suffix in TEXT_SUFFIXES)
+    tops = [path for path in ROOT.iterdir() if path.name != ".git"]  # a file in a worktree
+    return sorted(path for path in [*tops, *below] if path.is_file() and path.suffix in TEXT_SUFFIXES)
 
 
 @pytest.mark.parametrize("path", sources("megatrain", "launch", "data_tools"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -88,16 +88,27 @@ def tokens_per_step(config: RunConfig) -> int:
 def num_parameters(model: ModelConfig) -> int:
     """Exact number of weights of the whole model; a tied head counts once."""
     model = resolve_model(model)
+    D = model.hidden_size
+    head = 0 if model.tie_embeddings else model.vocab_size * D
+    blocks = model.num_layers * block_parameters(model)
+    return model.vocab_size * D + _position_table(model) + blocks + _norm_parameters(model) + head
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Exact number of weights of one block."""
+    model = resolve_model(model)
     assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
     D, F, K = model.hidden_size, model.ffn_hidden_size, head_width(model)
     HK, qkv = model.num_heads * K, (model.num_heads + 2 * model.num_kv_heads) * K
     if model.family == "gpt":
-        norm, biases, feed_forward = 2 * D, qkv + D + F + D, 2 * D * F
+        biases, feed_forward = qkv + D + F + D, 2 * D * F
     else:
-        norm, biases, feed_forward = D, 0, 3 * D * F
-    block = 2 * norm + D * qkv + HK * D + feed_forward + biases
-    head = 0 if model.tie_embeddings else model.vocab_size * D
-    return model.vocab_size * D + _position_table(model) + model.num_layers * block + norm + head
+        biases, feed_forward = 0, 3 * D * F
+    return 2 * _norm_parameters(model) + D * qkv + HK * D + feed_forward + biases
+
+
+def _norm_parameters(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.family == "gpt" else 1)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:

@@ -8,7 +8,13 @@ from typing import Any
 
 from megatrain.config.schema import RunConfig
 
-_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list",
+}
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",

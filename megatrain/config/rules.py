@@ -49,6 +49,10 @@ RULES = (
         rules_layout.schedule_fits_stages,
         ("parallel.pp", "parallel.pp_schedule", "parallel.stages_per_rank"),
     ),
+    Rule(
+        rules_layout.stage_layers_fit,
+        ("parallel.stage_layers", "model.num_layers", "parallel.pp", "parallel.stages_per_rank"),
+    ),
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),

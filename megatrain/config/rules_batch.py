@@ -7,6 +7,7 @@ from megatrain.config.derive import data_parallel_size, decay_steps
 from megatrain.config.problems import Problem
 from megatrain.config.rules_model import divisors, listed
 from megatrain.config.schema import RunConfig
+from megatrain.config.stages import micro_batches_fit
 
 
 def batch_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -38,34 +39,31 @@ def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Ite
     unit = train.micro_batch_size * (dp or 1)
     if pp == 1 or train.global_batch_size % unit:  # the latter is reported by `batch_divides`
         return
+    schedule = config.parallel.pp_schedule
     num_micro_batches = train.global_batch_size // unit  # at least so few if dp is not known yet
-    if config.parallel.pp_schedule == "1f1b":
-        if num_micro_batches < pp:
-            yield Problem(
-                "train.global_batch_size",
-                train.global_batch_size,
-                f"makes {num_micro_batches} micro-batches of a rank in a step: too few for parallel.pp = {pp} stages",
-                f"multiples of {unit} from {pp * unit} on",
-                f"set train.global_batch_size to {pp * unit} or more, or lower train.micro_batch_size",
-            )
-    elif dp is not None and not _interleaves(num_micro_batches, pp):
-        below = next(number for number in range(num_micro_batches, 0, -1) if _interleaves(number, pp))
-        above = next(
-            number for number in range(num_micro_batches, 2 * num_micro_batches + pp) if _interleaves(number, pp)
-        )
-        yield Problem(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"makes {num_micro_batches} micro-batches of a rank in a step; interleaved_1f1b runs them in "
-            f"{num_micro_batches // pp} equal rounds, one per parallel.pp = {pp} of them",
-            f"multiples of {unit * pp}, and a few between them",
-            f"set train.global_batch_size to {below * unit} or {above * unit}, or parallel.pp_schedule to 1f1b",
-        )
-
-
-def _interleaves(num_micro_batches: int, pp: int) -> bool:
-    """The condition of torch's ScheduleInterleaved1F1B."""
-    return num_micro_batches % max(1, num_micro_batches // pp) == 0
+    if (dp is None and schedule.startswith("interleaved")) or micro_batches_fit(schedule, pp, num_micro_batches):
+        return
+    below = [number for number in range(num_micro_batches, 0, -1) if micro_batches_fit(schedule, pp, number)][:1]
+    above = next(
+        number
+        for number in range(num_micro_batches, 2 * num_micro_batches + 2 * pp + 1)
+        if micro_batches_fit(schedule, pp, number)
+    )
+    if schedule.startswith("interleaved"):
+        why = f"; {schedule} runs them in {num_micro_batches // pp} equal rounds, one per parallel.pp = {pp} of them"
+        allowed = f"multiples of {unit * pp}, and a few between them"
+    else:
+        stages = pp if schedule == "1f1b" else 2 * pp
+        why = f": too few for {schedule} with parallel.pp = {pp}, which keeps {stages} under way"
+        allowed = f"multiples of {unit} from {stages * unit} on"
+    sizes = " or ".join(str(number * unit) for number in [*below, above])
+    yield Problem(
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"makes {num_micro_batches} micro-batches of a rank in a step{why}",
+        allowed,
+        f"set train.global_batch_size to {sizes}, lower train.micro_batch_size, or use another parallel.pp_schedule",
+    )
 
 
 def warmup_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from megatrain.config.derive import ffn_hidden_size
 from megatrain.config.problems import Problem
 from megatrain.config.rules_model import divisors, listed
 from megatrain.config.schema import RunConfig
+from megatrain.config.stages import SCHEDULES, num_stages
 
 
 def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -97,15 +98,15 @@ def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterato
 def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A stage without a layer has nothing to do."""
     parallel, num_layers = config.parallel, config.model.num_layers
-    num_stages = parallel.pp * parallel.stages_per_rank
-    if num_layers < num_stages:
+    stages = num_stages(parallel)
+    if num_layers < stages:
         yield Problem(
             "model.num_layers",
             num_layers,
-            f"is less than the {num_stages} pipeline stages of parallel.pp = {parallel.pp} "
+            f"is less than the {stages} pipeline stages of parallel.pp = {parallel.pp} "
             f"× parallel.stages_per_rank = {parallel.stages_per_rank}",
-            f"at least {num_stages}",
-            f"use {num_stages} layers or more, or a smaller parallel.pp or parallel.stages_per_rank",
+            f"at least {stages}",
+            f"use {stages} layers or more, or a smaller parallel.pp or parallel.stages_per_rank",
         )
 
 
@@ -125,18 +126,18 @@ def zero_fits_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
 
 
 def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Interleaving means several stages on a rank, of which only a pipeline has any."""
+    """How many stages a schedule puts on a rank; only a pipeline has several."""
     parallel = config.parallel
-    interleaved, several = parallel.pp_schedule == "interleaved_1f1b", parallel.stages_per_rank > 1
-    if interleaved != several:
+    traits, several = SCHEDULES[parallel.pp_schedule], parallel.stages_per_rank > 1
+    least, most = traits.least_stages, traits.most_stages
+    if parallel.stages_per_rank < least or (most is not None and parallel.stages_per_rank > most):
+        others = "interleaved_1f1b or interleaved_zero_bubble" if several else "1f1b or gpipe"
         yield Problem(
             "parallel.stages_per_rank",
             parallel.stages_per_rank,
             f"does not fit parallel.pp_schedule = {parallel.pp_schedule}",
-            "1 with 1f1b; 2 or more with interleaved_1f1b",
-            "set parallel.stages_per_rank to 2, or parallel.pp_schedule to 1f1b"
-            if interleaved
-            else "set parallel.pp_schedule to interleaved_1f1b, or parallel.stages_per_rank to 1",
+            "1 with gpipe and 1f1b; 2 with zbv and dualpipev; 2 or more with the interleaved schedules",
+            f"set parallel.stages_per_rank to {least}, or parallel.pp_schedule to {others}",
         )
     elif several and parallel.pp == 1:
         yield Problem(
@@ -146,3 +147,19 @@ def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[
             "1 where parallel.pp is 1",
             "set parallel.pp to 2 or more, or parallel.stages_per_rank to 1 and parallel.pp_schedule to 1f1b",
         )
+
+
+def stage_layers_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A list of stages names all stages and all blocks."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    sizes, stages = parallel.stage_layers, num_stages(parallel)
+    if sizes is None or (len(sizes) == stages and sum(sizes) == num_layers):
+        return
+    yield Problem(
+        "parallel.stage_layers",
+        sizes,
+        f"names {len(sizes)} stages with {sum(sizes)} blocks together; there are {stages} stages (parallel.pp × "
+        f"parallel.stages_per_rank) and model.num_layers = {num_layers}",
+        f"{stages} numbers whose sum is {num_layers}",
+        "correct the list, or leave it out: the blocks are then shared by computed cost",
+    )

@@ -64,8 +64,17 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="ZeRO: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also weights."
     )
-    pp_schedule: Literal["1f1b", "interleaved_1f1b"] = Field("1f1b", description="Order of the pipeline's work.")
-    stages_per_rank: Positive = Field(1, description="Pipeline stages on each rank (more than 1: interleaved).")
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"] = Field(
+        "1f1b",
+        description="Order of the pipeline's work; docs/pipeline.md compares them.",
+    )
+    stages_per_rank: Positive = Field(
+        1, description="Pipeline stages on each rank: 1 for gpipe and 1f1b, 2 for zbv and dualpipev, 2 or more else."
+    )
+    stage_layers: list[Positive] | None = Field(
+        None,
+        description="Blocks of each pipeline stage, first to last; default: by computed cost, the head included.",
+    )
 
 
 class PrecisionConfig(Section):

@@ -45,10 +45,17 @@ for _tag, _pattern, _first in _PLAIN_SCALARS:
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Line breaks and control characters only survive in double quotes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, None if value.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
 def one_line(value: Any) -> str:
     """``value`` as YAML on one line, whatever characters text holds."""
-    style = '"' if isinstance(value, str) and not value.isprintable() else None
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, default_style=style, **_AS_WRITTEN)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, **_AS_WRITTEN)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

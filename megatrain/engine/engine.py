@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
-from megatrain.engine.gradients import all_reduce_accumulated, set_up_buckets
+from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
+from megatrain.engine.gradients import all_reduce_accumulated, collect_gradients, set_up_buckets
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.start import import_deepspeed
 from megatrain.optim.optimizer import build_optimizer
@@ -91,7 +92,11 @@ class Engine:
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
         train, parallel = config.train, config.parallel
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.topology.dp)
-        self._pipeline = Pipeline(parts, parallel, self.micro_batches, mesh) if parallel.pp > 1 else None
+        self._pipeline = (
+            Pipeline(parts, parallel, self.micro_batches, mesh, lambda: collect_gradients(self.optimizer))
+            if parallel.pp > 1
+            else None
+        )
 
     def train_step(self, batch: RankBatch, step: int) -> StepResult:
         """Optimizer step number ``step`` (the first is 1) on this rank's sequences of the global batch."""
@@ -170,15 +175,21 @@ class Engine:
 
     def _reduce_what_deepspeed_does_not(self) -> None:
         """Sums the two copies of a tied embedding and, without ZeRO, the gradients of all replicas."""
-        if self.mesh.tied_group is not None and self.config.model.tie_embeddings:
+        if self.mesh.tied_group is not None and self._tied_copies():
             word = [p for name, p in self.parameters if name == "embedding.word.weight"]
             all_reduce_accumulated(word, self.mesh.tied_group)
         if self.config.parallel.zero_stage == 0:
             all_reduce_accumulated([p for _, p in self.parameters], self.mesh.dp_group)
 
+    def _tied_copies(self) -> bool:
+        """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
+        parallel = self.config.parallel
+        v_shaped = SCHEDULES[parallel.pp_schedule].v_shaped
+        return bool(self.config.model.tie_embeddings) and parallel.pp > 1 and not v_shaped
+
     def _mark_tied_copy(self) -> None:
         """DeepSpeed's mark of a parameter that another stage holds too: counted once in the norm."""
-        if self.mesh.topology.pp > 1 and self.mesh.coordinate("pp") > 0:
+        if self._tied_copies() and self.mesh.coordinate("pp") > 0:
             for name, parameter in self.parameters:
                 if name == "embedding.word.weight":
                     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -200,5 +211,6 @@ class Engine:
         """Sum over the data-parallel ranks of what the last pipeline ranks hold, on every rank."""
         loss = loss.detach().clone()
         dist.all_reduce(loss, group=self.mesh.dp_group)
-        dist.broadcast(loss, self.mesh.last_pp_rank, group=self.mesh.pp_group)
+        last = rank_of_stage(self.config.parallel, num_stages(self.config.parallel) - 1)
+        dist.broadcast(loss, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
         return loss

@@ -28,3 +28,9 @@ def set_up_buckets(optimizer: Any) -> None:
     """Readies ZeRO's gradient buckets where no ``engine.forward`` does: before a pipeline schedule."""
     if hasattr(optimizer, "setup_buckets"):
         optimizer.setup_buckets()
+
+
+def collect_gradients(optimizer: Any) -> None:
+    """Adds what stands in ``.grad`` to the FP32 sums, where no hook of the backward pass does."""
+    if optimizer.use_grad_accum_attribute:
+        optimizer.fill_grad_accum_attribute()

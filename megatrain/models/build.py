@@ -6,26 +6,37 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.decoder import Decoder
 from megatrain.models.initial import initialize
 from megatrain.parallel.layers import Layers
-from megatrain.parallel.topology import split_layers
 
 
 def build_stages(
-    config: ModelConfig, layers: Layers, stages: list[int], num_stages: int, tp: int, seed: int, device: torch.device
+    config: ModelConfig,
+    layers: Layers,
+    stages: list[int],
+    blocks: list[range],
+    tp: int,
+    seed: int,
+    device: torch.device,
 ) -> list[Decoder]:
-    """The given pipeline stages of the model, FP32, with their initial weights."""
-    ranges = split_layers(config.num_layers, num_stages)
-    built = []
+    """The given pipeline stages of the model, FP32, with their initial weights.
+
+    Args:
+        blocks: the blocks of every stage of the model.
+    """
+    built: list[Decoder] = []
     for stage in stages:
         with torch.device(device):
-            part = Decoder(config, layers, ranges[stage], first=stage == 0, last=stage == num_stages - 1)
+            part = Decoder(config, layers, blocks[stage], first=stage == 0, last=stage == len(blocks) - 1)
         initialize(part, config, seed, layers, tp)
         built.append(part)
+    if config.tie_embeddings and len(built) > 1 and built[0].first and built[-1].last:
+        built[-1].embedding.word = built[0].embedding.word  # both ends of the model are here: one table
     return built
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | None = None) -> Decoder:
     """The whole model on one process, in plain PyTorch."""
-    return build_stages(config, Layers(), [0], 1, 1, seed, device or torch.device("cpu"))[0]
+    blocks = [range(config.num_layers)]
+    return build_stages(config, Layers(), [0], blocks, 1, seed, device or torch.device("cpu"))[0]
 
 
 def build_empty_model(config: ModelConfig) -> Decoder:

@@ -31,10 +31,9 @@ class Mesh:
     def coordinate(self, axis: str) -> int:
         return self.topology.coordinate(self.rank, axis)
 
-    @property
-    def last_pp_rank(self) -> int:
-        """Global rank of the last pipeline rank of this rank's pipeline: it holds the loss."""
-        return dist.get_process_group_ranks(self.pp_group)[-1]
+    def pipeline_rank(self, pp_rank: int) -> int:
+        """Global rank of a rank of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pp_group)[pp_rank]
 
 
 def topology_of(parallel: ParallelConfig) -> Topology:

@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from megatrain.config.schema import ParallelConfig
+from megatrain.config.stages import num_stages, own_stages
 from megatrain.parallel.mesh import Mesh
-
-
-def own_stages(parallel: ParallelConfig, pp_rank: int) -> list[int]:
-    """Stages of a rank: its own number, then every ``pp`` further (interleaved)."""
-    return [pp_rank + parallel.pp * i for i in range(parallel.stages_per_rank)]
+from megatrain.parallel.schedules import TORCH_NAMES
 
 
 class StepInput(NamedTuple):
@@ -24,38 +22,67 @@ class StepInput(NamedTuple):
     keys: Tensor
 
 
+class _Stage(PipelineStage):
+    """A stage whose gradients can be collected, and that a schedule can run without a backward pass.
+
+    The schedules that compute weight gradients apart fill ``.grad`` without autograd's accumulation, so no
+    hook tells that a gradient is there. Over the bend of a V, torch hands gradients on also in an evaluation.
+    """
+
+    collect_gradients: Callable[[], None]
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if self.has_backward:
+            self.collect_gradients()
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
 class Pipeline:
     """This rank's part of the pipeline: runs all micro-batches of a step, forward and backward.
 
     The last stage's module returns the loss of a micro-batch, so what the schedule calls its loss
-    function only scales it, by ``loss_factor`` as it is at the time.
+    function only scales it, by ``loss_factor`` as it is at the time. ``collect_gradients`` is called when a
+    micro-batch's weight gradients stand in ``.grad`` that no accumulation hook has seen.
     """
 
-    def __init__(self, stages: list[nn.Module], parallel: ParallelConfig, num_micro_batches: int, mesh: Mesh):
+    def __init__(
+        self,
+        stages: list[nn.Module],
+        parallel: ParallelConfig,
+        num_micro_batches: int,
+        mesh: Mesh,
+        collect_gradients: Callable[[], None],
+    ):
         self.mesh = mesh
         self.loss_factor: float = 1.0
         indices = own_stages(parallel, mesh.coordinate("pp"))
-        num_stages = parallel.pp * parallel.stages_per_rank
+        total = num_stages(parallel)
         pipeline_stages = [
-            PipelineStage(module, index, num_stages, mesh.device, group=mesh.pp_group)
+            _Stage(module, index, total, mesh.device, group=mesh.pp_group)
             for module, index in zip(stages, indices, strict=True)
         ]
-        self.is_first, self.is_last = 0 in indices, num_stages - 1 in indices
-        options: dict[str, Any] = {
-            "n_microbatches": num_micro_batches,
-            "loss_fn": self._scale,
-            "scale_grads": False,  # the loss is already divided by the global number of tokens
-        }
-        self._schedule = (
-            Schedule1F1B(pipeline_stages[0], **options)
-            if parallel.pp_schedule == "1f1b"
-            else ScheduleInterleaved1F1B(list(pipeline_stages), **options)
+        for stage in pipeline_stages:
+            stage.collect_gradients = collect_gradients
+        self.is_first, self.is_last = 0 in indices, total - 1 in indices
+        schedule: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
+        self._schedule = schedule(
+            pipeline_stages if issubclass(schedule, PipelineScheduleMulti) else pipeline_stages[0],
+            n_microbatches=num_micro_batches,
+            loss_fn=self._scale,
+            scale_grads=False,  # the loss is already divided by the global number of tokens
         )
 
     def forward_backward(self, batch: StepInput) -> Tensor:
         """Leaves the gradients of the scaled losses of all micro-batches, summed, in ``.grad``.
 
-        Returns: the sum of the unscaled losses on the last pipeline rank, 0 on the others.
+        Returns: the sum of the unscaled losses on the last stage's rank, 0 on the others.
         """
         return self._run(self._schedule.step, batch)
 

@@ -7,7 +7,6 @@ megatron-core (``tp-cp-ep-dp-pp``).
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -42,23 +41,3 @@ class Topology:
         inner_dims = [i for i, axis in enumerate(AXES[::-1]) if axis in inner]
         size = int(np.prod([self._grid.shape[i] for i in inner_dims], dtype=int))
         return self._grid.transpose(outer_dims + inner_dims).reshape(-1, size).tolist()
-
-
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Layers of each pipeline stage, as even as whole layers allow.
-
-    Where they do not divide, the middle stages take one more: the first stage also holds the
-    embedding and the last one the head and the loss.
-
-    Raises:
-        ValueError: fewer layers than stages.
-    """
-    if num_layers < num_stages:
-        raise ValueError(f"{num_layers} layers cannot fill {num_stages} pipeline stages")
-    base, extra = divmod(num_layers, num_stages)
-    sizes = [base] * num_stages
-    middle_first = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0, stage))
-    for stage in middle_first[:extra]:
-        sizes[stage] += 1
-    starts = np.cumsum([0, *sizes]).tolist()
-    return [range(a, b) for a, b in pairwise(starts)]

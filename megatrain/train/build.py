@@ -3,12 +3,12 @@
 import torch
 
 from megatrain.config.schema import RunConfig
+from megatrain.config.stages import own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
 from megatrain.models.decoder import compile_blocks, use_activation_checkpointing
 from megatrain.parallel.layers import Layers
 from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
-from megatrain.parallel.pipeline import own_stages
 
 
 def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
@@ -28,7 +28,7 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         config.model,
         build_layers(config, mesh),
         own_stages(parallel, mesh.coordinate("pp")),
-        parallel.pp * parallel.stages_per_rank,
+        stage_blocks(config),
         parallel.tp,
         config.train.seed,
         device,

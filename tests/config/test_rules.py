@@ -1,5 +1,6 @@
 """Every rule between fields: what it forbids, what it says, and that it reads only what it declares."""
 
+import json
 import re
 from typing import Any
 
@@ -60,7 +61,7 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     ),
     (
         "parallel.pp=2 parallel.stages_per_rank=2", None, "parallel.stages_per_rank", 2,
-        "does not fit parallel.pp_schedule = 1f1b", "set parallel.pp_schedule to interleaved_1f1b",
+        "does not fit parallel.pp_schedule = 1f1b", "or parallel.pp_schedule to interleaved_1f1b",
     ),
     (
         "parallel.pp=2 parallel.pp_schedule=interleaved_1f1b", None, "parallel.stages_per_rank", 1,
@@ -82,17 +83,41 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     ("train.global_batch_size=1", 2, "train.global_batch_size", 1, "× dp = 2", "set train.global_batch_size to 2"),
     (
         "parallel.pp=4 train.global_batch_size=2", None, "train.global_batch_size", 2,
-        "makes 2 micro-batches of a rank in a step: too few for parallel.pp = 4 stages",
-        "set train.global_batch_size to 4 or more",
+        "makes 2 micro-batches of a rank in a step: too few for 1f1b with parallel.pp = 4",
+        "set train.global_batch_size to 4, lower",
     ),
     (
         "parallel.pp=2 train.global_batch_size=4", 8, "train.global_batch_size", 4,
-        "makes 1 micro-batches", "set train.global_batch_size to 8 or more",
+        "makes 1 micro-batches", "set train.global_batch_size to 8, lower",
     ),
     (
         "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=10",
         4, "train.global_batch_size", 10,
         "makes 5 micro-batches of a rank in a step; interleaved_1f1b runs them in 2 equal rounds", "to 8 or 12",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_zero_bubble "
+        "train.global_batch_size=5", 2, "train.global_batch_size", 5,
+        "makes 5 micro-batches of a rank in a step; interleaved_zero_bubble runs them in 2 equal rounds", "to 4 or 6",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=dualpipev train.global_batch_size=3", 2,
+        "train.global_batch_size", 3, "too few for dualpipev with parallel.pp = 2, which keeps 4", "to 4, lower",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=3 parallel.pp_schedule=zbv model.num_layers=6", None,
+        "parallel.stages_per_rank", 3, "does not fit parallel.pp_schedule = zbv", "set parallel.stages_per_rank to 2",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=gpipe", None,
+        "parallel.stages_per_rank", 2, "does not fit parallel.pp_schedule = gpipe", "set parallel.stages_per_rank to 1",
+    ),
+    (
+        "parallel.pp=2 parallel.stage_layers=[3,2]", None, "parallel.stage_layers", [3, 2],
+        "names 2 stages with 5 blocks together; there are 2 stages", "or leave it out",
+    ),
+    (
+        "parallel.stage_layers=[2,2]", None, "parallel.stage_layers", [2, 2], "there are 1 stages", "correct the list",
     ),
     ("schedule.warmup_steps=101", None, "schedule.warmup_steps", 101, "more than train.steps = 100", "more than 101"),
     (
@@ -127,6 +152,9 @@ ALLOWED = [
         "model.num_layers=8",
         4,
     ),
+    ("parallel.pp=2 parallel.stage_layers=[1,3]", 2),
+    ("parallel.pp=4 parallel.pp_schedule=gpipe train.global_batch_size=1", 4),
+    ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=zbv train.global_batch_size=1", 2),
     ("precision.initial_loss_scale=0.5 precision.min_loss_scale=0.25", None),
 ]
 
@@ -187,6 +215,7 @@ def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
             key, _, text = override.partition("=")
             *outer, name = key.split(".")
             value: Any = int(text) if text.isdigit() else {"true": True}.get(text, text)
+            value = json.loads(text) if text.startswith("[") else value
             value = float(text) if re.fullmatch(r"\d+\.\d+", text) else value
             values.setdefault(outer[0], {})[name] = value
         config = RunConfig.model_validate(values)

@@ -1,9 +1,11 @@
 """Any layout, same numbers: losses, gradient norms and every weight equal those of one process."""
 
 import functools
+from typing import Any
 
 import pytest
 
+from megatrain.config.stages import SCHEDULES
 from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
 from tests.pool import Pool
 
@@ -21,16 +23,28 @@ def all_layouts() -> list[Layout]:
         for sequence_parallel in (False, True) if tp > 1 else (False,):
             for zero_stage in range(4) if pp == 1 else range(2):
                 layouts.append(Layout(tp, pp, dp, sequence_parallel, zero_stage))
-    layouts += [
-        Layout(pp=2, stages_per_rank=2),
-        Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1, stages_per_rank=2),
-    ]
-    return layouts
+    return layouts + [Layout(pp=2, schedule=schedule) for schedule in SCHEDULES if schedule != "1f1b"]
+
+
+def schedule_cases() -> list:
+    """Every schedule with each other axis; in the default run each axis meets a V and a loop."""
+    default = {("zbv", 2, 1), ("dualpipev", 1, 2), ("interleaved_zero_bubble", 2, 2), ("interleaved_1f1b", 2, 2)}
+    cases = []
+    for family in ("gpt", "llama"):
+        for schedule in SCHEDULES:
+            for tp, dp in ((2, 1), (1, 2), (2, 2)):
+                layout = Layout(tp, 2, dp, tp > 1, zero_stage=int(dp > 1), schedule=schedule)
+                chosen = family == "gpt" and (schedule, tp, dp) in default
+                marks = () if chosen else pytest.mark.slow
+                cases.append(pytest.param(family, layout, 5, id=f"{family}-{layout}", marks=marks))
+            deep = Layout(pp=4, dp=2, zero_stage=1, schedule=schedule)
+            cases.append(pytest.param(family, deep, 8, id=f"{family}-{deep}", marks=pytest.mark.slow))
+    return cases
 
 
 @functools.cache
-def one_process(pool: Pool, family: str) -> Trained:
-    return pool.run(train, 1, family, ONE_PROCESS)[0]
+def one_process(pool: Pool, family: str, num_layers: int = 5) -> Trained:
+    return pool.run(train, 1, family, ONE_PROCESS, model={"num_layers": num_layers})[0]
 
 
 def cases() -> list:
@@ -42,8 +56,18 @@ def cases() -> list:
 
 @pytest.mark.parametrize(("family", "layout"), cases())
 def test_layout_equals_one_process(pool: Pool, family: str, layout: Layout) -> None:
-    reference = one_process(pool, family)
-    ranks = pool.run(train, layout.world_size, family, layout)
+    check_equal(pool, family, layout)
+
+
+@pytest.mark.parametrize(("family", "layout", "num_layers"), schedule_cases())
+def test_schedule_equals_one_process(pool: Pool, family: str, layout: Layout, num_layers: int) -> None:
+    train_options = {} if layout.pp * layout.dp <= 4 else {"train": {"micro_batch_size": 1}}
+    check_equal(pool, family, layout, num_layers, **train_options)
+
+
+def check_equal(pool: Pool, family: str, layout: Layout, num_layers: int = 5, **sections: Any) -> None:
+    reference = one_process(pool, family, num_layers)
+    ranks = pool.run(train, layout.world_size, family, layout, model={"num_layers": num_layers}, **sections)
     for trained in ranks:
         assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
         assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
