@@ -23,6 +23,7 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
+        "plan": ["pillow>=10"],
         "mpi": ["mpi4py>=4"],
         "convert": ["safetensors>=0.4", "transformers>=4.51"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],

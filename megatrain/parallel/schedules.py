@@ -1,6 +1,7 @@
 """The order of a pipeline schedule's actions, as torch's own schedule objects give it; no processes."""
 
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
@@ -30,11 +31,24 @@ def rank_actions(parallel: ParallelConfig, num_micro_batches: int) -> list[list[
     orders = get_schedule_ops(
         TORCH_NAMES[parallel.pp_schedule], parallel.pp, num_micro_batches, parallel.stages_per_rank
     )
-    return [[part for action in order if action is not None for part in _parts(action)] for order in orders]
+    return [_numbered(order) for order in orders]
 
 
-def _parts(action) -> list[Action]:  # type: ignore[no-untyped-def]
+def _numbered(order: list[Any]) -> list[Action]:
+    """Every schedule takes a stage's micro-batches in turn; torch's own numbers of 1F1B are off by one on the last."""
+    counts: Counter[tuple[str, int]] = Counter()
+    actions = []
+    for kind, stage in (part for action in order if action is not None for part in _parts(action)):
+        direction = "F" if kind == "F" else "W" if kind == "W" else "I"
+        actions.append(Action(kind, stage, counts[direction, stage]))
+        counts[direction, stage] += 1
+        if kind == "B":
+            counts["W", stage] += 1
+    return actions
+
+
+def _parts(action: Any) -> list[tuple[str, int]]:
     if action.sub_actions:
         return [part for sub in action.sub_actions for part in _parts(sub)]
     kind = action.computation_type.value
-    return [Action(kind, action.stage_index, action.microbatch_index)] if kind in ("F", "B", "I", "W") else []
+    return [(kind, action.stage_index)] if kind in ("F", "B", "I", "W") else []

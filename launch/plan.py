@@ -1,0 +1,63 @@
+"""Answers questions about a config without running it.
+
+    python launch/plan.py --schedule --world-size 4 --config configs/parallel/pp2_interleaved.yaml
+    python launch/plan.py --schedule --png schedule.png --world-size 4 --parallel.pp 4 --train.global_batch_size 16
+
+Takes config files and dotted overrides like pretrain.py. ``--schedule`` draws what each pipeline rank does in a
+step, if a forward, an input gradient and a weight gradient take one unit of time each.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatrain.config.load import load_config
+from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.schema import RunConfig
+
+
+def main(arguments: list[str]) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
+    parser.add_argument("--world-size", type=int, help="ranks of the run; default: tp × pp × dp of the config")
+    parser.add_argument("--schedule", action="store_true", help="draw the pipeline schedule")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
+    options, overrides = parser.parse_known_args(arguments)
+    if not options.schedule:
+        parser.error("nothing asked: give --schedule")
+    try:
+        config = resolved_config(options.config, overrides, options.world_size)
+        print_schedule(config, options.png)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def resolved_config(files: list[Path], overrides: list[str], world_size: int | None) -> RunConfig:
+    """The config as ``world_size`` ranks would run it; by default as many as it asks for."""
+    if world_size is None:
+        parallel = load_config(files, overrides).config.parallel
+        world_size = parallel.tp * parallel.pp * (parallel.dp or 1)
+    return load_config(files, overrides, world_size).with_derived(world_size).config
+
+
+def print_schedule(config: RunConfig, png: Path | None) -> None:
+    """Prints the timeline of a step, and draws it into ``png``."""
+    if config.parallel.pp == 1:
+        cure = "set parallel.pp to 2 or more"
+        raise ConfigError([Problem("parallel.pp", 1, "makes no pipeline: there is no schedule to draw", "2…", cure)])
+    from megatrain.config.derive import grad_accum_steps
+    from megatrain.plan.draw import as_png, as_text  # imports torch: after the config's mistakes
+    from megatrain.plan.schedule import timeline
+
+    drawn = timeline(config.parallel, grad_accum_steps(config))
+    print(as_text(drawn))
+    if png is not None:
+        as_png(drawn, png)
+        print(f"wrote {png}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+"""launch/plan.py: what it prints, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = ["--parallel.pp", "2", "--train.global_batch_size", "4"]
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_schedule_as_text_and_picture(tmp_path: Path) -> None:
+    done = plan("--schedule", *PIPELINE, "--png", str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    assert "idle 20.00 % (theory 20.00 %)" in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_refusals_say_what_to_do() -> None:
+    alone = plan("--schedule")
+    assert alone.returncode == 2 and "set parallel.pp to 2 or more" in alone.stderr
+    wrong = plan("--schedule", *PIPELINE, "--parallel.pp_schedule", "zbv")
+    assert wrong.returncode == 2 and "set parallel.stages_per_rank to 2" in wrong.stderr
+    assert "Traceback" not in alone.stderr + wrong.stderr
