@@ -32,6 +32,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     tied = model.family == "gpt" if model.tie_embeddings is None else model.tie_embeddings
     update = {
         "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "head_width": head_width(model),
+        "attention_bias": attention_bias(model),
         "ffn_hidden_size": ffn_hidden_size(model),
         "tie_embeddings": tied,
     }
@@ -39,7 +41,7 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 
 def ffn_hidden_size(model: ModelConfig) -> int:
-    """F: as set, else 4 D (gpt) or 8/3 D rounded up to a multiple of 64 (llama).
+    """F: as set, else 4 D (gpt) or 8/3 D rounded up to a multiple of 64 (the others).
 
     SwiGLU has three matrices where GELU has two, so 8/3 D keeps the parameters of 4 D (Shazeer 2020).
     """
@@ -71,7 +73,17 @@ def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
 
 def head_width(model: ModelConfig) -> int:
     """K: columns of one attention head."""
-    return model.hidden_size // model.num_heads
+    return model.head_width or model.hidden_size // model.num_heads
+
+
+def attention_bias(model: ModelConfig) -> bool:
+    """Whether the attention's matrices have biases."""
+    return model.family == "gpt" if model.attention_bias is None else model.attention_bias
+
+
+def num_tokens(model: ModelConfig) -> int:
+    """Tokens of the vocabulary, without the padding rows."""
+    return model.vocab_size - model.vocab_padding
 
 
 def grad_accum_steps(config: RunConfig) -> int:
@@ -100,11 +112,10 @@ def block_parameters(model: ModelConfig) -> int:
     assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
     D, F, K = model.hidden_size, model.ffn_hidden_size, head_width(model)
     HK, qkv = model.num_heads * K, (model.num_heads + 2 * model.num_kv_heads) * K
-    if model.family == "gpt":
-        biases, feed_forward = qkv + D + F + D, 2 * D * F
-    else:
-        biases, feed_forward = 0, 3 * D * F
-    return 2 * _norm_parameters(model) + D * qkv + HK * D + feed_forward + biases
+    feed_forward = 2 * D * F + F + D if model.family == "gpt" else 3 * D * F
+    biases = qkv + D if attention_bias(model) else 0
+    head_norms = 2 * K if model.family == "qwen3" else 0
+    return 2 * _norm_parameters(model) + D * qkv + HK * D + feed_forward + biases + head_norms
 
 
 def _norm_parameters(model: ModelConfig) -> int:
@@ -112,13 +123,13 @@ def _norm_parameters(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Operations of a forward and backward pass per token: 6 N + 12 L D S (Chowdhery et al. 2022, appendix B).
+    """Operations of a forward and backward pass per token: 6 N + 12 L H K S (Chowdhery et al. 2022, appendix B).
 
     N counts the parameters without the position table, whose rows are looked up and not multiplied. As in that
     paper, the word embedding counts in N (tied, it is the head's product), attention counts
     as if it were not causal, and what activation checkpointing computes again does not count.
     """
-    attention = 12 * model.num_layers * model.hidden_size * seq_len
+    attention = 12 * model.num_layers * model.num_heads * head_width(model) * seq_len
     return 6 * (num_parameters(model) - _position_table(model)) + attention
 
 

@@ -22,12 +22,24 @@ class Rule:
 
 
 _LAYOUT = ("parallel.tp", "parallel.pp", "parallel.dp")
+_HEADS = ("model.hidden_size", "model.num_heads", "model.head_width")
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 
 RULES = (
-    Rule(rules_model.heads_divide_width, ("model.hidden_size", "model.num_heads")),
-    Rule(rules_model.rotary_needs_even_heads, ("model.family", "model.hidden_size", "model.num_heads")),
+    Rule(rules_model.heads_divide_width, _HEADS),
+    Rule(rules_model.rotary_needs_even_heads, ("model.family", *_HEADS)),
     Rule(rules_model.groups_divide_heads, ("model.num_heads", "model.num_kv_heads")),
+    Rule(rules_model.padding_leaves_tokens, ("model.vocab_size", "model.vocab_padding")),
+    Rule(
+        rules_model.scaled_frequencies_differ,
+        (
+            "model.rope_scaling",
+            "model.rope_low_freq_factor",
+            "model.rope_high_freq_factor",
+            "model.rope_beta_fast",
+            "model.rope_beta_slow",
+        ),
+    ),
     Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
     Rule(rules_layout.ranks_fit_world, _LAYOUT),
     Rule(

@@ -24,20 +24,30 @@ def listed(numbers: list[int]) -> str:
 def heads_divide_width(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each head takes an equal slice of the stream."""
     model = config.model
-    if model.hidden_size % model.num_heads:
+    if model.head_width is None and model.hidden_size % model.num_heads:
         yield Problem(
             "model.num_heads",
             model.num_heads,
             f"does not divide model.hidden_size = {model.hidden_size}",
             listed(divisors(model.hidden_size)),
-            f"choose one of these, or make model.hidden_size a multiple of {model.num_heads}",
+            f"choose one of these, make model.hidden_size a multiple of {model.num_heads}, or set model.head_width",
         )
 
 
 def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Rotary positions turn pairs of a head's numbers."""
     model = config.model
-    if model.family == "llama" and model.hidden_size % model.num_heads == 0 and head_width(model) % 2:
+    if model.family == "gpt":
+        return
+    if model.head_width is not None and model.head_width % 2:
+        yield Problem(
+            "model.head_width",
+            model.head_width,
+            "is odd; rotary positions turn pairs",
+            "even numbers",
+            f"set model.head_width to {model.head_width + 1}",
+        )
+    elif model.head_width is None and model.hidden_size % model.num_heads == 0 and head_width(model) % 2:
         good = [heads for heads in divisors(model.hidden_size) if (model.hidden_size // heads) % 2 == 0]
         yield Problem(
             "model.num_heads",
@@ -59,6 +69,37 @@ def groups_divide_heads(config: RunConfig, world_size: int | None) -> Iterator[P
             f"does not divide model.num_heads = {model.num_heads}",
             listed(divisors(model.num_heads)),
             "choose one of these; leave it out for plain multi-head attention",
+        )
+
+
+def padding_leaves_tokens(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Some row of the embedding stands for a token."""
+    padding, rows = config.model.vocab_padding, config.model.vocab_size
+    if padding >= rows:
+        yield Problem(
+            "model.vocab_padding",
+            padding,
+            f"leaves no token of model.vocab_size = {rows} rows",
+            f"0 to {rows - 1}",
+            "count the rows that no token uses; vocab_size counts them too",
+        )
+
+
+def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The two ends of the transition between stretched and unstretched frequencies."""
+    model = config.model
+    ends = {
+        "llama3": ("rope_high_freq_factor", "rope_low_freq_factor"),
+        "yarn": ("rope_beta_fast", "rope_beta_slow"),
+    }
+    high, low = ends.get(model.rope_scaling, ("rope_beta_fast", "rope_beta_slow"))
+    if model.rope_scaling in ends and getattr(model, high) <= getattr(model, low):
+        yield Problem(
+            f"model.{high}",
+            getattr(model, high),
+            f"is not more than model.{low} = {getattr(model, low)}",
+            f"above {getattr(model, low)}",
+            f"raise model.{high}, or lower model.{low}",
         )
 
 

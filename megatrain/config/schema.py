@@ -24,29 +24,56 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Shape of the Transformer."""
 
-    family: Literal["gpt", "llama"] = Field(
+    family: Literal["gpt", "llama", "qwen3"] = Field(
         "llama",
         description="gpt: learned positions, LayerNorm, GELU, biases, tied embeddings. "
-        "llama: rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings.",
+        "llama: rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings. "
+        "qwen3: llama with a norm on each head's queries and keys.",
     )
     num_layers: Positive = Field(4, description="Transformer blocks.")
     hidden_size: Positive = Field(256, description="Width D of the residual stream.")
-    num_heads: Positive = Field(8, description="Query heads H; must divide hidden_size.")
+    num_heads: Positive = Field(8, description="Query heads H; must divide hidden_size where head_width is not set.")
     num_kv_heads: Positive | None = Field(
         None, description="Key/value heads (grouped-query attention); default: num_heads."
+    )
+    head_width: Positive | None = Field(None, description="Width K of a head; default: hidden_size / num_heads.")
+    attention_bias: bool | None = Field(
+        None, description="Biases in the attention's matrices; default: true for gpt, false for the others."
     )
     ffn_hidden_size: Positive | None = Field(
         None,
         description="Width F of the feed-forward layer; default: 4 D (gpt), "
-        "8/3 D rounded up to a multiple of 64 (llama).",
+        "8/3 D rounded up to a multiple of 64 (the others).",
     )
     vocab_size: Positive = Field(8192, description="Rows V of the embedding; must be divisible by parallel.tp.")
+    vocab_padding: Natural = Field(
+        0,
+        description="Rows at the end of the embedding that stand for no token: they take no part in the softmax, "
+        "so a vocabulary made divisible gives the same numbers.",
+    )
     max_seq_len: Positive = Field(1024, description="Longest sequence that the positions are made for.")
     tie_embeddings: bool | None = Field(
-        None, description="Use the word embedding as the output head; default: true for gpt, false for llama."
+        None, description="Use the word embedding as the output head; default: true for gpt, false for the others."
     )
     norm_eps: PositiveFloat = Field(1e-5, description="Epsilon inside the square root of the norms.")
-    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies (llama).")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies (llama, qwen3).")
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = Field(
+        "none", description="How the rotary frequencies are stretched for sequences longer than those first trained on."
+    )
+    rope_scaling_factor: Annotated[float, Field(ge=1.0)] = Field(
+        1.0, description="Stretch of the low rotary frequencies (linear: of all)."
+    )
+    rope_original_max_seq_len: Positive | None = Field(
+        None, description="llama3, yarn: longest sequence before the stretch; default: max_seq_len."
+    )
+    rope_low_freq_factor: PositiveFloat = Field(
+        1.0, description="llama3: a frequency with fewer turns than this in the original length is stretched in full."
+    )
+    rope_high_freq_factor: PositiveFloat = Field(
+        4.0, description="llama3: a frequency with more turns than this stays as it is."
+    )
+    rope_beta_fast: PositiveFloat = Field(32.0, description="yarn: a frequency with more turns stays as it is.")
+    rope_beta_slow: PositiveFloat = Field(1.0, description="yarn: one with fewer turns is stretched in full.")
     init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
     dropout: Probability = Field(0.0, description="Dropout of embeddings and of each sublayer's output.")
     attention_dropout: Probability = Field(0.0, description="Dropout of the attention probabilities.")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.config.derive import attention_bias, head_width
 from megatrain.config.schema import ModelConfig
 from megatrain.models.rotary import Rotary
 from megatrain.parallel.layers import Layers
@@ -17,18 +18,22 @@ from megatrain.parallel.layers import Layers
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V, Vaswani et al. 2017, eq. 1; groups of Ainslie et al. 2023.
 
+    With ``head_norms`` each head's query and key are normalised before they are turned (Dehghani et al. 2023).
+
     The rows of ``query_key_value`` stand group by group: the H/G queries of a group, its key, its
     value. So any whole number of groups is one slice of rows.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, site: str, bias: bool, rotary: bool):
+    def __init__(self, config: ModelConfig, layers: Layers, site: str, rotary: bool, head_norms: bool):
         super().__init__()
-        heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
-        self.head_width = config.hidden_size // heads
+        heads, groups, bias = config.num_heads, config.num_kv_heads or config.num_heads, attention_bias(config)
+        self.head_width = head_width(config)
         self.queries_per_group = heads // groups
         self.query_key_value = layers.column_linear(config.hidden_size, (heads + 2 * groups) * self.head_width, bias)
         self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
-        self.rotary = Rotary(self.head_width, config.rope_theta) if rotary else None
+        self.query_norm = self._head_norm(config, layers) if head_norms else None
+        self.key_norm = self._head_norm(config, layers) if head_norms else None
+        self.rotary = Rotary(config) if rotary else None
         self.dropout_probability = config.attention_dropout
         self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
 
@@ -36,6 +41,8 @@ class Attention(nn.Module):
         groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
         query, key, value = groups.split([self.queries_per_group, 1, 1], dim=-2)  # S, B, G, heads, K
         query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # S, B, H or G, K
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # B, H or G, S, K
@@ -46,6 +53,9 @@ class Attention(nn.Module):
                 query, key, value, is_causal=True, enable_gqa=self.queries_per_group > 1
             )
         return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+
+    def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:
+        return layers.on_split_heads(nn.RMSNorm(self.head_width, config.norm_eps))
 
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, keys_B: Tensor | None) -> Tensor:
         """Dense attention: the fused kernels draw their masks from a generator, ours is a function."""

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: GPT and Llama.
+"""The decoder-only Transformer: GPT, Llama and Qwen 3.
 
 Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 from megatrain.models.attention import Attention
 from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
@@ -17,17 +18,19 @@ from megatrain.parallel.layers import Layers
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family of decoders from another."""
+    """What tells one family of decoders from another. ``bias``: of the feed-forward's matrices."""
 
     norm: Callable[[int, float], nn.Module]
     feed_forward: Callable[[int, int, bool, Layers], nn.Module]
     bias: bool
     rotary: bool
+    head_norms: bool
 
 
 FAMILIES = {
-    "gpt": Family(nn.LayerNorm, GeluFeedForward, bias=True, rotary=False),
-    "llama": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True),
+    "gpt": Family(nn.LayerNorm, GeluFeedForward, bias=True, rotary=False, head_norms=False),
+    "llama": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=False),
+    "qwen3": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=True),
 }
 
 
@@ -39,7 +42,7 @@ class Block(nn.Module):
         family = FAMILIES[config.family]
         assert config.ffn_hidden_size is not None, "resolve the config first"
         self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.attention = Attention(config, layers, site, family.bias, family.rotary)
+        self.attention = Attention(config, layers, site, family.rotary, family.head_norms)
         self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
         self.feed_forward = family.feed_forward(config.hidden_size, config.ffn_hidden_size, family.bias, layers)
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
@@ -114,6 +117,8 @@ class Decoder(nn.Module):
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
         logits_SBV = self.factory.head_logits(self.final_norm(x), weight)
+        if self.config.vocab_padding:
+            logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
         return logits_SBV if labels_BS is None else sum_of_token_losses(self.factory, logits_SBV, labels_BS)
 
 

@@ -1,18 +1,23 @@
-"""Rotary position embedding, Su et al. 2021, in the half-split layout of Llama.
+"""Rotary position embedding, Su et al. 2021, in the half-split layout of Llama, and its stretchings.
 
 Shapes: S sequence, B micro-batch, H heads, K head width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from megatrain.config.derive import head_width
+from megatrain.config.schema import ModelConfig
+
 
 class Rotary(nn.Module):
-    """Turns each pair (i, i + K/2) of a head by position x theta^(-2i/K)."""
+    """Turns each pair (i, i + K/2) of a head by position x frequency i."""
 
-    def __init__(self, head_width: int, theta: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_width, self.theta = head_width, theta
+        self.config = config
 
     def forward(self, x_SBHK: Tensor) -> Tensor:
         cos, sin = self._angles(x_SBHK.shape[0], x_SBHK.device)
@@ -22,7 +27,60 @@ class Rotary(nn.Module):
 
     def _angles(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """FP32 whatever the model's type: BF16 can't tell position 257 from 258."""
-        exponents = torch.arange(0, self.head_width, 2, device=device, dtype=torch.float32) / self.head_width
-        angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), self.theta**-exponents)
+        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, device), self.config)
+        angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)
         angles = angles[:, None, None, :]  # S, 1, 1, K/2
-        return angles.cos(), angles.sin()
+        length = _length(self.config)
+        return angles.cos() * length, angles.sin() * length
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """theta^(-2i/K) [K/2]; as a quotient, whose rounding long positions multiply, like most implementations."""
+    width = head_width(config)
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    return 1.0 / config.rope_theta**exponents
+
+
+def _plain(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    return frequencies
+
+
+def _linear(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Position interpolation, Chen et al. 2023."""
+    return frequencies / config.rope_scaling_factor
+
+
+def _llama3(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Llama 3.1 (Grattafiori et al. 2024): stretched where few turns fit into the original length."""
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = _original_length(config) / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
+
+
+def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """YaRN, Peng et al. 2023, eq. 13 with the transition linear in the frequency's number, as published code has it."""
+    width = head_width(config)
+
+    def number(turns: float) -> float:
+        """Of the frequency that makes so many turns in the original length."""
+        return width * math.log(_original_length(config) / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(number(config.rope_beta_fast)), 0)
+    last = min(math.ceil(number(config.rope_beta_slow)), width - 1)
+    numbers = torch.arange(width // 2, device=frequencies.device, dtype=torch.float32)
+    stretched = ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequencies / config.rope_scaling_factor * stretched + frequencies * (1 - stretched)
+
+
+SCALINGS = {"none": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+def _original_length(config: ModelConfig) -> int:
+    return config.rope_original_max_seq_len or config.max_seq_len
+
+
+def _length(config: ModelConfig) -> float:
+    """YaRN also lengthens queries and keys, which sharpens the softmax (ibid., eq. 15)."""
+    stretched = config.rope_scaling == "yarn" and config.rope_scaling_factor > 1.0
+    return 0.1 * math.log(config.rope_scaling_factor) + 1.0 if stretched else 1.0

@@ -31,6 +31,16 @@ class Layers:
         """Logits [S, B, V] (V: the part of the vocabulary that ``weight_VD`` holds)."""
         return F.linear(x_SBD, weight_VD)
 
+    def vocab_start(self, width: int) -> int:
+        """First token of this rank's part of a vocabulary that is split into parts of ``width``."""
+        return 0
+
+    def hide_tokens_from(self, first: int, logits_SBV: Tensor) -> Tensor:
+        """Takes the tokens from number ``first`` on out of the softmax."""
+        width = logits_SBV.shape[-1]
+        tokens_V = torch.arange(width, device=logits_SBV.device) + self.vocab_start(width)
+        return logits_SBV.masked_fill(tokens_V >= first, -torch.inf)
+
     def cross_entropy(self, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
         """Loss of each token [S, B], FP32. Labels must lie in the vocabulary."""
         loss = F.cross_entropy(logits_SBV.float().flatten(0, 1), labels_SB.flatten(), reduction="none")
@@ -38,6 +48,10 @@ class Layers:
 
     def on_split_sequence(self, module: nn.Module) -> nn.Module:
         """Declares that ``module`` works on activations that may be split over the sequence."""
+        return module
+
+    def on_split_heads(self, module: nn.Module) -> nn.Module:
+        """Declares that ``module``, which is the same for all heads, works on heads that may be split over ranks."""
         return module
 
     def split_sequence(self, x_SBD: Tensor) -> Tensor:

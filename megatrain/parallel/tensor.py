@@ -61,7 +61,7 @@ class TensorParallelLayers(Layers):
         linear = RowLinear(
             in_features, out_features, bias=bias, input_is_parallel=True, skip_bias_add=False, **self._options
         )
-        if bias:  # it is added to the summed, so possibly sequence-split, outputs
+        if bias and self.sequence_parallel:  # it is added to the summed, so sequence-split, outputs
             self._sum_gradient(linear.bias)
         return _mark(linear, weight=1)
 
@@ -79,12 +79,21 @@ class TensorParallelLayers(Layers):
             tp_group=self.group,
         )
 
+    def vocab_start(self, width: int) -> int:
+        return self.rank * width
+
     def cross_entropy(self, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
         # float() of FP32 logits is the same tensor, which megatron-core then overwrites
         logits = logits_SBV.clone() if logits_SBV.dtype == torch.float32 else logits_SBV
         return tensor_parallel.vocab_parallel_cross_entropy(logits, labels_SB.contiguous())
 
     def on_split_sequence(self, module: nn.Module) -> nn.Module:
+        if self.sequence_parallel:
+            for parameter in module.parameters():
+                self._sum_gradient(parameter)
+        return module
+
+    def on_split_heads(self, module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             self._sum_gradient(parameter)
         return module
@@ -108,12 +117,11 @@ class TensorParallelLayers(Layers):
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.group)
 
     def _sum_gradient(self, parameter: nn.Parameter) -> None:
-        """A parameter that saw only this rank's part of the sequence has a part of its gradient.
+        """A parameter that saw only this rank's part of the sequence or of the heads has a part of its gradient.
 
         Summed as it arises, before any optimizer's hook can take it away.
         """
-        if self.sequence_parallel:
-            parameter.register_hook(self._all_reduce)
+        parameter.register_hook(self._all_reduce)
 
     def _all_reduce(self, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatrain.config.derive import num_tokens
 from megatrain.config.schema import RunConfig
 from megatrain.data.loader import Loader
 from megatrain.data.reader import TokenDataset
@@ -21,9 +22,9 @@ def run(config: RunConfig) -> bool:
     """
     dp = config.parallel.dp
     assert dp is not None, "resolve the config first"
-    train_set = TokenDataset.open(config.data.train, vocab_size=config.model.vocab_size)
+    train_set = TokenDataset.open(config.data.train, vocab_size=num_tokens(config.model))
     validation_set = (
-        TokenDataset.open(config.data.validation, vocab_size=config.model.vocab_size)
+        TokenDataset.open(config.data.validation, vocab_size=num_tokens(config.model))
         if config.data.validation is not None
         else None
     )

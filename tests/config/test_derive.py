@@ -68,6 +68,7 @@ def test_resolving_fills_what_is_open_and_nothing_else() -> None:
 
 def test_set_values_stay() -> None:
     model = {"num_kv_heads": 2, "ffn_hidden_size": 64, "tie_embeddings": False, "family": "gpt"}
+    model |= {"head_width": 48, "attention_bias": False}
     given = config(model=model, parallel={"dp": 2}, schedule={"decay_steps": 7})
     assert resolve(given, world_size=2) == given
 

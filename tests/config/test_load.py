@@ -57,7 +57,8 @@ def test_derived_fields_stay_open_until_the_world_is_known() -> None:
     assert derived.config.parallel.dp == 2
     filled = {key for key, origin in derived.origins.items() if origin == "derived"}
     assert filled == {
-        "model.num_kv_heads", "model.ffn_hidden_size", "model.tie_embeddings", "parallel.dp", "schedule.decay_steps",
+        "model.num_kv_heads", "model.head_width", "model.attention_bias", "model.ffn_hidden_size",
+        "model.tie_embeddings", "parallel.dp", "schedule.decay_steps",
     }  # fmt: skip
     assert derived.origins["parallel.tp"] == "command line"
     with pytest.raises(ConfigError, match="left over"):

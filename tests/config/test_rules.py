@@ -24,6 +24,19 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     ("model.hidden_size=9 model.num_heads=3", None, "model.num_heads", 3, "must be even", "an even model.hidden_size"),
     ("model.num_kv_heads=3", None, "model.num_kv_heads", 3, "does not divide model.num_heads = 8", "leave it out"),
     ("model.num_kv_heads=16", None, "model.num_kv_heads", 16, "does not divide model.num_heads = 8", "choose one"),
+    ("model.head_width=7", None, "model.head_width", 7, "is odd; rotary positions turn pairs", "to 8"),
+    (
+        "model.vocab_padding=50 model.vocab_size=50", None, "model.vocab_padding", 50,
+        "leaves no token of model.vocab_size = 50 rows", "count the rows",
+    ),
+    (
+        "model.rope_scaling=llama3 model.rope_low_freq_factor=4.5", None, "model.rope_high_freq_factor", 4.0,
+        "is not more than model.rope_low_freq_factor = 4.5", "lower model.rope_low_freq_factor",
+    ),
+    (
+        "model.rope_scaling=yarn model.rope_beta_slow=32.0", None, "model.rope_beta_fast", 32.0,
+        "is not more than model.rope_beta_slow = 32.0", "raise model.rope_beta_fast",
+    ),
     ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
     (
         "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,
@@ -140,6 +153,8 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
 
 ALLOWED = [
     ("model.family=gpt model.hidden_size=9 model.num_heads=3", None),
+    ("model.head_width=10 model.num_heads=7", None),
+    ("model.family=gpt model.head_width=7", None),
     ("schedule.decay_steps=1000", None),  # a long schedule, stopped early
     ("schedule.warmup_steps=100", None),
     ("schedule.name=constant schedule.warmup_steps=90 schedule.decay_steps=50", None),

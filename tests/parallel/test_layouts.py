@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatrain.config.stages import SCHEDULES
-from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
+from tests.layouts import ONE_PROCESS, VOCAB_SIZE, Layout, Trained, train, worst_state_error
 from tests.pool import Pool
 
 # FP32: sums over ranks and micro-batches in another order than one process adds them; eps is 1.2e-7 and
@@ -15,6 +15,19 @@ LOSS, NORM = 1e-5, 2e-5
 # AdamW's first steps move a weight by lr * g / |g|: where a gradient is zero but for rounding, the direction
 # is rounding too. lr is 1e-2 of weights of 0.1, so a few such elements show.
 WEIGHT = 5e-3
+
+
+# every option of the model that the families' own defaults leave out
+OPTIONS = {
+    "head_width": 16,
+    "attention_bias": True,
+    "vocab_size": VOCAB_SIZE + 4,
+    "vocab_padding": 4,
+    "tie_embeddings": True,
+    "rope_scaling": "llama3",
+    "rope_scaling_factor": 4.0,
+    "rope_original_max_seq_len": 8,
+}
 
 
 def all_layouts() -> list[Layout]:
@@ -44,14 +57,18 @@ def schedule_cases() -> list:
 
 @functools.cache
 def one_process(pool: Pool, family: str, num_layers: int = 5) -> Trained:
-    return pool.run(train, 1, family, ONE_PROCESS, model={"num_layers": num_layers})[0]
+    return pool.run(train, 1, family, ONE_PROCESS, model=options(family, num_layers))[0]
+
+
+def options(family: str, num_layers: int) -> dict[str, Any]:
+    return {"num_layers": num_layers, **(OPTIONS if family == "qwen3" else {})}
 
 
 def cases() -> list:
-    """Both families in every layout."""
-    return [
-        pytest.param(family, layout, id=f"{family}-{layout}") for family in ("gpt", "llama") for layout in all_layouts()
-    ]
+    """Two families in every layout; the third, which has nothing but options of its own, in those that mix axes."""
+    mixed = [Layout(tp=2, dp=2, zero_stage=3), Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1)]
+    layouts = {"gpt": all_layouts(), "llama": all_layouts(), "qwen3": mixed}
+    return [pytest.param(family, layout, id=f"{family}-{layout}") for family in layouts for layout in layouts[family]]
 
 
 @pytest.mark.parametrize(("family", "layout"), cases())
@@ -67,7 +84,7 @@ def test_schedule_equals_one_process(pool: Pool, family: str, layout: Layout, nu
 
 def check_equal(pool: Pool, family: str, layout: Layout, num_layers: int = 5, **sections: Any) -> None:
     reference = one_process(pool, family, num_layers)
-    ranks = pool.run(train, layout.world_size, family, layout, model={"num_layers": num_layers}, **sections)
+    ranks = pool.run(train, layout.world_size, family, layout, model=options(family, num_layers), **sections)
     for trained in ranks:
         assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
         assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
