@@ -20,6 +20,9 @@ class Layout:
     sequence_parallel: bool = False
     zero_stage: int = 0
     schedule: str = "1f1b"
+    cp: int = 1
+    cp_method: str = "all_gather"
+    ep: int = 1
 
     @property
     def stages_per_rank(self) -> int:
@@ -27,11 +30,13 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     def __str__(self) -> str:
         marks = ("sp-" if self.sequence_parallel else "") + (f"{self.schedule}-" if self.schedule != "1f1b" else "")
-        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}-{marks}zero{self.zero_stage}"
+        context = f"cp{self.cp}-{self.cp_method}-" if self.cp > 1 else ""
+        experts = f"ep{self.ep}-" if self.ep > 1 else ""
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}-{context}{experts}{marks}zero{self.zero_stage}"
 
 
 ONE_PROCESS = Layout()
@@ -55,6 +60,9 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
             "tp": layout.tp,
             "pp": layout.pp,
             "dp": layout.dp,
+            "cp": layout.cp,
+            "cp_method": layout.cp_method,
+            "ep": layout.ep,
             "sequence_parallel": layout.sequence_parallel,
             "zero_stage": layout.zero_stage,
             "stages_per_rank": layout.stages_per_rank,

@@ -94,7 +94,7 @@ def _write_own_parts(engine: Engine, writer: CheckpointWriter) -> str | None:
         dim = partition_dim(parameters[name])
         replica = dim is None and mesh.coordinate("tp") > 0
         copy = getattr(parameters[name], "ds_pipe_replicated", False)
-        if problem or replica or copy or number % mesh.topology.dp != mesh.coordinate("dp"):
+        if problem or replica or copy or number % mesh.topology.data_size != dist.get_rank(mesh.data_group):
             continue
         offset, shape = _place(engine, parameters[name], tensor.shape)
         try:

@@ -16,7 +16,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     train, parallel = config.train, config.parallel
     assert parallel.dp is not None, "resolve the config first"
     # ZeRO 0 is ZeRO 1 whose states are shared by one rank: engine/mpu.py says why
-    zero_stage, sharing_ranks = (parallel.zero_stage, parallel.dp) if parallel.zero_stage else (1, 1)
+    zero_stage, sharing_ranks = (parallel.zero_stage, parallel.cp * parallel.dp) if parallel.zero_stage else (1, 1)
     micro_batches = train.global_batch_size // (train.micro_batch_size * parallel.dp)
     derived: dict[str, Any] = {
         "train_batch_size": train.micro_batch_size * micro_batches * sharing_ranks,

@@ -17,7 +17,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     The config must have passed ``rules.check`` with that world size.
     """
     parallel, schedule = config.parallel, config.schedule
-    dp = parallel.dp or world_size // (parallel.tp * parallel.pp)
+    dp = parallel.dp or world_size // (parallel.tp * parallel.cp * parallel.pp)
     return config.model_copy(
         update={
             "model": resolve_model(config.model),
@@ -67,7 +67,7 @@ def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
     parallel = config.parallel
     if parallel.dp is not None or world_size is None:
         return parallel.dp
-    dp, left_over = divmod(world_size, parallel.tp * parallel.pp)
+    dp, left_over = divmod(world_size, parallel.tp * parallel.cp * parallel.pp)
     return dp if dp and not left_over else None
 
 

@@ -21,7 +21,7 @@ class Rule:
     reads: tuple[str, ...]
 
 
-_LAYOUT = ("parallel.tp", "parallel.pp", "parallel.dp")
+_LAYOUT = ("parallel.tp", "parallel.cp", "parallel.pp", "parallel.dp")
 _HEADS = ("model.hidden_size", "model.num_heads", "model.head_width")
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 
@@ -54,7 +54,13 @@ RULES = (
             "model.vocab_size",
         ),
     ),
-    Rule(rules_layout.sequence_parallel_fits, ("parallel.sequence_parallel", "parallel.tp", "data.seq_len")),
+    Rule(
+        rules_layout.sequence_parallel_fits,
+        ("parallel.sequence_parallel", "parallel.tp", "parallel.cp", "data.seq_len"),
+    ),
+    Rule(rules_layout.context_fits_sequence, ("parallel.cp", "parallel.cp_method", "data.seq_len")),
+    Rule(rules_layout.ulysses_divides_heads, ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads")),
+    Rule(rules_layout.expert_ranks_share_data_ranks, (*_LAYOUT, "parallel.ep")),
     Rule(rules_layout.layers_fill_stages, ("model.num_layers", "parallel.pp", "parallel.stages_per_rank")),
     Rule(rules_layout.zero_fits_pipeline, ("parallel.zero_stage", "parallel.pp")),
     Rule(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megatrain.config.derive import ffn_hidden_size
+from megatrain.config.derive import data_parallel_size, ffn_hidden_size
 from megatrain.config.problems import Problem
 from megatrain.config.rules_model import divisors, listed
 from megatrain.config.schema import RunConfig
@@ -11,22 +11,22 @@ from megatrain.config.stages import SCHEDULES, num_stages
 
 
 def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """tp x pp x dp ranks are asked for; exactly so many must be started."""
+    """tp x cp x pp x dp ranks are asked for; exactly so many must be started."""
     if world_size is None:
         return
     parallel = config.parallel
-    sizes = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp or 1}
+    sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "dp": parallel.dp or 1}
     asked = math.prod(sizes.values())
     product = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     # the largest axis is the likeliest to be wrong; dp last, as it is the one that can be left out
-    key = max(("dp", "tp", "pp") if parallel.dp else ("tp", "pp"), key=lambda axis: sizes[axis])
+    key = max(("dp", "tp", "cp", "pp") if parallel.dp else ("tp", "cp", "pp"), key=lambda axis: sizes[axis])
     started = f"{world_size} {'was' if world_size == 1 else 'were'} started"
     if asked > world_size:
         yield Problem(
             f"parallel.{key}",
             sizes[key],
             f"more ranks asked for than started: {product} = {asked} ranks, {started}",
-            f"tp × pp × dp of at most {world_size}",
+            f"tp × cp × pp × dp of at most {world_size}",
             f"start {asked} ranks (deepspeed --num_gpus {asked} …), or lower {_names(parallel.dp)}",
         )
     elif parallel.dp is not None and asked < world_size:
@@ -34,7 +34,7 @@ def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Probl
             "parallel.dp",
             parallel.dp,
             f"fewer ranks asked for than started: {product} = {asked} ranks, {started}",
-            f"tp × pp × dp = {world_size}",
+            f"tp × cp × pp × dp = {world_size}",
             f"leave parallel.dp out, or start {asked} ranks (deepspeed --num_gpus {asked} …)",
         )
     elif world_size % asked:
@@ -42,14 +42,14 @@ def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Probl
         yield Problem(
             f"parallel.{key}",
             sizes[key],
-            f"copies of the model take tp × pp = {asked} ranks each, and {started}: {world_size % asked} left over",
-            f"tp × pp of {listed(divisors(world_size))}",
-            f"start {below} or {below + asked} ranks (deepspeed --num_gpus …), or change parallel.tp or parallel.pp",
+            f"copies of the model take tp × cp × pp = {asked} ranks each, and {started}: {world_size % asked} left over",
+            f"tp × cp × pp of {listed(divisors(world_size))}",
+            f"start {below} or {below + asked} ranks (deepspeed --num_gpus …), or change parallel.tp, parallel.cp or parallel.pp",
         )
 
 
 def _names(dp: int | None) -> str:
-    return "parallel.tp, parallel.pp or parallel.dp" if dp else "parallel.tp or parallel.pp"
+    return f"parallel.tp, parallel.cp{',' if dp else ' or'} parallel.pp{' or parallel.dp' if dp else ''}"
 
 
 def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -84,14 +84,59 @@ def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterato
             "false where parallel.tp is 1",
             "set parallel.sequence_parallel to false, or parallel.tp to 2 or more",
         )
-    elif seq_len % parallel.tp:
-        good = max(1, seq_len // parallel.tp) * parallel.tp
+    elif seq_len % (unit := parallel.tp * parallel.cp):
+        of_context = f" × parallel.cp = {parallel.cp}" if parallel.cp > 1 else ""
         yield Problem(
             "data.seq_len",
             seq_len,
-            f"is not divisible by parallel.tp = {parallel.tp}, over which parallel.sequence_parallel splits it",
-            f"multiples of {parallel.tp}",
-            f"set data.seq_len to {good}, or parallel.sequence_parallel to false",
+            f"is not divisible by parallel.tp = {parallel.tp}{of_context}, over which parallel.sequence_parallel "
+            "splits it",
+            f"multiples of {unit}",
+            f"set data.seq_len to {max(1, seq_len // unit) * unit}, or parallel.sequence_parallel to false",
+        )
+
+
+def context_fits_sequence(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Context ranks hold equal parts of the sequence; all_gather halves them, to balance the causal mask."""
+    parallel, seq_len = config.parallel, config.data.seq_len
+    chunks = parallel.cp * (2 if parallel.cp_method == "all_gather" else 1)
+    if parallel.cp > 1 and seq_len % chunks:
+        halves = " × 2" if parallel.cp_method == "all_gather" else ""
+        yield Problem(
+            "data.seq_len",
+            seq_len,
+            f"is not divisible by parallel.cp = {parallel.cp}{halves} (parallel.cp_method = {parallel.cp_method})",
+            f"multiples of {chunks}",
+            f"set data.seq_len to {max(1, seq_len // chunks) * chunks}, or parallel.cp to another size",
+        )
+
+
+def ulysses_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Ulysses gives each context rank an equal part of the query heads of its tensor rank."""
+    parallel, heads = config.parallel, config.model.num_heads
+    if parallel.cp == 1 or parallel.cp_method != "ulysses" or heads % parallel.tp:
+        return
+    if heads % (parallel.tp * parallel.cp):
+        yield Problem(
+            "model.num_heads",
+            heads,
+            f"is not divisible by parallel.tp = {parallel.tp} × parallel.cp = {parallel.cp}, over which "
+            "parallel.cp_method = ulysses splits the heads",
+            f"multiples of {parallel.tp * parallel.cp}",
+            f"set parallel.cp to one of {listed(divisors(heads // parallel.tp))}, or parallel.cp_method to all_gather",
+        )
+
+
+def expert_ranks_share_data_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The ranks that share the experts are taken from those that hold the same dense weights."""
+    parallel, dp = config.parallel, data_parallel_size(config, world_size)
+    if dp is not None and dp * parallel.cp % parallel.ep:
+        yield Problem(
+            "parallel.ep",
+            parallel.ep,
+            f"does not divide the parallel.cp = {parallel.cp} × dp = {dp} ranks that it shares out",
+            listed(divisors(dp * parallel.cp)),
+            "choose one of these, or another number of ranks",
         )
 
 

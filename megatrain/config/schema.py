@@ -84,7 +84,16 @@ class ParallelConfig(Section):
 
     tp: Positive = Field(1, description="Tensor-parallel size: ranks that share every matrix.")
     pp: Positive = Field(1, description="Pipeline-parallel size: ranks that share the layers.")
-    dp: Positive | None = Field(None, description="Data-parallel size; default: the ranks that tp and pp leave over.")
+    cp: Positive = Field(1, description="Context-parallel size: ranks that share every sequence.")
+    cp_method: Literal["all_gather", "ulysses"] = Field(
+        "all_gather",
+        description="How attention sees the whole sequence: all_gather collects keys and values (any number of heads); "
+        "ulysses trades positions for heads (cp must divide the heads of a tensor rank).",
+    )
+    ep: Positive = Field(1, description="Expert-parallel size: ranks, of the dp × cp, that share the experts.")
+    dp: Positive | None = Field(
+        None, description="Data-parallel size; default: the ranks that tp, cp and pp leave over."
+    )
     sequence_parallel: bool = Field(
         False, description="Split the activations between tensor-parallel regions over the sequence."
     )

@@ -17,6 +17,7 @@ from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.start import import_deepspeed
 from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
+from megatrain.parallel.context import build_context
 from megatrain.parallel.dropout import dropout_keys
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import Pipeline, StepInput
@@ -76,6 +77,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, mesh: Mesh, parts: list[nn.Module]):
         self.config, self.mesh = config, mesh
+        self._context = build_context(config.parallel, mesh)
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
         self._mark_tied_copy()
@@ -171,7 +173,7 @@ class Engine:
 
     def _gradient_factor(self) -> int:
         """DeepSpeed averages over the data-parallel ranks that share its states; the loss wants a sum."""
-        return self.mesh.topology.dp if self.config.parallel.zero_stage > 0 else 1
+        return self.mesh.topology.data_size if self.config.parallel.zero_stage > 0 else 1
 
     def _reduce_what_deepspeed_does_not(self) -> None:
         """Sums the two copies of a tied embedding and, without ZeRO, the gradients of all replicas."""
@@ -179,7 +181,7 @@ class Engine:
             word = [p for name, p in self.parameters if name == "embedding.word.weight"]
             all_reduce_accumulated(word, self.mesh.tied_group)
         if self.config.parallel.zero_stage == 0:
-            all_reduce_accumulated([p for _, p in self.parameters], self.mesh.dp_group)
+            all_reduce_accumulated([p for _, p in self.parameters], self.mesh.data_group)
 
     def _tied_copies(self) -> bool:
         """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
@@ -195,7 +197,11 @@ class Engine:
                     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
     def _inputs(self, batch: RankBatch) -> StepInput:
-        tokens, labels, ids = (x.to(self.mesh.device) for x in (batch.tokens, batch.labels, batch.sample_ids))
+        """The batch on this rank's device, cut down to the positions that it holds."""
+        own = self._context.positions(batch.tokens.shape[1] // self._context.size)
+        tokens, labels, ids = (
+            x.to(self.mesh.device) for x in (batch.tokens[:, own], batch.labels[:, own], batch.sample_ids)
+        )
         return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids))
 
     def _split(self, inputs: StepInput) -> list[StepInput]:
@@ -204,13 +210,13 @@ class Engine:
 
     def _global_loss_tokens(self, labels: Tensor) -> int:
         count = (labels != IGNORE).sum()
-        dist.all_reduce(count, group=self.mesh.dp_group)
+        dist.all_reduce(count, group=self.mesh.data_group)
         return max(1, int(count))
 
     def _global_loss(self, loss: Tensor) -> Tensor:
         """Sum over the data-parallel ranks of what the last pipeline ranks hold, on every rank."""
         loss = loss.detach().clone()
-        dist.all_reduce(loss, group=self.mesh.dp_group)
+        dist.all_reduce(loss, group=self.mesh.data_group)
         last = rank_of_stage(self.config.parallel, num_stages(self.config.parallel) - 1)
         dist.broadcast(loss, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
         return loss

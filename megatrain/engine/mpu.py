@@ -38,10 +38,10 @@ class MeshForDeepSpeed:
         return self._mesh.topology.tp
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.dp_group if self._sharded else self._mesh.self_group
+        return self._mesh.data_group if self._sharded else self._mesh.self_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.coordinate("dp") if self._sharded else 0
+        return dist.get_rank(self.get_data_parallel_group())
 
     def get_data_parallel_world_size(self) -> int:
-        return self._mesh.topology.dp if self._sharded else 1
+        return dist.get_world_size(self.get_data_parallel_group())

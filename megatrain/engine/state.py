@@ -7,6 +7,7 @@ that this tensor-parallel rank holds.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.engine.engine import Engine
@@ -91,8 +92,8 @@ def _set(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> N
     utils = import_deepspeed().utils
     if engine.config.parallel.zero_stage == 3:
         # the setter of the whole tensor reads past its end where it does not divide
-        size, rank = parameter.ds_tensor.numel(), engine.mesh.coordinate("dp")  # type: ignore[attr-defined]
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * engine.mesh.topology.dp - value.numel()))
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank(engine.mesh.data_group)  # type: ignore[attr-defined]
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * engine.mesh.topology.data_size - value.numel()))
         part = padded.narrow(0, size * rank, size)
         if kind == WEIGHT:
             utils.safe_set_local_fp32_param(parameter, part)

@@ -1,6 +1,6 @@
 """Causal self-attention with grouped queries.
 
-Shapes: S sequence, B micro-batch, D width, H query heads, G key/value heads, K head width.
+Shapes: S sequence (T: all of it that keys are of), B micro-batch, D width, H query heads, G key/value heads, K head width.
 """
 
 import math
@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from megatrain.config.derive import attention_bias, head_width
 from megatrain.config.schema import ModelConfig
@@ -34,33 +35,54 @@ class Attention(nn.Module):
         self.query_norm = self._head_norm(config, layers) if head_norms else None
         self.key_norm = self._head_norm(config, layers) if head_norms else None
         self.rotary = Rotary(config) if rotary else None
-        self.dropout_probability = config.attention_dropout
-        self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
+        self.layers = layers
+        self.core = layers.attention(AttentionCore(config.attention_dropout, layers, site))
 
     def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
         groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
         query, key, value = groups.split([self.queries_per_group, 1, 1], dim=-2)  # S, B, G, heads, K
-        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # S, B, H or G, K
+        query, key, value = (x.flatten(2, 3) for x in (query, key, value))  # S, B, H or G, K
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # B, H or G, S, K
-        if self.training and self.dropout_probability > 0.0:
-            mixed = self._attend_with_dropout(query, key, value, keys_B)
-        else:
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self.queries_per_group > 1
-            )
-        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+            positions_S = self.layers.positions(query.shape[0], query.device)
+            query, key = self.rotary(query, positions_S), self.rotary(key, positions_S)
+        return self.output(self.core(query, key, value, keys_B).flatten(2))
 
     def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:
         return layers.on_split_heads(nn.RMSNorm(self.head_width, config.norm_eps))
 
+
+class AttentionCore(nn.Module):
+    """The heads themselves: the queries of the last S of T positions attend to all positions up to their own."""
+
+    def __init__(self, dropout: float, layers: Layers, site: str):
+        super().__init__()
+        self.dropout_probability = dropout
+        self.dropout = layers.attention_dropout(dropout, f"{site}.attention")
+
+    def forward(self, query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, keys_B: Tensor | None) -> Tensor:
+        """Returns: mixed values [S, B, H, K]."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHK, key_TBGK, value_TBGK))
+        if self.training and self.dropout_probability > 0.0:
+            mixed = self._attend_with_dropout(query, key, value, keys_B)
+        else:
+            rows, cols = query.shape[-2], key.shape[-2]
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if rows == cols else causal_lower_right(rows, cols),
+                is_causal=rows == cols,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )
+        return mixed.permute(2, 0, 1, 3)
+
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, keys_B: Tensor | None) -> Tensor:
         """Dense attention: the fused kernels draw their masks from a generator, ours is a function."""
-        key, value = (x.repeat_interleave(self.queries_per_group, dim=1) for x in (key, value))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_width)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        rows, cols = scores.shape[-2:]
+        future = torch.ones(rows, cols, dtype=torch.bool, device=scores.device).triu(cols - rows + 1)
         weights = scores.float().masked_fill(future, -math.inf).softmax(dim=-1)
         return self.dropout(weights, keys_B).to(value.dtype) @ value

@@ -66,7 +66,8 @@ class Embedding(nn.Module):
     def forward(self, tokens_BS: Tensor, keys_B: Tensor | None) -> Tensor:
         x_SBD = self.word(tokens_BS).transpose(0, 1)
         if self.position is not None:
-            x_SBD = x_SBD + self.position.weight[: tokens_BS.shape[1], None]
+            positions_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
+            x_SBD = x_SBD + self.position(positions_S)[:, None]
         return self.dropout(self.layers.split_sequence(x_SBD.contiguous()), keys_B)
 
 

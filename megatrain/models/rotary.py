@@ -19,16 +19,16 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, x_SBHK: Tensor) -> Tensor:
-        cos, sin = self._angles(x_SBHK.shape[0], x_SBHK.device)
+    def forward(self, x_SBHK: Tensor, positions_S: Tensor) -> Tensor:
+        cos, sin = self._angles(positions_S)
         first, second = x_SBHK.float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return turned.to(x_SBHK.dtype)
 
-    def _angles(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
         """FP32 whatever the model's type: BF16 can't tell position 257 from 258."""
-        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, device), self.config)
-        angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)
+        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, positions_S.device), self.config)
+        angles = torch.outer(positions_S.float(), frequencies)
         angles = angles[:, None, None, :]  # S, 1, 1, K/2
         length = _length(self.config)
         return angles.cos() * length, angles.sin() * length

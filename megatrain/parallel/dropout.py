@@ -7,6 +7,7 @@ recomputing need no generator state, and any split of the tensor gives the same 
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,35 +28,54 @@ def dropout_keys(seed: int, sample_ids_B: Tensor) -> Tensor:
     return _mix(_mix(low ^ (seed * 0x9E3779B1 & _MASK)) ^ high)
 
 
-class Dropout(nn.Module):
-    """Zeroes elements with ``probability`` and scales the rest by 1 / (1 - probability).
+class _Dropout(nn.Module):
+    """Zeroes elements with ``probability`` and scales the rest by 1 / (1 - probability)."""
 
-    ``part``: which part of the split dim this rank holds (the sequence of [S, B, D] activations, or
-    with ``attention`` the heads of [B, H, S, S] probabilities).
-    """
-
-    def __init__(self, probability: float, site: str, part: int = 0, attention: bool = False):
+    def __init__(self, probability: float, site: str):
         super().__init__()
-        self.probability, self.part, self.attention = probability, part, attention
+        self.probability = probability
         self.site = int.from_bytes(hashlib.sha256(site.encode()).digest()[:4], "little")
+
+    def index(self, x: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Hashes of the elements and of the samples, which broadcast to the shape of ``x``."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, keys_B: Tensor | None) -> Tensor:
         if not self.training or self.probability == 0.0:
             return x
         assert keys_B is not None, "dropout needs the samples' keys"
-        keys = _mix(keys_B ^ self.site)
-        index, keys = self._attention_index(x, keys) if self.attention else self._activation_index(x, keys)
+        index, keys = self.index(x, _mix(keys_B ^ self.site))
         keep = _mix(index ^ keys) >= int(self.probability * 2**32)
         return x * keep.to(x.dtype) / (1.0 - self.probability)
 
-    def _activation_index(self, x_SBD: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+
+class Dropout(_Dropout):
+    """Dropout of activations [S, B, D]. ``rows``: true positions in the sequence of the S rows that are here."""
+
+    def __init__(self, probability: float, site: str, rows: Callable[[int, torch.device], Tensor]):
+        super().__init__(probability, site)
+        self.rows = rows
+
+    def index(self, x_SBD: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
         seq, _, width = x_SBD.shape
-        rows = torch.arange(seq, device=x_SBD.device) + self.part * seq
+        rows = self.rows(seq, x_SBD.device)
         index = rows[:, None, None] * width + torch.arange(width, device=x_SBD.device)
         return _mix(index & _MASK), keys_B[None, :, None]
 
-    def _attention_index(self, p_BHST: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
-        _, heads, rows, cols = p_BHST.shape
-        head = torch.arange(heads, device=p_BHST.device) + self.part * heads
-        index = torch.arange(rows, device=p_BHST.device)[:, None] * cols + torch.arange(cols, device=p_BHST.device)
-        return _mix(index & _MASK), _mix(keys_B[:, None] ^ head)[..., None, None]
+
+class AttentionDropout(_Dropout):
+    """Dropout of attention probabilities [B, H, S, T]: the last S of T positions attend to all T.
+
+    ``part``: which part of the heads this rank holds.
+    """
+
+    def __init__(self, probability: float, site: str, part: int = 0):
+        super().__init__(probability, site)
+        self.part = part
+
+    def index(self, x_BHST: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+        _, heads, rows, cols = x_BHST.shape
+        head = torch.arange(heads, device=x_BHST.device) + self.part * heads
+        row = torch.arange(cols - rows, cols, device=x_BHST.device)[:, None]
+        col = torch.arange(cols, device=x_BHST.device)
+        return _mix(_mix(row) ^ col), _mix(keys_B[:, None] ^ head)[..., None, None]

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.parallel.dropout import Dropout
+from megatrain.parallel.context import WholeSequence
+from megatrain.parallel.dropout import AttentionDropout, Dropout
 
 
 class Layers:
-    """Factory of a model's layers, all matrices whole."""
+    """Factory of a model's layers, all matrices whole. ``context``: which positions of the sequences are here."""
+
+    def __init__(self, context: WholeSequence | None = None):
+        self.context = context or WholeSequence()
 
     def column_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Linear whose outputs are independent of each other (may be split over ranks)."""
@@ -46,6 +50,14 @@ class Layers:
         loss = F.cross_entropy(logits_SBV.float().flatten(0, 1), labels_SB.flatten(), reduction="none")
         return loss.view_as(labels_SB)
 
+    def positions(self, num_local: int, device: torch.device | None = None) -> Tensor:
+        """Positions in the sequence [``num_local``] of the tokens that are here."""
+        return self.context.positions(num_local, device)
+
+    def attention(self, core: nn.Module) -> nn.Module:
+        """Lets the queries that are here attend by ``core`` to all keys of their sequence, wherever they are."""
+        return self.context.attention(core)
+
     def on_split_sequence(self, module: nn.Module) -> nn.Module:
         """Declares that ``module`` works on activations that may be split over the sequence."""
         return module
@@ -60,11 +72,11 @@ class Layers:
 
     def dropout(self, probability: float, site: str) -> nn.Module:
         """Dropout of [S, B, D] activations; ``site`` is its place in the model, like a canonical name."""
-        return Dropout(probability, site)
+        return Dropout(probability, site, self.positions)
 
     def attention_dropout(self, probability: float, site: str) -> nn.Module:
-        """Dropout of attention probabilities [B, H, S, S]."""
-        return Dropout(probability, site, attention=True)
+        """Dropout of attention probabilities [B, H, S, T]: the last S of T positions attend to all T."""
+        return AttentionDropout(probability, site, self.context.head_part(0))
 
     def local_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         """The part of a whole tensor that this rank's ``parameter`` holds."""

@@ -13,7 +13,10 @@ from megatrain.parallel.topology import Topology
 class Mesh:
     """This rank's place and the groups that it belongs to.
 
-    ``model_group`` holds the ranks that together hold one copy of the model (tensor x pipeline);
+    ``data_group`` holds the ranks with the same dense weights (context x data); it is shared out into
+    ``ep_group``, over which the experts are spread, and ``edp_group``, the ranks with the same experts.
+    ``model_group`` holds the ranks that together hold one copy of the dense weights (tensor x pipeline), and
+    ``expert_model_group`` those that hold one of all weights (tensor x expert x pipeline);
     ``tied_group`` the first and last rank of the pipeline, which share tied embeddings
     (None on the ranks between them, and where there is no pipeline); ``self_group`` this rank alone.
     """
@@ -22,9 +25,13 @@ class Mesh:
     rank: int
     device: torch.device
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    edp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
+    expert_model_group: dist.ProcessGroup
     tied_group: dist.ProcessGroup | None
     self_group: dist.ProcessGroup
 
@@ -39,7 +46,7 @@ class Mesh:
 def topology_of(parallel: ParallelConfig) -> Topology:
     """Topology of a resolved config (``dp`` is set)."""
     assert parallel.dp is not None, "resolve the config first"
-    return Topology(tp=parallel.tp, dp=parallel.dp, pp=parallel.pp)
+    return Topology(tp=parallel.tp, cp=parallel.cp, dp=parallel.dp, pp=parallel.pp, ep=parallel.ep)
 
 
 def build_mesh(topology: Topology, device: torch.device) -> Mesh:
@@ -57,9 +64,13 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
         rank=rank,
         device=device,
         tp_group=_own_group(topology.groups(["tp"]), rank),
-        dp_group=_own_group(topology.groups(["dp"]), rank),
+        cp_group=_own_group(topology.groups(["cp"]), rank),
+        data_group=_own_group(topology.groups(["cp", "dp"]), rank),
+        ep_group=_own_group(topology.groups(["ep"]), rank),
+        edp_group=_own_group(topology.groups(["edp"]), rank),
         pp_group=_own_group(topology.groups(["pp"]), rank),
         model_group=_own_group(topology.groups(["tp", "pp"]), rank),
+        expert_model_group=_own_group(topology.groups(["tp", "ep", "pp"]), rank),
         tied_group=_own_group(ends, rank, required=False),
         self_group=_own_group(topology.groups([]), rank),
     )

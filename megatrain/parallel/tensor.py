@@ -17,7 +17,8 @@ with warnings.catch_warnings():
     from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
-from megatrain.parallel.dropout import Dropout
+from megatrain.parallel.context import WholeSequence
+from megatrain.parallel.dropout import AttentionDropout, Dropout
 from megatrain.parallel.layers import Layers, partition_dim
 from megatrain.parallel.mesh import Mesh
 
@@ -40,7 +41,8 @@ class RowLinear(_OutputOnly, tensor_parallel.RowParallelLinear):
 class TensorParallelLayers(Layers):
     """Factory of layers split over ``mesh.tp_group``."""
 
-    def __init__(self, mesh: Mesh, sequence_parallel: bool):
+    def __init__(self, mesh: Mesh, sequence_parallel: bool, context: WholeSequence):
+        super().__init__(context)
         _announce_groups(mesh)
         self.group = mesh.tp_group
         self.rank, self.size = dist.get_rank(mesh.tp_group), dist.get_world_size(mesh.tp_group)
@@ -104,10 +106,10 @@ class TensorParallelLayers(Layers):
         return tensor_parallel.scatter_to_sequence_parallel_region(x_SBD, group=self.group)
 
     def dropout(self, probability: float, site: str) -> nn.Module:
-        return Dropout(probability, site, part=self.rank if self.sequence_parallel else 0)
+        return Dropout(probability, site, self._split_positions if self.sequence_parallel else self.positions)
 
     def attention_dropout(self, probability: float, site: str) -> nn.Module:
-        return Dropout(probability, site, part=self.rank, attention=True)
+        return AttentionDropout(probability, site, self.context.head_part(self.rank))
 
     def local_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         dim = partition_dim(parameter)
@@ -115,6 +117,9 @@ class TensorParallelLayers(Layers):
 
     def gather_vocab(self, logits: Tensor) -> Tensor:
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.group)
+
+    def _split_positions(self, num_local: int, device: torch.device) -> Tensor:
+        return self.positions(num_local * self.size, device).chunk(self.size)[self.rank]
 
     def _sum_gradient(self, parameter: nn.Parameter) -> None:
         """A parameter that saw only this rank's part of the sequence or of the heads has a part of its gradient.

@@ -7,17 +7,19 @@ from megatrain.config.stages import own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
 from megatrain.models.decoder import compile_blocks, use_activation_checkpointing
+from megatrain.parallel.context import build_context
 from megatrain.parallel.layers import Layers
 from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
 
 
 def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
     """Plain layers on one tensor rank; megatron-core's, whose import takes seconds, on several."""
+    context = build_context(config.parallel, mesh)
     if mesh.topology.tp == 1:
-        return Layers()
+        return Layers(context)
     from megatrain.parallel.tensor import TensorParallelLayers
 
-    return TensorParallelLayers(mesh, config.parallel.sequence_parallel)
+    return TensorParallelLayers(mesh, config.parallel.sequence_parallel, context)
 
 
 def build_engine(config: RunConfig, device: torch.device) -> Engine:

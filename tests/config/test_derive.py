@@ -87,6 +87,11 @@ def test_families_tie_differently() -> None:
     assert resolve(config(model={"family": "llama"}), 1).model.tie_embeddings is False
 
 
+def test_context_ranks_leave_fewer_data_ranks() -> None:
+    given = config(parallel={"tp": 2, "cp": 2})
+    assert data_parallel_size(given, 12) == resolve(given, 12).parallel.dp == 3
+
+
 @pytest.mark.parametrize(
     ("dp", "world_size", "expected"), [(None, None, None), (3, None, 3), (None, 8, 2), (None, 6, None), (None, 2, None)]
 )

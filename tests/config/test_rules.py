@@ -63,6 +63,25 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "parallel.sequence_parallel=true parallel.tp=2 data.seq_len=31", None, "data.seq_len", 31,
         "is not divisible by parallel.tp = 2", "set data.seq_len to 30",
     ),
+    (
+        "parallel.cp=2 data.seq_len=250", None, "data.seq_len", 250,
+        "is not divisible by parallel.cp = 2 × 2 (parallel.cp_method = all_gather)", "set data.seq_len to 248",
+    ),
+    (
+        "parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255", None, "model.num_heads", 8,
+        "is not divisible by parallel.tp = 1 × parallel.cp = 3", "set parallel.cp to one of 1, 2, 4, 8",
+    ),
+    (
+        "parallel.cp=4 parallel.tp=4 parallel.cp_method=ulysses", None, "model.num_heads", 8,
+        "by parallel.tp = 4 × parallel.cp = 4", "one of 1, 2, or parallel.cp_method to all_gather",
+    ),
+    (
+        "parallel.cp=3 parallel.tp=2 parallel.sequence_parallel=true parallel.cp_method=ulysses data.seq_len=255 "
+        "model.num_heads=12 model.hidden_size=48", None, "data.seq_len", 255,
+        "is not divisible by parallel.tp = 2 × parallel.cp = 3, over which", "set data.seq_len to 252",
+    ),
+    ("parallel.ep=3", 4, "parallel.ep", 3, "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these"),
+    ("parallel.cp=4", 6, "parallel.cp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
     ("parallel.pp=5 model.num_layers=4", None, "model.num_layers", 4, "less than the 5 pipeline stages", "use 5"),
     (
         "parallel.pp=2 parallel.zero_stage=2", None, "parallel.zero_stage", 2,
@@ -160,6 +179,7 @@ ALLOWED = [
     ("schedule.name=constant schedule.warmup_steps=90 schedule.decay_steps=50", None),
     ("schedule.name=wsd schedule.warmup_steps=90", None),
     ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
+    ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2", 4),
     ("parallel.pp=4 train.global_batch_size=4", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=3", 2),
     (  # torch's own example: 10 micro-batches on 4 ranks make 2 rounds of 5
