@@ -42,9 +42,9 @@ def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Probl
         yield Problem(
             f"parallel.{key}",
             sizes[key],
-            f"copies of the model take tp × cp × pp = {asked} ranks each, and {started}: {world_size % asked} left over",
+            f"copies of the model take tp × cp × pp = {asked} ranks, and {started}: {world_size % asked} left over",
             f"tp × cp × pp of {listed(divisors(world_size))}",
-            f"start {below} or {below + asked} ranks (deepspeed --num_gpus …), or change parallel.tp, parallel.cp or parallel.pp",
+            f"start {below} or {below + asked} ranks (deepspeed --num_gpus …), or change {_names(None)}",
         )
 
 

@@ -1,6 +1,6 @@
 """Causal self-attention with grouped queries.
 
-Shapes: S sequence (T: all of it that keys are of), B micro-batch, D width, H query heads, G key/value heads, K head width.
+Shapes: S sequence (T: of the keys), B micro-batch, D width, H query heads, G key/value heads, K head width.
 """
 
 import math

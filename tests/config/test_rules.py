@@ -40,9 +40,9 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
     (
         "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,
-        "more ranks asked for than started: tp 2 × pp 2 × dp 1 = 4 ranks, 2 were started", "--num_gpus 4",
+        "more ranks asked for than started: tp 2 × cp 1 × pp 2 × dp 1 = 4 ranks, 2 were started", "--num_gpus 4",
     ),
-    ("parallel.dp=8", 1, "parallel.dp", 8, "tp 1 × pp 1 × dp 8 = 8 ranks, 1 was started", "start 8 ranks"),
+    ("parallel.dp=8", 1, "parallel.dp", 8, "tp 1 × cp 1 × pp 1 × dp 8 = 8 ranks, 1 was started", "start 8 ranks"),
     ("parallel.dp=2", 4, "parallel.dp", 2, "fewer ranks asked for than started", "leave parallel.dp out"),
     ("parallel.tp=4", 6, "parallel.tp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
     ("parallel.tp=2 model.vocab_size=50257", None, "model.vocab_size", 50257, "by parallel.tp = 2", "to 50258"),

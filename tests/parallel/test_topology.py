@@ -20,7 +20,7 @@ def test_experts_share_out_the_context_and_data_ranks() -> None:
     assert topology.groups(["cp"]) == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert topology.groups(["cp", "dp"]) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert topology.groups(["ep"]) == topology.groups(["cp"]), "context ranks are the nearest, so they share experts"
-    assert topology.groups(["edp"]) == topology.groups(["dp"]) == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert topology.groups(["edp"]) == topology.groups(["dp"]) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert topology.groups(["tp", "ep", "pp"]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [topology.coordinate(6, axis) for axis in ("tp", "cp", "dp", "pp", "ep", "edp")] == [0, 1, 1, 0, 1, 1]
     wider = Topology(cp=2, dp=2, pp=2, ep=4)
