@@ -49,7 +49,8 @@ install_megatrain() {
     echo "$wanted" >"$stamp"
 }
 
-megatrain_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# -P: a folder of links to this one (tests make one) uses this one's environment
+megatrain_root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && cd .. && pwd)"
 megatrain_venv="${MEGATRAIN_VENV:-$megatrain_root/.venv}"
 install_megatrain "$megatrain_root" "$megatrain_venv"
 megatrain_venv="$(cd "$megatrain_venv" && pwd)"

@@ -76,6 +76,7 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    linear = torch.nn.functional.linear
     from megatrain.engine.start import import_deepspeed
 
     import_deepspeed()
@@ -83,17 +84,18 @@ def _serve(pipe: Connection) -> None:
         function, rank, world_size, store, args, options = pipe.recv()
         gc.collect()  # engines are cycles
         try:
-            with_fresh_world(rank, world_size, store)
+            with_fresh_world(rank, world_size, store, linear)
             pipe.send((True, function(*args, **options)))
         except BaseException:
             pipe.send((False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}"))
 
 
-def with_fresh_world(rank: int, world_size: int, store: str) -> None:
+def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..., Any]) -> None:
     """Ends the previous world and joins a new one; clears the groups that DeepSpeed and megatron-core keep."""
     import sys
 
     import deepspeed.comm.comm
+    import torch
     import torch.distributed as dist
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -112,5 +114,6 @@ def with_fresh_world(rank: int, world_size: int, store: str) -> None:
         if name.startswith("_") and name.isupper():
             setattr(groups, name, {} if isinstance(value, dict) else None)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    torch.nn.functional.linear = linear  # an engine that was not closed leaves ZeRO-3's, on the ranks that it had
     if "megatrain.parallel.tensor" in sys.modules:
         sys.modules["megatrain.parallel.tensor"].forget_groups()

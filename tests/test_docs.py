@@ -1,11 +1,13 @@
-"""Every command that the pages print names scripts, options and configuration keys that exist."""
+"""Every command that the pages print: its names exist, and it runs, in a folder that looks like a checkout."""
 
 import functools
 import itertools
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,20 +19,39 @@ from megatrain.config.schema import RunConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "CHANGELOG.md"]
 BASH_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+README_COMMAND = re.compile(r"^    (bash .+)$", re.MULTILINE)
 OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|\.ci)/")
 INTERPRETERS = {"bash", "source", "python", "python3", "deepspeed", "torchrun"}
 OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 
+# what a page prints and no test can run, with the reason; the names in it are checked all the same
+NOT_RUN = {
+    "bash launch/test.sh": "is what runs this",
+    "python -m megatrain.config.reference": "writes into the checkout; tests/config/test_configs.py checks its output",
+    "deepspeed --hostfile": "needs several hosts",
+    "srun": "needs a Slurm cluster",
+    "scontrol": "needs a Slurm cluster",
+    "export MASTER": "needs a Slurm cluster",
+    "pkill": "would end runs that are not the test's",
+}
+TINY_RUN = """
+model: {num_layers: 2, hidden_size: 32, num_heads: 4, vocab_size: 4096, max_seq_len: 32}
+data: {train: data/quickstart/train, seq_len: 32}
+precision: {dtype: fp32}
+train: {global_batch_size: 8, log_every: 1}
+"""
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command in the page's bash blocks."""
+
+def commands(text: str) -> Iterator[str]:
+    """Each command in the page's bash blocks."""
     for block in BASH_BLOCK.findall(text):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if "-c" in words:  # bash -c 'command'
-                yield shlex.split(words[words.index("-c") + 1])
-            elif words:
-                yield words
+        yield from (line for line in block.replace("\\\n", " ").splitlines() if words_of(line))
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command; of ``bash -c '…'`` the words inside."""
+    words = shlex.split(command, comments=True)
+    return shlex.split(words[words.index("-c") + 1]) if "-c" in words else words
 
 
 def missing_files(words: list[str]) -> list[str]:
@@ -69,18 +90,97 @@ def help_text(script: str) -> str:
     return run.stdout
 
 
+def reason_not_to_run(command: str) -> str | None:
+    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
+
+
+class Workspace:
+    """A folder with links to the project's and what the pages take for given: ``run.yaml`` and ``texts/``.
+
+    Programs read and write ``data/`` and ``runs/`` here.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.steps = folder, 0
+        for name in ("launch", "data_tools", "configs", "benchmarks", "tests", "megatrain"):
+            if (ROOT / name).exists():
+                (folder / name).symlink_to(ROOT / name)
+        (folder / "run.yaml").write_text(TINY_RUN)
+        (folder / "texts").mkdir()
+        for number in range(100):
+            (folder / "texts" / f"{number}.txt").write_text(f"This is text number {number}. It is short, like all.\n")
+
+    def run(self, command: str) -> str:
+        """Runs a page's command; training goes on for one more step only. Returns what it printed."""
+        if "launch/pretrain.py" in command or "launch/quickstart.sh" in command:
+            self.steps += 2
+            command += f" --train.steps {self.steps} --train.eval_batches 1 --schedule.warmup_steps 1"
+        launcher = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in launcher}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        environment["MEGATRAIN_VENV"] = sys.prefix
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("checkout"))
+
+
+def test_readme_opens_with_two_commands_and_the_first_works(workspace: Workspace) -> None:
+    first, second = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert second == "bash launch/test.sh"
+    printed = workspace.run(first)
+    assert "perplexity" in printed
+    assert "def main(" in printed
+    for label in ("run folder:", "TensorBoard:", "resume:"):
+        assert label in printed
+    again = workspace.run(f"{first} --print-config")  # trains nothing
+    assert "already there with this content" in again, "a second time it reuses what is there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_run(workspace: Workspace, page: Path) -> None:
+    for command in commands(page.read_text(encoding="utf-8")):
+        if reason_not_to_run(command):
+            continue
+        if command.startswith("tensorboard"):
+            assert serves(command, workspace.folder), command
+        else:
+            workspace.run(command)
+
+
+def serves(command: str, folder: Path) -> bool:
+    """Whether the server says within a minute where it listens."""
+    program = Path(sys.executable).with_name("tensorboard")
+    words = [str(program), *words_of(command)[1:], "--port", "0", "--load_fast", "false"]
+    server = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        end = time.monotonic() + 60
+        return any("http://" in line for line in iter(server.stderr.readline, "") if time.monotonic() < end)
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_name_what_exists(page: Path) -> None:
     problems = []
-    for words in commands(page.read_text(encoding="utf-8")):
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = words_of(command)
         wrong = missing_files(words)
         # a script that is not there cannot be asked for its options
         wrong = wrong or unknown_options(words)
-        problems += [f"{name} in: {shlex.join(words)}" for name in wrong]
+        problems += [f"{name} in: {command}" for name in wrong]
     assert problems == []
 
 
-def test_a_wrong_command_is_seen() -> None:
+def test_a_wrong_command_is_seen(workspace: Workspace) -> None:
     block = [
         "# note",
         "FOO=1 python launch/nowhere.py \\",
@@ -89,7 +189,7 @@ def test_a_wrong_command_is_seen() -> None:
         "srun bash -c 'python lost.py'",
     ]
     page = "\n".join(["```bash", *block, "```", ""])
-    first, second, third = commands(page)
+    first, second, third = map(words_of, commands(page))
     assert first == ["FOO=1", "python", "launch/nowhere.py", "--a", "1"]
     assert missing_files(first) == ["launch/nowhere.py"]
     assert missing_files(second) == ["gone.sh"]
@@ -97,3 +197,5 @@ def test_a_wrong_command_is_seen() -> None:
     assert is_config_key("--model.num_layers")
     assert not is_config_key("--model.num_layer")
     assert not is_config_key("--train.steps.more")
+    with pytest.raises(AssertionError, match="gone"):
+        workspace.run("bash gone.sh")

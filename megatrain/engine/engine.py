@@ -23,6 +23,7 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import Pipeline, StepInput
 
 IGNORE = -100
+_LINEAR = nn.functional.linear
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -81,7 +82,6 @@ class Engine:
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
         self._mark_tied_copy()
-        self._linear = nn.functional.linear
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self._deepspeed, *_ = import_deepspeed().initialize(
                 model=self.model,
@@ -140,7 +140,7 @@ class Engine:
         bias in another order; ranks that differ in it would reduce each other's wrong buckets.
         """
         self._deepspeed.destroy()
-        nn.functional.linear = self._linear
+        nn.functional.linear = _LINEAR
 
     @property
     def loss_scale(self) -> float:
