@@ -83,6 +83,7 @@ def _serve(pipe: Connection) -> None:
     while True:
         function, rank, world_size, store, args, options = pipe.recv()
         gc.collect()  # engines are cycles
+        gc.freeze()  # what the libraries hold is not looked through again: a second per rank and engine
         try:
             with_fresh_world(rank, world_size, store, linear)
             pipe.send((True, function(*args, **options)))
