@@ -26,13 +26,16 @@ CONTRACT: dict[str, dict[str, set[str] | None]] = {
     ),
     "launch": dict.fromkeys(("train", "plan", "checkpoint", "config"), ALL),
     "data_tools": dict.fromkeys(("data", "config"), ALL),
+    "benchmarks": dict.fromkeys(
+        ("config", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan", "train"), ALL
+    ),
 }  # fmt: skip
 # package -> the only rooms that may import it
 SEAMS = {
-    "deepspeed": {"engine"},
-    "megatron": {"parallel"},
-    "torch.distributed.pipelining": {"parallel"},
-    "torch": {"data", "optim", "parallel", "models", "engine", "checkpoint", "plan", "train", "launch"},
+    "deepspeed": {"engine", "benchmarks"},  # a benchmark measures them by themselves, too
+    "megatron": {"parallel", "benchmarks"},
+    "torch.distributed.pipelining": {"parallel", "benchmarks"},
+    "torch": {"data", "optim", "parallel", "models", "engine", "checkpoint", "plan", "train", "launch", "benchmarks"},
 }
 # a path below the home, root or data folder of somebody's machine
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|work|opt|mnt|scratch|Users)/\w")
@@ -101,7 +104,9 @@ def own_texts() -> list[Path]:
     return sorted(path for path in [*tops, *below] if path.is_file() and path.suffix in TEXT_SUFFIXES)
 
 
-@pytest.mark.parametrize("path", sources("megatrain", "launch", "data_tools"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sources("megatrain", "launch", "data_tools", "benchmarks"), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_imports_follow_the_contract(path: Path) -> None:
     assert import_violations(room_of(path), path.read_text(encoding="utf-8")) == []
 
@@ -113,7 +118,7 @@ def test_every_room_is_in_the_contract() -> None:
 
 def test_files_and_functions_stay_small() -> None:
     too_big = []
-    for path in sources("megatrain", "launch", "data_tools", "tests"):
+    for path in sources("megatrain", "launch", "data_tools", "benchmarks", "tests"):
         source = path.read_text(encoding="utf-8")
         name = path.relative_to(ROOT)
         if (lines := source.count("\n")) > MAX_FILE_LINES:

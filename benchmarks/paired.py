@@ -1,0 +1,34 @@
+"""What the benchmarks share: paired, interleaved timing, because machines are shared and noisy."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of each call: all candidates in turn, ``repeats`` times, the order turned round every other time."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats):
+        for name in list(candidates) if repeat % 2 == 0 else reversed(list(candidates)):
+            start = clock()
+            candidates[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the repeats of ours / theirs: what disturbed a pair disturbed both."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def describe_machine(*packages: str) -> str:
+    """One line: device, threads, Python and the versions of ``packages``."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{device}; Python {platform.python_version()}, {versions}"
