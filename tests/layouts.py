@@ -79,7 +79,7 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
     return RunConfig.model_validate(config)
 
 
-def global_batch(step: int, rank: int = 0, num_ranks: int = 1) -> SimpleNamespace:
+def global_batch(step: int, rank: int = 0, num_ranks: int = 1, documents: bool = False) -> SimpleNamespace:
     """A rank's share of a step's random batch, whose micro-batches hold different numbers of loss tokens."""
     generator = torch.Generator().manual_seed(step)
     tokens, labels = torch.randint(0, VOCAB_SIZE, (2, GLOBAL_BATCH_SIZE, SEQ_LEN), generator=generator)
@@ -88,8 +88,19 @@ def global_batch(step: int, rank: int = 0, num_ranks: int = 1) -> SimpleNamespac
     size = GLOBAL_BATCH_SIZE // num_ranks
     own = slice(rank * size, (rank + 1) * size)
     return SimpleNamespace(
-        tokens=tokens[own], labels=labels[own], sample_ids=torch.arange(GLOBAL_BATCH_SIZE)[own] + step * 1000
+        tokens=tokens[own],
+        labels=labels[own],
+        sample_ids=torch.arange(GLOBAL_BATCH_SIZE)[own] + step * 1000,
+        positions=random_positions(generator)[own] if documents else None,
     )
+
+
+def random_positions(generator: torch.Generator) -> torch.Tensor:
+    """Positions of sequences that hold 1 to 6 documents."""
+    begins = torch.rand(GLOBAL_BATCH_SIZE, SEQ_LEN, generator=generator) < 0.2
+    begins[:, 0] = True
+    places = torch.arange(SEQ_LEN).expand_as(begins)
+    return places - torch.where(begins, places, 0).cummax(1).values
 
 
 def build_engine(config: RunConfig) -> Any:
@@ -109,6 +120,7 @@ class Trained:
     """What one rank saw: the same losses and norms as all others, and its parts of the state."""
 
     losses: list[float]
+    sequence_losses: list[float]  # of the last step, all sequences of the global batch in order
     grad_norms: list[float]
     skipped: list[bool]
     loss_scales: list[float]
@@ -116,9 +128,9 @@ class Trained:
     state: dict[tuple[str, str], tuple[np.ndarray, int | None, int]]  # (part, split dim, tensor rank)
 
 
-def train_steps(engine: Any, first: int, last: int) -> Trained:
-    dp_rank, dp = engine.mesh.coordinate("dp"), engine.mesh.topology.dp
-    results = [engine.train_step(global_batch(step, dp_rank, dp), step) for step in range(first, last + 1)]
+def train_steps(engine: Any, first: int, last: int, documents: bool = False) -> Trained:
+    place = engine.mesh.coordinate("dp"), engine.mesh.topology.dp, documents
+    results = [engine.train_step(global_batch(step, *place), step) for step in range(first, last + 1)]
     from megatrain.engine.state import export_state
     from megatrain.parallel.layers import partition_dim
 
@@ -126,19 +138,20 @@ def train_steps(engine: Any, first: int, last: int) -> Trained:
     tp_rank = engine.mesh.coordinate("tp")
     return Trained(
         losses=[float(result.loss) for result in results],
+        sequence_losses=whole_batch(engine, results[-1].losses),
         grad_norms=[float(result.grad_norm) for result in results],
         skipped=[result.skipped for result in results],
         loss_scales=[result.loss_scale for result in results],
-        evaluation=float(engine.evaluate(global_batch(99, dp_rank, dp))[0]),
+        evaluation=float(engine.evaluate(global_batch(99, *place))[0]),
         state={(kind, name): (t.numpy().copy(), dims[name], tp_rank) for kind, name, t in export_state(engine)},
     )
 
 
-def train(family: str, layout: Layout, steps: int = 5, **sections: dict[str, Any]) -> Trained:
+def train(family: str, layout: Layout, steps: int = 5, documents: bool = False, **sections: dict[str, Any]) -> Trained:
     """The test body; runs on every rank of a layout."""
     engine = build_engine(run_config(family, layout, **sections))
     try:
-        return train_steps(engine, 1, steps)
+        return train_steps(engine, 1, steps, documents)
     finally:
         engine.close()
 

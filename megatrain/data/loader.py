@@ -19,11 +19,15 @@ IGNORE = -100  # label of a position without loss
 
 
 class Batch(NamedTuple):
-    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers."""
+    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.
+
+    ``positions`` [N, S]: places of the tokens in their documents; None where each sequence counts as one.
+    """
 
     tokens: Tensor
     labels: Tensor
     sample_ids: Tensor
+    positions: Tensor | None = None
 
 
 class Loader:

@@ -28,7 +28,10 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 class RankBatch(Protocol):
-    """What the engine reads of a batch: this rank's [N, S] tokens and labels, [N] global sample numbers."""
+    """What the engine reads of a batch: this rank's [N, S] tokens and labels, [N] global sample numbers.
+
+    ``positions`` [N, S]: places of the tokens in their documents, or None where each sequence is one.
+    """
 
     @property
     def tokens(self) -> Tensor: ...
@@ -36,17 +39,21 @@ class RankBatch(Protocol):
     def labels(self) -> Tensor: ...
     @property
     def sample_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. ``loss`` and ``grad_norm`` are device tensors: reading them waits.
+    """What one optimizer step did. ``loss``, ``grad_norm`` and ``losses`` are device tensors: reading them waits.
 
-    ``loss``: mean over the step's loss tokens; ``grad_norm``: global norm before clipping;
-    ``tokens``: tokens read by all ranks; ``skipped``: overflow, no update.
+    ``loss``: mean over the step's loss tokens; ``losses``: sum of each of this rank's sequences [N] (zeros but on
+    the last pipeline rank); ``grad_norm``: global norm before clipping; ``tokens``: tokens read by all ranks;
+    ``skipped``: overflow, no update.
     """
 
     loss: Tensor
+    losses: Tensor
     grad_norm: Tensor
     lr: float
     tokens: int
@@ -109,11 +116,12 @@ class Engine:
         scale = self.loss_scale
         inputs = self._inputs(batch)
         num_tokens = self._global_loss_tokens(inputs.labels)
-        loss = self._forward_backward(inputs, self._gradient_factor() / num_tokens) / num_tokens
+        losses = self._forward_backward(inputs, self._gradient_factor() / num_tokens)
         self._reduce_what_deepspeed_does_not()
         self._deepspeed.step()
         return StepResult(
-            loss=self._global_loss(loss),
+            loss=self.over_all_ranks(losses.sum()) / num_tokens,
+            losses=losses,
             grad_norm=torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32),
             lr=lr,
             tokens=self.config.train.global_batch_size * batch.tokens.shape[1],
@@ -127,11 +135,10 @@ class Engine:
         self.model.eval()
         inputs = self._inputs(batch)
         if self._pipeline is not None:
-            loss = self._pipeline.forward(inputs)
+            losses = self._pipeline.forward(inputs)
         else:
-            micro_batches = self._split(inputs)
-            loss = sum((self._deepspeed(*micro) for micro in micro_batches), torch.zeros((), device=self.mesh.device))
-        return self._global_loss(loss), self._global_loss_tokens(inputs.labels)
+            losses = torch.cat([self._deepspeed(*micro_batch) for micro_batch in self._split(inputs)])
+        return self.over_all_ranks(losses.sum()), self._global_loss_tokens(inputs.labels)
 
     def close(self) -> None:
         """Takes DeepSpeed out of the process, for one that builds one engine after another.
@@ -164,12 +171,12 @@ class Engine:
             self._pipeline.loss_factor = factor * self.loss_scale
             set_up_buckets(self.optimizer)
             return self._pipeline.forward_backward(inputs)
-        total = torch.zeros((), device=self.mesh.device)
+        parts = []
         for micro_batch in self._split(inputs):
-            loss = self._deepspeed(*micro_batch)
-            self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
-            total += loss.detach()
-        return total
+            losses = self._deepspeed(*micro_batch)
+            self._deepspeed.backward(losses.sum() * factor, scale_wrt_gas=False)
+            parts.append(losses.detach())
+        return torch.cat(parts)
 
     def _gradient_factor(self) -> int:
         """DeepSpeed averages over the data-parallel ranks that share its states; the loss wants a sum."""
@@ -198,25 +205,26 @@ class Engine:
 
     def _inputs(self, batch: RankBatch) -> StepInput:
         """The batch on this rank's device, cut down to the positions that it holds."""
+        device = self.mesh.device
         own = self._context.positions(batch.tokens.shape[1] // self._context.size)
         tokens, labels, ids = (
-            x.to(self.mesh.device) for x in (batch.tokens[:, own], batch.labels[:, own], batch.sample_ids)
+            x.to(device, non_blocking=True) for x in (batch.tokens[:, own], batch.labels[:, own], batch.sample_ids)
         )
-        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids))
+        positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids), positions)
 
     def _split(self, inputs: StepInput) -> list[StepInput]:
-        size = self.config.train.micro_batch_size
-        return [StepInput(*parts) for parts in zip(*(x.split(size) for x in inputs), strict=True)]
+        return inputs.split(self.config.train.micro_batch_size)
 
     def _global_loss_tokens(self, labels: Tensor) -> int:
         count = (labels != IGNORE).sum()
         dist.all_reduce(count, group=self.mesh.data_group)
         return max(1, int(count))
 
-    def _global_loss(self, loss: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks of what the last pipeline ranks hold, on every rank."""
-        loss = loss.detach().clone()
-        dist.all_reduce(loss, group=self.mesh.data_group)
+    def over_all_ranks(self, losses: Tensor) -> Tensor:
+        """Sum over the data-parallel and context ranks of what the last stage holds, on every rank. Collective."""
+        losses = losses.detach().clone()
+        dist.all_reduce(losses, group=self.mesh.data_group)
         last = rank_of_stage(self.config.parallel, num_stages(self.config.parallel) - 1)
-        dist.broadcast(loss, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
-        return loss
+        dist.broadcast(losses, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
+        return losses

@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatrain.config.derive import attention_bias, head_width
 from megatrain.config.schema import ModelConfig
+from megatrain.models.documents import Documents, own_positions, visible_pairs
 from megatrain.models.rotary import Rotary
 from megatrain.parallel.layers import Layers
 
@@ -38,51 +39,62 @@ class Attention(nn.Module):
         self.layers = layers
         self.core = layers.attention(AttentionCore(config.attention_dropout, layers, site))
 
-    def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
         groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
         query, key, value = groups.split([self.queries_per_group, 1, 1], dim=-2)  # S, B, G, heads, K
         query, key, value = (x.flatten(2, 3) for x in (query, key, value))  # S, B, H or G, K
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            positions_S = self.layers.positions(query.shape[0], query.device)
-            query, key = self.rotary(query, positions_S), self.rotary(key, positions_S)
-        return self.output(self.core(query, key, value, keys_B).flatten(2))
+            positions_SB = own_positions(self.layers.positions(query.shape[0], query.device), documents)
+            query, key = self.rotary(query, positions_SB), self.rotary(key, positions_SB)
+        return self.output(self.core(query, key, value, keys_B, documents).flatten(2))
 
     def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:
         return layers.on_split_heads(nn.RMSNorm(self.head_width, config.norm_eps))
 
 
 class AttentionCore(nn.Module):
-    """The heads themselves: the queries of the last S of T positions attend to all positions up to their own."""
+    """The heads themselves: the queries of the last S of T positions attend to all positions up to their own.
+
+    Where the sequence holds several documents, each position sees its own document only.
+    """
 
     def __init__(self, dropout: float, layers: Layers, site: str):
         super().__init__()
         self.dropout_probability = dropout
         self.dropout = layers.attention_dropout(dropout, f"{site}.attention")
 
-    def forward(self, query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, keys_B: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        query_SBHK: Tensor,
+        key_TBGK: Tensor,
+        value_TBGK: Tensor,
+        keys_B: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """Returns: mixed values [S, B, H, K]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHK, key_TBGK, value_TBGK))
+        rows, cols = query.shape[-2], key.shape[-2]
+        visible = None if documents is None else visible_pairs(documents, rows, cols)
         if self.training and self.dropout_probability > 0.0:
-            mixed = self._attend_with_dropout(query, key, value, keys_B)
+            mixed = self._attend_with_dropout(query, key, value, keys_B, visible)
         else:
-            rows, cols = query.shape[-2], key.shape[-2]
+            if visible is None and rows != cols:
+                visible = causal_lower_right(rows, cols)
             mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=None if rows == cols else causal_lower_right(rows, cols),
-                is_causal=rows == cols,
-                enable_gqa=query.shape[1] > key.shape[1],
+                query, key, value, visible, is_causal=visible is None, enable_gqa=query.shape[1] > key.shape[1]
             )
         return mixed.permute(2, 0, 1, 3)
 
-    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, keys_B: Tensor | None) -> Tensor:
+    def _attend_with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, keys_B: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         """Dense attention: the fused kernels draw their masks from a generator, ours is a function."""
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        rows, cols = scores.shape[-2:]
-        future = torch.ones(rows, cols, dtype=torch.bool, device=scores.device).triu(cols - rows + 1)
-        weights = scores.float().masked_fill(future, -math.inf).softmax(dim=-1)
+        if visible is None:
+            rows, cols = scores.shape[-2:]
+            visible = torch.ones(rows, cols, dtype=torch.bool, device=scores.device).tril(cols - rows)
+        weights = scores.float().masked_fill(~visible, -math.inf).softmax(dim=-1)
         return self.dropout(weights, keys_B).to(value.dtype) @ value

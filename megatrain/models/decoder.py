@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 from megatrain.models.attention import Attention
+from megatrain.models.documents import Documents, documents_of, own_positions
 from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
-from megatrain.models.loss import sum_of_token_losses
+from megatrain.models.loss import sequence_losses
 from megatrain.parallel.layers import Layers
 
 
@@ -48,8 +49,8 @@ class Block(nn.Module):
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
         self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
 
-    def forward(self, x_SBD: Tensor, keys_B: Tensor | None) -> Tensor:
-        x = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), keys_B), keys_B)
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
+        x = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), keys_B, documents), keys_B)
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), keys_B)
 
 
@@ -63,11 +64,11 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if positions else None
         self.dropout = layers.dropout(config.dropout, "embedding")
 
-    def forward(self, tokens_BS: Tensor, keys_B: Tensor | None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
         x_SBD = self.word(tokens_BS).transpose(0, 1)
         if self.position is not None:
-            positions_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
-            x_SBD = x_SBD + self.position(positions_S)[:, None]
+            own_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
+            x_SBD = x_SBD + self.position(own_positions(own_S, documents))
         return self.dropout(self.layers.split_sequence(x_SBD.contiguous()), keys_B)
 
 
@@ -99,7 +100,13 @@ class Decoder(nn.Module):
             if not tied:
                 self.head = Head(config, layers)
 
-    def forward(self, x: Tensor, labels_BS: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        labels_BS: Tensor | None = None,
+        keys_B: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
         """Runs this part.
 
         Args:
@@ -107,20 +114,23 @@ class Decoder(nn.Module):
             labels_BS: next tokens; IGNORE where there is no loss. Without them the last part
                 returns logits.
             keys_B: the samples' dropout keys.
+            positions_BT: places in their documents, which see only themselves, of all tokens of the sequences (also
+                of those that other ranks hold); None: each sequence is one document.
         Returns:
-            activations [S, B, D]; from the last part the summed loss (scalar, FP32) or logits [S, B, V].
+            activations [S, B, D]; from the last part the sequences' losses [B] (sums, FP32) or logits [S, B, V].
         """
+        documents = None if positions_BT is None else documents_of(positions_BT)
         if self.first:
-            x = self.embedding(x, keys_B)
+            x = self.embedding(x, keys_B, documents)
         for block in self.layers.values():
-            x = block(x, keys_B)
+            x = block(x, keys_B, documents)
         if not self.last:
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
         logits_SBV = self.factory.head_logits(self.final_norm(x), weight)
         if self.config.vocab_padding:
             logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
-        return logits_SBV if labels_BS is None else sum_of_token_losses(self.factory, logits_SBV, labels_BS)
+        return logits_SBV if labels_BS is None else sequence_losses(self.factory, logits_SBV, labels_BS)
 
 
 def use_activation_checkpointing(model: nn.Module) -> None:
@@ -133,8 +143,8 @@ def use_activation_checkpointing(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Block):
             run = block.forward
-            block.forward = lambda x, keys, run=run: checkpoint(  # type: ignore[method-assign,misc]
-                run, x, keys, use_reentrant=False, preserve_rng_state=False
+            block.forward = lambda *inputs, run=run: checkpoint(  # type: ignore[method-assign,misc]
+                run, *inputs, use_reentrant=False, preserve_rng_state=False
             )
 
 

@@ -9,13 +9,13 @@ IGNORE = -100
 """Label of a position that has no loss."""
 
 
-def sum_of_token_losses(layers: Layers, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum of the cross-entropies of all labelled positions (scalar, FP32).
+def sequence_losses(layers: Layers, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum of the cross-entropies of each sequence's labelled positions [B], FP32.
 
-    A sum, not a mean: micro-batches hold different numbers of loss tokens, so only the whole
+    Sums, not means: sequences hold different numbers of loss tokens, so only the whole
     step's number is a right divisor.
     """
     labels_SB = labels_BS.transpose(0, 1)
     has_loss = labels_SB != IGNORE
     losses_SB = layers.cross_entropy(logits_SBV, torch.where(has_loss, labels_SB, 0))
-    return (losses_SB * has_loss).sum()
+    return (losses_SB * has_loss).sum(0)

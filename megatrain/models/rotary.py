@@ -19,17 +19,17 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, x_SBHK: Tensor, positions_S: Tensor) -> Tensor:
-        cos, sin = self._angles(positions_S)
+    def forward(self, x_SBHK: Tensor, positions_SB: Tensor) -> Tensor:
+        """Turns queries or keys that stand at ``positions_SB`` (B may be 1: the same in every sequence)."""
+        cos, sin = self._angles(positions_SB)
         first, second = x_SBHK.float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return turned.to(x_SBHK.dtype)
 
-    def _angles(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
         """FP32 whatever the model's type: BF16 can't tell position 257 from 258."""
-        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, positions_S.device), self.config)
-        angles = torch.outer(positions_S.float(), frequencies)
-        angles = angles[:, None, None, :]  # S, 1, 1, K/2
+        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, positions_SB.device), self.config)
+        angles = positions_SB.float()[:, :, None, None] * frequencies  # S, B, 1, K/2
         length = _length(self.config)
         return angles.cos() * length, angles.sin() * length
 

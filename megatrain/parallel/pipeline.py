@@ -15,11 +15,20 @@ from megatrain.parallel.schedules import TORCH_NAMES
 
 
 class StepInput(NamedTuple):
-    """One rank's sequences of a step: [N, S] tokens and labels, [N] dropout keys."""
+    """One rank's sequences of a step: [N, S] tokens and labels, [N] dropout keys.
+
+    ``positions`` [N, T]: places in their documents of all tokens, also of those that other context ranks hold.
+    """
 
     tokens: Tensor
     labels: Tensor
     keys: Tensor
+    positions: Tensor | None = None
+
+    def split(self, size: int) -> "list[StepInput]":
+        """Micro-batches of ``size`` sequences."""
+        columns: list[Any] = [[None] * len(self.tokens) if x is None else x.split(size) for x in self]
+        return [StepInput(*parts) for parts in zip(*columns, strict=False)]  # None for each of fewer micro-batches
 
 
 class _Stage(PipelineStage):
@@ -47,9 +56,9 @@ class _Stage(PipelineStage):
 class Pipeline:
     """This rank's part of the pipeline: runs all micro-batches of a step, forward and backward.
 
-    The last stage's module returns the loss of a micro-batch, so what the schedule calls its loss
-    function only scales it, by ``loss_factor`` as it is at the time. ``collect_gradients`` is called when a
-    micro-batch's weight gradients stand in ``.grad`` that no accumulation hook has seen.
+    The last stage's module returns the losses of a micro-batch, so what the schedule calls its loss
+    function only sums and scales them, by ``loss_factor`` as it is at the time. ``collect_gradients`` is called
+    when a micro-batch's weight gradients stand in ``.grad`` that no accumulation hook has seen.
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class Pipeline:
     def forward_backward(self, batch: StepInput) -> Tensor:
         """Leaves the gradients of the scaled losses of all micro-batches, summed, in ``.grad``.
 
-        Returns: the sum of the unscaled losses on the last stage's rank, 0 on the others.
+        Returns: the sequences' unscaled losses [N] on the last stage's rank, zeros on the others.
         """
         return self._run(self._schedule.step, batch)
 
@@ -93,7 +102,9 @@ class Pipeline:
 
     def _run(self, method: Callable[..., Any], batch: StepInput) -> Tensor:
         losses: list[Tensor] = []
-        ends = {"target": batch.keys, "losses": losses} if self.is_last else {}
+        ends: dict[str, Any] = {"target": batch.keys, "losses": losses} if self.is_last else {}
+        if batch.positions is not None:
+            ends["positions_BT"] = batch.positions
         method(
             *([batch.tokens] if self.is_first else []),
             labels_BS=batch.labels,
@@ -101,9 +112,11 @@ class Pipeline:
             return_outputs=False,
             **ends,
         )
-        return sum((loss.unscaled for loss in losses), torch.zeros((), device=self.mesh.device))  # type: ignore
+        if not self.is_last:
+            return torch.zeros(len(batch.tokens), device=self.mesh.device)
+        return torch.cat([loss.unscaled for loss in losses])  # type: ignore[attr-defined]
 
-    def _scale(self, loss: Tensor, _: Tensor) -> Tensor:
-        scaled = loss * self.loss_factor
-        scaled.unscaled = loss.detach()  # type: ignore[attr-defined]
+    def _scale(self, losses_B: Tensor, _: Tensor) -> Tensor:
+        scaled = losses_B.sum() * self.loss_factor
+        scaled.unscaled = losses_B.detach()  # type: ignore[attr-defined]
         return scaled

@@ -20,7 +20,7 @@ def test_engine_equals_bare_loop(pool: Pool, family: str) -> None:
         batch = global_batch(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train.steps, config.schedule, config.optimizer)
-        loss = model(batch.tokens, batch.labels) / (batch.labels != -100).sum()
+        loss = model(batch.tokens, batch.labels).sum() / (batch.labels != -100).sum()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
         optimizer.step()

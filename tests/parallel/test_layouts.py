@@ -56,8 +56,8 @@ def schedule_cases() -> list:
 
 
 @functools.cache
-def one_process(pool: Pool, family: str, num_layers: int = 5) -> Trained:
-    return pool.run(train, 1, family, ONE_PROCESS, model=options(family, num_layers))[0]
+def one_process(pool: Pool, family: str, num_layers: int = 5, documents: bool = False) -> Trained:
+    return pool.run(train, 1, family, ONE_PROCESS, model=options(family, num_layers), documents=documents)[0]
 
 
 def options(family: str, num_layers: int) -> dict[str, Any]:
@@ -82,11 +82,29 @@ def test_schedule_equals_one_process(pool: Pool, family: str, layout: Layout, nu
     check_equal(pool, family, layout, num_layers, **train_options)
 
 
-def check_equal(pool: Pool, family: str, layout: Layout, num_layers: int = 5, **sections: Any) -> None:
-    reference = one_process(pool, family, num_layers)
-    ranks = pool.run(train, layout.world_size, family, layout, model=options(family, num_layers), **sections)
+DOCUMENT_LAYOUTS = [
+    Layout(tp=2, dp=2, sequence_parallel=True, zero_stage=1),
+    Layout(dp=2, zero_stage=3),
+    Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1),
+]
+
+
+@pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_documents_in_any_layout_equal_one_process(pool: Pool, family: str, layout: Layout) -> None:
+    assert one_process(pool, family, documents=True).losses != pytest.approx(one_process(pool, family).losses, rel=LOSS)
+    check_equal(pool, family, layout, documents=True)
+
+
+def check_equal(
+    pool: Pool, family: str, layout: Layout, num_layers: int = 5, documents: bool = False, **sections: Any
+) -> None:
+    reference = one_process(pool, family, num_layers, documents)
+    sections = {"model": options(family, num_layers), **sections}
+    ranks = pool.run(train, layout.world_size, family, layout, documents=documents, **sections)
     for trained in ranks:
         assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
+        assert trained.sequence_losses == pytest.approx(reference.sequence_losses, rel=LOSS)
         assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
         assert trained.evaluation == pytest.approx(reference.evaluation, rel=LOSS)
     error, name = worst_state_error(ranks, reference)
