@@ -147,6 +147,14 @@ def train_steps(engine: Any, first: int, last: int, documents: bool = False) -> 
     )
 
 
+def whole_batch(engine: Any, own: torch.Tensor) -> list[float]:
+    """All ranks' losses by sequence, from this rank's own."""
+    losses = torch.zeros(GLOBAL_BATCH_SIZE)
+    first = engine.mesh.coordinate("dp") * len(own)
+    losses[first : first + len(own)] = own
+    return engine.over_all_ranks(losses).tolist()
+
+
 def train(family: str, layout: Layout, steps: int = 5, documents: bool = False, **sections: dict[str, Any]) -> Trained:
     """The test body; runs on every rank of a layout."""
     engine = build_engine(run_config(family, layout, **sections))
