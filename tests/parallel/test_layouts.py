@@ -83,9 +83,10 @@ def test_schedule_equals_one_process(pool: Pool, family: str, layout: Layout, nu
 
 
 DOCUMENT_LAYOUTS = [
-    Layout(tp=2, dp=2, sequence_parallel=True, zero_stage=1),
     Layout(dp=2, zero_stage=3),
     Layout(tp=2, pp=2, dp=2, sequence_parallel=True, zero_stage=1),
+    Layout(cp=2, dp=2, zero_stage=1),
+    Layout(cp=2, pp=2, cp_method="ulysses"),
 ]
 
 
