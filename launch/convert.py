@@ -1,0 +1,76 @@
+"""Converts a model from one format to another and proves that it is still the same model.
+
+python launch/convert.py meta-llama/ runs/llama --to megatrain
+python launch/convert.py runs/llama/checkpoints --to huggingface exported/
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatrain.checkpoint.errors import CheckpointError
+
+
+def main(arguments: list[str]) -> int:
+    """The program; returns its exit code: 0 done, 2 not possible, 3 the proof failed."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(converted(options))
+        return 0
+    except ImportError as error:
+        problem, code = f"{error}; install the extra: pip install megatrain[convert]", 2
+        cause: Exception = error
+    except (CheckpointError, OSError) as error:
+        problem, code, cause = str(error), getattr(error, "exit_code", 2), error
+    if options.debug:
+        raise cause
+    print(f"error: {problem}", file=sys.stderr)
+    return code
+
+
+def converted(options: argparse.Namespace) -> str:
+    """Converts; returns what to tell."""
+    from megatrain.checkpoint.convert.formats import Choices
+    from megatrain.checkpoint.convert.run import Request, convert
+    from megatrain.checkpoint.convert.safetensors_files import DTYPES
+
+    choices = Choices(
+        dtype=DTYPES[options.dtype],
+        shard_bytes=int(options.shard_gb * 10**9),
+        vocab_multiple=options.vocab_multiple,
+        tokenizer=options.tokenizer,
+    )
+    request = Request(options.source, options.target, options.to, not options.no_verify, options.proof_tokens, choices)
+    record = convert(request)
+    text = f"{options.target}: {record['from']} -> {record['to']}, {record['status']}"
+    if record["proof"]:
+        proof = record["proof"]
+        text += (
+            f": {proof['num_tensors']} tensors bit-equal, logits of {proof['num_tokens']} tokens differ by at most "
+            f"{proof['max_difference']:.1e}"
+        )
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a folder in any of the formats")
+    parser.add_argument("target", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--to", required=True, choices=["megatrain", "huggingface"], help="format of the target")
+    add = parser.add_argument
+    about = "of the weights for Hugging Face; training states are always float32"
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help=about)
+    add("--shard-gb", type=float, default=5.0, help="largest safetensors file in 10^9 bytes")
+    about = "pad an imported vocabulary to a multiple of N, so that tensor ranks can share it"
+    add("--vocab-multiple", type=int, default=1, metavar="N", help=about)
+    about = "tokenizer.json or a folder with a tokenizer; default: what lies beside the source"
+    add("--tokenizer", type=Path, help=about)
+    about = "longest sequence of the proof, which both models run in FP32"
+    add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
+    add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

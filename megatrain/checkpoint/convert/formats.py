@@ -1,0 +1,109 @@
+"""The formats that the converter knows: how each is recognised, read, written and run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
+from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
+from megatrain.checkpoint.convert.runners import Runner, hugging_face_runner, own_runner
+from megatrain.checkpoint.convert.table import Reader, Weights, Writer
+from megatrain.checkpoint.folder import is_committed, newest_checkpoint
+
+EXTRAS = "huggingface"
+"""Folder beside an imported checkpoint that keeps the tokenizer and generation config for the way back."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person may choose.
+
+    ``dtype``: of the weights in Hugging Face's files; ``vocab_multiple``: pad an imported vocabulary to a multiple;
+    ``tokenizer``: a file or folder, by default what lies beside the source.
+    """
+
+    dtype: torch.dtype = torch.float32
+    shard_bytes: int = 5 * 10**9
+    vocab_multiple: int = 1
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to tell, read, write and run the models of a format.
+
+    ``write(folder, reader, choices)`` gives the writer for what ``reader`` reads;
+    ``runner(reader, dtype)`` the model in FP32, its weights rounded to ``dtype`` before.
+    """
+
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, Choices], Reader]
+    write: Callable[[Path, Reader, Choices], Writer]
+    runner: Callable[[Reader, torch.dtype], Runner]
+
+
+def detect(path: Path) -> str:
+    """The format of what lies at ``path``.
+
+    Raises:
+        ConversionError: nothing, or none that is known.
+    """
+    for name, format in FORMATS.items():
+        if format.recognises(path):
+            return name
+    what = "holds no model in a known format" if path.exists() else "does not exist"
+    raise ConversionError(f"{path} {what}; the formats are: {', '.join(FORMATS)}")
+
+
+def tokenizer_file(path: Path, choices: Choices) -> Path | None:
+    """The ``tokenizer.json`` that was chosen or lies beside the model at ``path``."""
+    given = [] if choices.tokenizer is None else [choices.tokenizer, choices.tokenizer / "tokenizer.json"]
+    beside = [place / "tokenizer.json" for place in (path, path / EXTRAS, path.parent / EXTRAS)]
+    return next((file for file in [*given, *beside] if file.is_file()), None)
+
+
+def _native_checkpoint(path: Path) -> Path | None:
+    """``path`` itself, or the newest checkpoint in it."""
+    return path if is_committed(path) else newest_checkpoint(path)
+
+
+def _read_native(path: Path, choices: Choices) -> Reader:
+    checkpoint = _native_checkpoint(path)
+    assert checkpoint is not None
+    return NativeReader(checkpoint)
+
+
+def _write_native(folder: Path, reader: Reader, choices: Choices) -> Writer:
+    copy_extras(reader.path, folder / EXTRAS)
+    return NativeWriter(folder, reader.model, reader.step)
+
+
+def _write_hugging_face(folder: Path, reader: Reader, choices: Choices) -> Writer:
+    beside = reader.path.parent / EXTRAS
+    extras = choices.tokenizer or (beside if beside.is_dir() else None)
+    return HuggingFaceWriter(folder, reader.model, choices.dtype, choices.shard_bytes, extras)
+
+
+def _run_hugging_face(reader: Reader, dtype: torch.dtype) -> Runner:
+    assert isinstance(reader, HuggingFaceReader)
+    return hugging_face_runner(reader.path, reader.family)
+
+
+def _run_here(reader: Reader, dtype: torch.dtype) -> Runner:
+    return own_runner(Weights(reader), dtype)
+
+
+FORMATS = {
+    "megatrain": Format(
+        lambda path: _native_checkpoint(path) is not None, _read_native, _write_native, _run_here
+    ),
+    "huggingface": Format(
+        lambda path: (path / CONFIG).is_file(),
+        lambda path, choices: HuggingFaceReader(path, choices.vocab_multiple),
+        _write_hugging_face,
+        _run_hugging_face,
+    ),
+}  # fmt: skip

@@ -1,0 +1,132 @@
+"""``config.json`` of a Hugging Face model to and from the model's config here."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.families.family import Family
+from megatrain.checkpoint.convert.families.gpt2 import GPT2
+from megatrain.checkpoint.convert.families.llama import LLAMA
+from megatrain.checkpoint.convert.families.qwen3 import QWEN3
+from megatrain.config.derive import num_tokens, resolve_model
+from megatrain.config.schema import ModelConfig
+
+FAMILIES = (GPT2, LLAMA, QWEN3)
+
+# kind of RoPE scaling -> its field elsewhere -> (field here, what holds where it is left out)
+ROPE: dict[str, dict[str, tuple[str, Any]]] = {
+    "linear": {"factor": ("rope_scaling_factor", 1.0)},
+    "llama3": {
+        "factor": ("rope_scaling_factor", 1.0),
+        "low_freq_factor": ("rope_low_freq_factor", 1.0),
+        "high_freq_factor": ("rope_high_freq_factor", 4.0),
+        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+    },
+    "yarn": {
+        "factor": ("rope_scaling_factor", 1.0),
+        "beta_fast": ("rope_beta_fast", 32.0),
+        "beta_slow": ("rope_beta_slow", 1.0),
+        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+    },
+}
+_ROPE_NAMES = ("rope_theta", "rope_type", "type")
+NOT_COMPARED = ("dropout", "attention_dropout", "vocab_size", "vocab_padding")
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that a ``config.json`` names.
+
+    Raises:
+        ConversionError: it is not known here.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ConversionError(f"config.json: model_type {model_type!r} is not known; these are: {known}")
+
+
+def family_of_model(model: ModelConfig) -> Family:
+    """The family elsewhere of a model here."""
+    return next(family for family in FAMILIES if family.ours == model.family)
+
+
+def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> ModelConfig:
+    """The resolved model config of a ``config.json``.
+
+    Args:
+        vocab_multiple: the vocabulary is padded to a multiple of it.
+    Raises:
+        ConversionError: a setting that is not computed here; all are named.
+    """
+    family = family_of_config(config)
+    problems = [
+        f"{name} = {config[name]!r} is not computed here; this is: {allowed[0]!r}"
+        for name, allowed in family.fixed.items()
+        if config.get(name, allowed[0]) not in allowed
+    ]
+    if problems:
+        raise ConversionError("config.json: " + "; ".join(problems))
+    values = {ours: config.get(theirs, default) for theirs, (ours, default) in family.fields.items()}
+    if family.ours != "gpt":
+        values |= _rope_from_config(config)
+    values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
+    values["vocab_size"] += values["vocab_padding"]
+    try:
+        return resolve_model(ModelConfig(family=family.ours, **values))  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConversionError(f"config.json: {error}") from error
+
+
+def config_from_model(model: ModelConfig) -> dict[str, Any]:
+    """The ``config.json`` of a resolved model, in the spelling that transformers 4 and 5 both read.
+
+    Raises:
+        ConversionError: the family elsewhere has no such model; every field in the way is named.
+    """
+    family = family_of_model(model)
+    config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    config |= {theirs: getattr(model, ours) for theirs, (ours, _) in family.fields.items()}
+    config["vocab_size"] = num_tokens(model)
+    config |= {name: values[0] for name, values in family.fixed.items()}
+    if family.ours != "gpt":
+        config |= {"rope_theta": model.rope_theta, "rope_scaling": _rope_to_config(model)}
+    if different := list(differences(model, model_from_config(config))):
+        raise ConversionError(f"{family.architecture} cannot be this model: " + "; ".join(different))
+    return config
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
+    """Fields in which two models compute differently; padding and dropout are not part of that."""
+    if num_tokens(one) != num_tokens(other):
+        yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
+    unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
+    unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
+    for name, value in one.model_dump().items():
+        if name not in (*NOT_COMPARED, *unused) and value != getattr(other, name):
+            yield f"{name}: {value!r} and {getattr(other, name)!r}"
+
+
+def _rope_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both spellings: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5)."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    values = {"rope_theta": given.get("rope_theta", config.get("rope_theta", 10000.0))}
+    if kind == "default":
+        return values
+    if kind not in ROPE:
+        raise ConversionError(f"config.json: RoPE scaling {kind!r} is not computed here; these are: {', '.join(ROPE)}")
+    if unknown := sorted(name for name in given if name not in (*ROPE[kind], *_ROPE_NAMES) and given[name] is not None):
+        raise ConversionError(f"config.json: fields of RoPE scaling {kind} that are not known: {', '.join(unknown)}")
+    scaling = {ours: given.get(theirs, default) for theirs, (ours, default) in ROPE[kind].items()}
+    return values | {"rope_scaling": kind} | scaling
+
+
+def _rope_to_config(model: ModelConfig) -> dict[str, Any] | None:
+    if model.rope_scaling == "none":
+        return None
+    scaling = {theirs: getattr(model, ours) for theirs, (ours, _) in ROPE[model.rope_scaling].items()}
+    return {"rope_type": model.rope_scaling} | {name: value for name, value in scaling.items() if value is not None}

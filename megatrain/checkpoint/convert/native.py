@@ -1,0 +1,87 @@
+"""This project's own checkpoints as one of the formats."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.table import Line, canonical_shapes
+from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.config.derive import resolve_model
+from megatrain.config.schema import ModelConfig
+
+RUN_ID = "conversion"
+
+
+class NativeReader:
+    """A checkpoint folder ``step-…``.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._reader = path, CheckpointReader(path)
+        self.model = resolve_model(ModelConfig.model_validate(self._reader.state["model"]))
+        self.table = _identity(self.model)
+        self.kinds = tuple(dict.fromkeys(kind for kind, _ in self._reader.arrays))
+        self.step = self._reader.step
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A tensor, FP32."""
+        try:
+            return torch.from_numpy(self._reader.read(kind, name))
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
+
+    def names(self) -> Collection[str]:
+        """Of the weights."""
+        return [name for kind, name in self._reader.arrays if kind == "weight"]
+
+
+class NativeWriter:
+    """Writes ``folder/step-…``, from which ``checkpoint.load`` starts a run, whatever its layout.
+
+    Args:
+        step: the optimizer step that the weights have.
+    """
+
+    dtype = torch.float32
+    kinds: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, folder: Path, model: ModelConfig, step: int):
+        self.model, self.table = model, _identity(model)
+        self._writer = CheckpointWriter(folder, step, RUN_ID)
+
+    def begin(self, shapes: dict[str, torch.Size]) -> None:
+        """Makes room, and writes the model's part of a config that goes on from the checkpoint."""
+        self._writer.prepare()
+        values = {"model": self.model.model_dump(mode="json")}
+        (self._writer.folder / "model.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def write(self, kind: str, name: str, tensor: Tensor) -> None:
+        """A tensor, whole."""
+        part = tensor.float().contiguous().numpy()
+        self._writer.write(kind, name, part, offset=(0,) * part.ndim, full_shape=part.shape)
+
+    def finish(self) -> None:
+        """Commits the checkpoint."""
+        step = self._writer.step
+        state = {
+            "step": step,
+            "optimizer_steps": step,
+            "dtype": "fp32",
+            "loss_scaler": {},
+            "seeds": {},
+            "data": {},
+            "model": self.model.model_dump(mode="json"),
+        }
+        self._writer.commit(self._writer.records(), state, {"torch": torch.__version__})
+
+
+def _identity(model: ModelConfig) -> tuple[Line, ...]:
+    return tuple(Line(name, name) for name in canonical_shapes(model))

@@ -1,0 +1,112 @@
+"""A conversion from start to end: read, write beside the target, prove, and only then give the result its name."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from megatrain.checkpoint.convert.errors import ConversionError, ProofFailed
+from megatrain.checkpoint.convert.formats import FORMATS, Choices, detect, tokenizer_file
+from megatrain.checkpoint.convert.proof import (
+    Proof,
+    proof_batches,
+    require_equal_configs,
+    require_equal_logits,
+    require_equal_weights,
+)
+from megatrain.checkpoint.convert.table import Reader, Weights, Writer, canonical_shapes, their_shapes
+
+RECORD = "conversion.json"
+VERIFIED, NOT_VERIFIED, FAILED = "verified", "not verified (--no-verify)", "failed"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    ``to``: a name of ``FORMATS``; ``longest``: tokens of the longest sequence that both models run.
+    """
+
+    source: Path
+    target: Path
+    to: str
+    verify: bool = True
+    longest: int = 2048
+    choices: Choices = field(default_factory=Choices)
+
+
+def convert(request: Request) -> dict[str, Any]:
+    """Converts and proves; ``request.target`` exists only if all went well. Returns the record kept in it.
+
+    Without a proof the record says so. What failed its proof is kept as ``TARGET.failed``.
+
+    Raises:
+        ConversionError, CheckpointError: the source can't be read or the target not be written.
+        ProofFailed: the result is not the model that it was made from.
+    """
+    partial, failed = (request.target.with_name(request.target.name + end) for end in (".partial", ".failed"))
+    for place in (request.target, partial, failed):
+        if place.exists():
+            raise ConversionError(f"{place} is there already: remove it, or choose another target")
+    origin = detect(request.source)
+    if origin == request.to:
+        raise ConversionError(f"{request.source} is in the format {origin} already")
+    reader = FORMATS[origin].read(request.source, request.choices)
+    Weights(reader).require_complete()
+    partial.mkdir(parents=True)
+    try:
+        record = _convert_into(partial, request, origin, reader)
+    except ProofFailed as error:
+        partial.rename(failed)
+        raise ProofFailed(f"{error}\nthe output is not to be used and was kept as {failed}") from error
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(request.target)
+    return record
+
+
+def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -> dict[str, Any]:
+    writer = FORMATS[request.to].write(folder, reader, request.choices)
+    record: dict[str, Any] = {"from": origin, "to": request.to, "dtype": str(writer.dtype).removeprefix("torch.")}
+    record |= {"model": reader.model.model_dump(mode="json"), "status": NOT_VERIFIED, "proof": None}
+    _copy(reader, writer)
+    try:
+        if request.verify:
+            record |= {"status": VERIFIED, "proof": asdict(_prove(request, origin, reader, writer, folder))}
+    except ProofFailed as error:
+        record |= {"status": FAILED, "problem": str(error)}
+        raise
+    finally:
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def _copy(reader: Reader, writer: Writer) -> None:
+    """Writes all tensors in the writer's order; a few are in memory at a time."""
+    source = Weights(reader)
+    plan = list(their_shapes(writer.table, reader.model))
+    writer.begin({name: shape for entry, shapes in plan for name, shape in zip(entry.theirs, shapes, strict=True)})
+    kinds = [kind for kind in reader.kinds if kind in writer.kinds]
+    for entry, _ in tqdm(plan, desc="writing", unit="tensor", disable=None):
+        for kind in kinds:
+            tensors = entry.form.to_theirs([source.read(kind, name) for name in entry.ours], reader.model)
+            for name, tensor in zip(entry.theirs, tensors, strict=True):
+                writer.write(kind, name, tensor)
+    writer.finish()
+
+
+def _prove(request: Request, origin: str, reader: Reader, writer: Writer, folder: Path) -> Proof:
+    written = FORMATS[request.to].read(folder, request.choices)
+    require_equal_configs(reader.model, written.model)
+    batches = proof_batches(reader.model, request.longest, tokenizer_file(request.source, request.choices))
+    num_names = len(canonical_shapes(reader.model))
+    with tqdm(total=num_names + len(batches), desc="proving", unit="tensor", disable=None) as bar:
+        one = FORMATS[origin].runner(reader, writer.dtype)
+        other = FORMATS[request.to].runner(written, writer.dtype)
+        worst = require_equal_logits(one, other, batches, bar.update)
+        count = require_equal_weights(Weights(reader), Weights(written), writer.dtype, bar.update)
+    return Proof(count, sum(batch.numel() for batch in batches), worst)
