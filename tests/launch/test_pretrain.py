@@ -1,9 +1,12 @@
 """The real launcher: training, TensorBoard files, resuming in another layout, and mistakes."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,15 +21,36 @@ train: {steps: 4, global_batch_size: 8, micro_batch_size: 2, log_every: 1, eval_
 """
 
 
-def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("deepspeed")
-    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "RANK")}
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [str(program), "--num_gpus", str(num_ranks), "--master_port", str(20000 + os.getpid() % 20000)]
-    return subprocess.run(
-        [*command, "launch/pretrain.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+LAUNCHER = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    """The command in the project's folder and a session of its own, as no launcher started it."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    process = start(*command)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def launcher(num_ranks: int) -> list[str]:
+    program = Path(sys.executable).with_name("deepspeed")
+    return [str(program), "--num_gpus", str(num_ranks), "--master_port", str(20000 + os.getpid() % 20000)]
+
+
+def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(*launcher(num_ranks), "launch/pretrain.py", *arguments)
 
 
 @pytest.fixture
@@ -59,6 +83,76 @@ def test_train_then_resume_in_another_layout(tmp_path: Path, arguments: list[str
     assert (run / "checkpoints" / "step-00000006" / "manifest.json").is_file()
 
 
+def rank_process(launched: subprocess.Popen[str], rank: int) -> int:
+    """Process id of a rank: the descendant of the launcher that got its number."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_text().split("\0")
+            if f"--local_rank={rank}" in words and os.getsid(int(process.name)) == launched.pid:
+                return int(process.name)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+@pytest.mark.parametrize("stop", ["SIGINT to one process", "SIGTERM to one of two ranks"])
+def test_a_signal_saves_and_ends_the_run(tmp_path: Path, arguments: list[str], stop: str) -> None:
+    alone = "one process" in stop
+    command = [sys.executable] if alone else launcher(2)
+    process = start(
+        *command, "launch/pretrain.py", *arguments, "--train.steps", "100000", "--schedule.name", "constant"
+    )
+    assert process.stdout is not None
+    try:
+        next(line for line in process.stdout if line.startswith("step      3/"))
+        os.kill(process.pid if alone else rank_process(process, 1), signal.SIGINT if alone else signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output + errors
+    assert "Traceback" not in errors
+    saved = sorted((tmp_path / "runs" / "run" / "checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    assert (saved[0] / "manifest.json").is_file()
+    step = int(saved[0].name.removeprefix("step-"))
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, step + 1)), "no step was lost"
+
+
+def truncate_a_shard(data: Path) -> None:
+    shard = sorted(data.glob("*.bin"))[0]
+    shard.write_bytes(shard.read_bytes()[:-2])
+
+
+def remove_a_shard(data: Path) -> None:
+    sorted(data.glob("*.bin"))[0].unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), [(truncate_a_shard, "bytes, expected"), (remove_a_shard, "missing file")]
+)
+def test_damaged_data_gets_one_message_from_one_rank(
+    tmp_path: Path, arguments: list[str], damage: Callable[[Path], None], expected: str
+) -> None:
+    damage(tmp_path / "data")
+    result = deepspeed(2, *arguments)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists(), "nothing was begun"
+
+
+def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: list[str]) -> None:
+    alone = [sys.executable, "launch/pretrain.py", *arguments, "--train.steps", "1"]
+    assert run(*alone).returncode == 0
+    result = run(*alone, "--model.num_heads", "2", "--model.rope_theta", "5e5")
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1
+    for field in ("model.num_heads: 4 saved, 2 asked", "model.rope_theta"):
+        assert field in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
@@ -70,9 +164,7 @@ def test_train_then_resume_in_another_layout(tmp_path: Path, arguments: list[str
     ids=["more ranks than started", "unknown key", "vocabulary too small", "no data"],
 )
 def test_mistakes_get_one_message(arguments: list[str], extra: list[str], expected: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "launch/pretrain.py", *arguments, *extra]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = run(sys.executable, "launch/pretrain.py", *arguments, *extra)
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
     assert expected in result.stderr
