@@ -8,6 +8,9 @@ from importlib.metadata import version
 
 import torch
 
+from megatrain.config.schema import RunConfig
+from megatrain.data.loader import Batch
+
 
 def interleaved(
     candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
@@ -32,3 +35,10 @@ def describe_machine(*packages: str) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{device}; Python {platform.python_version()}, {versions}"
+
+
+def random_batch(config: RunConfig, device: torch.device) -> Batch:
+    """A global batch of random tokens on ``device``."""
+    shape = (config.train.global_batch_size, config.data.seq_len + 1)
+    tokens = torch.randint(0, config.model.vocab_size, shape, device=device)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(shape[0]))

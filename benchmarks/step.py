@@ -10,15 +10,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.paired import describe_machine, interleaved, median_ratio
+from benchmarks.paired import describe_machine, interleaved, median_ratio, random_batch
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
+from megatrain.data.loader import Batch
 from megatrain.engine.start import start_distributed
 from megatrain.models.build import build_model
 from megatrain.train.build import build_engine
@@ -51,7 +51,7 @@ class BareLoop:
             fused=True if decay[0].is_cuda else None,
         )
 
-    def step(self, batch: SimpleNamespace) -> float:
+    def step(self, batch: Batch) -> float:
         total = 0.0
         micro_batches = batch.tokens.split(MICRO_BATCH_SIZE)
         for tokens, labels in zip(micro_batches, batch.labels.split(MICRO_BATCH_SIZE), strict=True):
@@ -63,12 +63,6 @@ class BareLoop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
-
-
-def random_batch(config: RunConfig, device: torch.device) -> SimpleNamespace:
-    size = config.train.global_batch_size
-    tokens = torch.randint(0, config.model.vocab_size, (size, SEQ_LEN + 1), device=device)
-    return SimpleNamespace(tokens=tokens[:, :-1], labels=tokens[:, 1:], sample_ids=torch.arange(size))
 
 
 def measure(config: RunConfig, device: torch.device, repeats: int) -> dict[str, list[float]]:
