@@ -18,6 +18,7 @@ setup(
         "numpy>=2",
         "zarr>=3.1,<4",
         "google-crc32c>=1.5",
+        "psutil>=5.9",
         "tokenizers>=0.20",
         "tqdm>=4.66",
         "tensorboard>=2.17",
@@ -26,6 +27,14 @@ setup(
         "plan": ["pillow>=10"],
         "mpi": ["mpi4py>=4"],
         "convert": ["safetensors>=0.4", "transformers>=4.51"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "tensorstore>=0.1.70",
+        ],
     },
 )

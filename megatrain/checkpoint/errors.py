@@ -1,4 +1,4 @@
-"""The one exception of the checkpoint room, and how an error of the operating system becomes one."""
+"""The exceptions of the checkpoint room, and how an error of the operating system becomes one."""
 
 import errno
 from collections.abc import Iterator
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 class CheckpointError(Exception):
     """A checkpoint can't be written or read. The text names tensor, file and cause."""
+
+
+class UnfitError(CheckpointError):
+    """A checkpoint is whole but not this run's to load: another model, other data, a newer format."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@
     .step-00001000.removed/   being deleted
     latest                    a hint for people: the name of the newest; nothing here reads it
 
-Only one save at a time may write into a folder.
+Only one save at a time may write into a folder; ``lock`` sees to it.
 """
 
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 from megatrain.checkpoint.errors import CheckpointError, explained
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
 _STEP = re.compile(r"step-([0-9]{8,})")
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|replaced|removed)")
 
@@ -50,6 +51,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
         elif hidden and hidden[2] == "replaced" and (step := step_of(hidden[1])) is not None:
             found.setdefault(step, path)
     return [found[step] for step in sorted(found)]
+
+
+def checkpoint_remains(folder: Path) -> list[Path]:
+    """Everything that shows that ``folder`` holds or held a committed checkpoint; stumps of a first save do not.
+
+    Raises:
+        CheckpointError: the folder can't be listed.
+    """
+    replaced = (
+        path for path in _entries(folder) if (hidden := _HIDDEN.fullmatch(path.name)) and hidden[2] != "partial"
+    )
+    named = (path for path in _entries(folder) if path.name.startswith("step-") or path.name == LATEST)
+    return sorted([*replaced, *named])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -104,7 +118,7 @@ def publish(folder: Path, step: int) -> Path:
         if replaced.exists():
             _remove(replaced, final.name)
     with suppress(OSError):
-        write_durably(folder / "latest", f"{final.name}\n".encode())
+        write_durably(folder / LATEST, f"{final.name}\n".encode())
     return final
 
 

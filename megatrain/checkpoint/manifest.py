@@ -11,10 +11,11 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.errors import CheckpointError, UnfitError
 
 FORMAT, VERSION = "megatrain-checkpoint", 1
 TENSORS = "tensors"
+HEADER = "zarr.json"
 CRC_BYTES = 4
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 # What other readers see where a chunk was lost: never plausible zeros.
@@ -102,14 +103,18 @@ def chunk_file(index: Sequence[int]) -> str:
 
 @dataclass
 class StoredArray:
-    """An array with the CRC-32C (8 hex digits) of each of its chunks that is known, by the name of the chunk's file."""
+    """An array with the CRC-32C (8 hex digits) of each of its chunks that is known, by the name of the chunk's file.
+
+    ``header``: that of its ``zarr.json``, which is written along with the first chunk; None where it isn't known.
+    """
 
     spec: ArraySpec
     chunks: dict[str, str]
+    header: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest and for gathering what each rank wrote."""
-        return {**asdict(self.spec), "chunks": self.chunks}
+        return {**asdict(self.spec), "header": self.header, "chunks": self.chunks}
 
     @classmethod
     def from_json(cls, entry: Any) -> "StoredArray":
@@ -122,12 +127,13 @@ class StoredArray:
             shape, chunk_shape = (tuple(_typed(entry[field], list, tuple)) for field in ("shape", "chunk_shape"))
             kind, name, dtype = (_typed(entry[field], str) for field in ("kind", "name", "dtype"))
             chunks = _typed(entry["chunks"], dict)
+            header = _typed(entry["header"], str, type(None))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"an array's entry is incomplete or of another type: {error!r}") from error
         spec = ArraySpec(kind, name, dtype, shape, chunk_shape)
-        if not all(isinstance(crc, str) and _CRC.fullmatch(crc) for crc in chunks.values()):
+        if not all(isinstance(crc, str) and _CRC.fullmatch(crc) for crc in [*chunks.values(), header or "0" * 8]):
             raise CheckpointError(f"{spec.label}: a CRC is not 8 hex digits")
-        return cls(spec, chunks)
+        return cls(spec, chunks, header)
 
     def require_complete(self) -> None:
         """Checks that the chunks are those of the grid, none less and none more.
@@ -144,6 +150,8 @@ class StoredArray:
                 f"{self.spec.label}: {len(self.chunks)} chunks recorded, its grid {self.spec.grid} has {needed}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
             )
+        if self.header is None:
+            raise CheckpointError(f"{self.spec.label}: the CRC of its {HEADER} is not recorded")
 
 
 def merge_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, StoredArray]:
@@ -161,6 +169,7 @@ def merge_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, StoredArray
         if twice := whole.chunks.keys() & part.chunks.keys():
             raise CheckpointError(f"{part.spec.label}: written by two ranks: {', '.join(sorted(twice))}")
         whole.chunks.update(part.chunks)
+        whole.header = part.header or whole.header
     for whole in merged.values():
         whole.require_complete()
     return dict(sorted(merged.items()))
@@ -168,12 +177,16 @@ def merge_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, StoredArray
 
 @dataclass
 class Manifest:
-    """Everything about a checkpoint but the tensors' data. ``state`` and ``versions`` are the caller's."""
+    """Everything about a checkpoint but the tensors' data. ``state`` and ``versions`` are the caller's.
+
+    ``groups``: the CRC-32C of the ``zarr.json`` of each kind of arrays and, under "", of all of them.
+    """
 
     step: int
     run_id: str
     versions: dict[str, str]
     state: dict[str, Any]
+    groups: dict[str, str]
     arrays: dict[Key, StoredArray]
 
     def to_bytes(self) -> bytes:
@@ -184,10 +197,7 @@ class Manifest:
         """
         fields = {"format": FORMAT, "version": VERSION, **vars(self)}
         fields["arrays"] = [array.to_json() for array in self.arrays.values()]
-        try:
-            body = json.dumps(fields, allow_nan=False).encode().removesuffix(b"}")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"the state of a checkpoint must be JSON: {error}") from error
+        body = _strict_json(fields).encode().removesuffix(b"}")
         return body + b',\n"crc32c": "%08x"\n}\n' % google_crc32c.value(body)
 
     @classmethod
@@ -206,13 +216,14 @@ class Manifest:
                 raise CheckpointError(f"format {fields['format']!r:.200} instead of {FORMAT!r}")
             if _typed(fields["version"], int) > VERSION:
                 newer = f"version {fields['version']} is newer than {VERSION}, the last that this megatrain reads"
-                raise CheckpointError(f"{newer}: update megatrain")
+                raise UnfitError(f"{newer}: update megatrain")
             arrays = [StoredArray.from_json(entry) for entry in _typed(fields["arrays"], list)]
             manifest = cls(
                 _typed(fields["step"], int),
                 _typed(fields["run_id"], str),
                 _typed(fields["versions"], dict),
                 _typed(fields["state"], dict),
+                _typed(fields["groups"], dict),
                 {array.spec.key: array for array in arrays},
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -221,6 +232,8 @@ class Manifest:
             raise CheckpointError("an array is listed twice")
         for array in arrays:
             array.require_complete()
+        if manifest.groups.keys() != {"", *(array.spec.kind for array in arrays)}:
+            raise CheckpointError("the groups are not those of the arrays")
         return manifest
 
 
@@ -240,9 +253,16 @@ def zarr_array(spec: ArraySpec, step: int, run_id: str) -> bytes:
     return json.dumps(metadata, indent=2).encode()
 
 
-def zarr_group() -> bytes:
+def zarr_group(attributes: Mapping[str, Any]) -> bytes:
     """The ``zarr.json`` of a folder of arrays."""
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+    return _strict_json({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
+
+
+def _strict_json(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the state of a checkpoint must be JSON: {error}") from error
 
 
 def _typed(value: Any, *types: type) -> Any:

@@ -1,123 +1,223 @@
-"""Saves and restores the training state of an engine, whatever its layout."""
+"""Saves a run, whatever its layout: copied aside at once, written while training goes on, committed together."""
 
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
-from megatrain.config.schema import ModelConfig
+from megatrain.checkpoint.folder import checkpoint_name, require_free_space
+from megatrain.checkpoint.lock import FolderLock
+from megatrain.checkpoint.retention import Retention, prune
+from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, write_shares
+from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
-from megatrain.engine.state import export_state, import_state, optimizer_step_count, set_optimizer_step_count
-from megatrain.parallel.layers import partition_dim, whole_shape
+from megatrain.engine.state import optimizer_step_count
+
+_LONGEST_SAVE = timedelta(hours=6)  # that a rank waits for the others
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, run_id: str, data_state: dict[str, Any]) -> Path:
-    """Writes ``folder/step-…``. Collective; each tensor is written once, by ranks that take turns.
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on every rank. ``notes``: what a person should know, problem or not.
+
+    ``seconds``: from the call to the commit; ``stall_seconds``: training stood still; ``num_bytes``: of all ranks.
+    """
+
+    step: int
+    path: Path
+    problem: str | None
+    notes: tuple[str, ...]
+    seconds: float
+    stall_seconds: float
+    num_bytes: int
+
+
+class Saver:
+    """The saves of one run, one at a time. Every method is collective: all ranks call it at the same step.
 
     Args:
-        data_state: what identifies the data set and the place in it.
+        folder: the run's checkpoints.
+        run_id: stored with every array; rank 0's counts.
+        background: copy the state to host memory and write it in a thread, or write it before ``begin`` returns.
+        retention: applied after each commit.
+        lock: of the folder, held by rank 0.
+        damaged: steps that can't be loaded, which retention doesn't count.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        run_id: str,
+        *,
+        background: bool = True,
+        retention: Retention | None = None,
+        lock: FolderLock | None = None,
+        damaged: frozenset[int] = frozenset(),
+    ):
+        self.engine, self.folder, self.run_id = engine, folder, run_id
+        self.background, self.retention, self.lock = background, retention or Retention(), lock
+        self._damaged = set(damaged)
+        # of its own: the threads of a save talk to each other while training uses the other groups
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
+        self._shares = Shares(engine, self._group)
+        self._staging = Staging()
+        self._thread: Thread | None = None
+        self._outcome: Outcome | None = None
+        self._stalled = 0.0
+
+    def begin(self, step: int, state: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+        """Saves the state after ``step``. The one before must have been finished. Problems come with ``finish``.
+
+        Args:
+            state: what only the caller knows, as JSON: data, tokens, …
+        """
+        assert self._thread is None and self._outcome is None, "finish the save before this one"
+        start = time.perf_counter()
+        whole_state = {**_engine_state(self.engine, step), **state}
+        problem, pieces = None, {}
+        try:
+            pieces = self._shares.pieces()
+            if self.background:
+                pieces = self._staging.copy(pieces)
+        except (RuntimeError, MemoryError) as error:
+            problem = f"no memory to copy {self._shares.own_bytes} bytes of state aside: {error}"
+        arguments = (start, step, whole_state, versions, pieces, problem)
+        if self.background:
+            self._thread = Thread(target=self._save, args=arguments, name=f"save-{step}", daemon=True)
+            self._thread.start()
+        else:
+            self._save(*arguments)
+        self._stalled = time.perf_counter() - start
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the save in flight has ended on this rank; on the others it has, too, or is about to."""
+        return self._outcome is not None
+
+    def finish(self) -> Outcome | None:
+        """Waits for the save in flight and tells how it ended; None if there was none since the last call."""
+        start = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        waited = time.perf_counter() - start
+        return outcome and replace(outcome, stall_seconds=self._stalled + waited)
+
+    def _save(
+        self,
+        start: float,
+        step: int,
+        state: dict[str, Any],
+        versions: Mapping[str, str],
+        pieces: dict[PieceKey, Tensor],
+        problem: str | None,
+    ) -> None:
+        writer = CheckpointWriter(self.folder, step, self.run_id)
+        notes: list[str] = []
+        try:
+            problem, notes = self._write(writer, pieces, problem, state, versions)
+        except Exception as error:  # a thread has nobody above it
+            problem = f"{type(error).__name__}: {error}"
+        finally:
+            writer.close()
+        path = self.folder / checkpoint_name(step)
+        seconds = time.perf_counter() - start
+        self._outcome = Outcome(step, path, problem, tuple(notes), seconds, seconds, self._shares.total_bytes)
+
+    def _write(
+        self,
+        writer: CheckpointWriter,
+        pieces: dict[PieceKey, Tensor],
+        problem: str | None,
+        state: dict[str, Any],
+        versions: Mapping[str, str],
+    ) -> tuple[str | None, list[str]]:
+        """All steps of a save, each agreed on by all ranks; returns what rank 0 says: problem and notes."""
+        notes: list[str] = []
+        if self._is_first and problem is None:
+            problem, notes = _told(lambda: self._prepare(writer))
+        if problem := self._first_problem(problem):
+            return problem, notes
+        problem = write_shares(self._shares, pieces, writer)
+        records, late_problem = [], None
+        try:
+            records = writer.records()
+        except CheckpointError as error:
+            late_problem = str(error)
+        everything = self._gathered((problem or late_problem, records))
+        problem = next((f"rank {rank}: {text}" for rank, (text, _) in enumerate(everything) if text), None)
+        if self._is_first:
+            if problem is None:
+                all_records = [record for _, rank_records in everything for record in rank_records]
+                problem, _ = _told(lambda: [str(writer.commit(all_records, state, versions))])
+            if problem is None:
+                self._damaged.discard(writer.step)
+                late_problem, removed = _told(
+                    lambda: [str(p) for p in prune(self.folder, self.retention, self._damaged)]
+                )
+                notes += [f"removed {path}" for path in removed] + ([late_problem] if late_problem else [])
+            else:
+                writer.close()
+                writer.discard()
+        outcome = [(problem, notes)]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        return outcome[0]
+
+    @property
+    def _is_first(self) -> bool:
+        return self.engine.mesh.rank == 0
+
+    def _prepare(self, writer: CheckpointWriter) -> list[str]:
+        if self.lock is not None:
+            self.lock.require()
+        require_free_space(self.folder, self._shares.total_bytes)
+        return [f"removed {stump}, left by a save that was killed" for stump in writer.prepare()]
+
+    def _prune(self) -> list[str]:
+        return [f"removed {path}" for path in prune(self.folder, self.retention, self._damaged)]
+
+    def _first_problem(self, problem: str | None) -> str | None:
+        texts = self._gathered(problem)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), None)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def save_checkpoint(
+    engine: Engine,
+    folder: Path,
+    step: int,
+    run_id: str,
+    data_state: Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """One save by itself, committed when it returns. Collective.
+
     Raises:
         CheckpointError: on every rank, when any rank could not write; older checkpoints are untouched.
     """
-    writer = CheckpointWriter(folder, step, run_id)
-    if engine.mesh.rank == 0:
-        _together(engine, writer.prepare)
-    else:
-        _together(engine, None)
-    problem = _write_own_parts(engine, writer)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (problem, writer.records()))
-    problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(gathered) if text]
-    if problems:
-        if engine.mesh.rank == 0:
-            writer.discard()
-        raise CheckpointError(f"checkpoint of step {step} not saved: " + "; ".join(problems))
-    records = [record for _, rank_records in gathered for record in rank_records]
-    state = _scalars(engine, step, data_state)
-    versions = {"torch": torch.__version__}
-    _together(engine, (lambda: writer.commit(records, state, versions)) if engine.mesh.rank == 0 else None)
-    return folder / f"step-{step:08d}"
+    saver = Saver(engine, folder, run_id, background=False)
+    saver.begin(step, {"data": dict(data_state)}, versions or {})
+    outcome = saver.finish()
+    assert outcome is not None
+    if outcome.problem:
+        raise CheckpointError(f"checkpoint of step {step} not saved: {outcome.problem}")
+    return outcome.path
 
 
-def load_checkpoint(engine: Engine, path: Path, data_state: dict[str, Any]) -> dict[str, Any]:
-    """Restores weights, moments, update count and loss scaler; reads only this rank's parts.
-
-    Args:
-        data_state: as given to ``save_checkpoint``; another one would silently change the order of the samples.
-    Returns: the manifest's state (``step``, ``data``, …).
-    Raises:
-        CheckpointError: damaged, or of another model or data (all differing fields are listed).
-    """
-    reader = CheckpointReader(path)
-    require_same_model(reader, engine.config.model)
-    _require_equal(reader, "data", reader.state["data"], data_state)
-    import_state(engine, lambda kind, name, parameter: _read_part(reader, engine, kind, name, parameter))
-    set_optimizer_step_count(engine, reader.state["optimizer_steps"])
-    if engine.config.precision.dtype == reader.state["dtype"]:
-        engine.load_loss_scaler_state(reader.state["loss_scaler"])
-    return reader.state
-
-
-def require_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
-    """Refuses a checkpoint whose weights are another model's. Dropout does not shape the weights.
-
-    Raises:
-        CheckpointError: lists every field that differs.
-    """
-    ignored = ("dropout", "attention_dropout", "init_std")
-    wanted = {field: value for field, value in model.model_dump(mode="json").items() if field not in ignored}
-    _require_equal(reader, "model", reader.state["model"], wanted)
-
-
-def _require_equal(reader: CheckpointReader, section: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [
-        f"{section}.{field}: {saved.get(field)!r} saved, {value!r} asked"
-        for field, value in wanted.items()
-        if saved.get(field) != value
-    ]
-    if different:
-        listed = "\n  ".join(different)
-        raise CheckpointError(
-            f"{reader.path} was made with another {section}:\n  {listed}\nuse the saved values, or another run folder"
-        )
-
-
-def _write_own_parts(engine: Engine, writer: CheckpointWriter) -> str | None:
-    """Writes this rank's share. A failure is told later: the export is collective and must run to its end."""
-    problem = None
-    mesh, parameters = engine.mesh, dict(engine.parameters)
-    for number, (kind, name, tensor) in enumerate(export_state(engine)):
-        dim = partition_dim(parameters[name])
-        replica = dim is None and mesh.coordinate("tp") > 0
-        copy = getattr(parameters[name], "ds_pipe_replicated", False)
-        if problem or replica or copy or number % mesh.topology.data_size != dist.get_rank(mesh.data_group):
-            continue
-        offset, shape = _place(engine, parameters[name], tensor.shape)
-        try:
-            writer.write(kind, name, tensor.numpy(), offset=offset, full_shape=shape)
-        except CheckpointError as error:
-            problem = str(error)
-    return problem
-
-
-def _place(engine: Engine, parameter: nn.Parameter, local: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offset of this rank's part in the whole tensor, and the whole shape."""
-    dim, tp_rank = partition_dim(parameter), engine.mesh.coordinate("tp")
-    offset = tuple(size * tp_rank if i == dim else 0 for i, size in enumerate(local))
-    return offset, whole_shape(parameter, local, engine.mesh.topology.tp)
-
-
-def _read_part(reader: CheckpointReader, engine: Engine, kind: str, name: str, parameter: nn.Parameter) -> Tensor:
-    local = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
-    offset, _ = _place(engine, parameter, local)
-    return torch.from_numpy(reader.read(kind, name, offset, tuple(local)))
-
-
-def _scalars(engine: Engine, step: int, data_state: dict[str, Any]) -> dict[str, Any]:
+def _engine_state(engine: Engine, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "optimizer_steps": optimizer_step_count(engine),
@@ -125,19 +225,15 @@ def _scalars(engine: Engine, step: int, data_state: dict[str, Any]) -> dict[str,
         "loss_scaler": engine.loss_scaler_state(),
         # sample order and dropout are functions of these and the step: there is no generator to save
         "seeds": {"train": engine.config.train.seed, "data": engine.config.data.seed},
-        "data": data_state,
         "model": engine.config.model.model_dump(mode="json"),
+        # rates and decays are functions of the step and of this
+        "config": engine.config.model_dump(mode="json"),
     }
 
 
-def _together(engine: Engine, action: Any) -> None:
-    """Rank 0 acts; all learn whether it went well."""
-    outcome: list[Any] = [None]
-    if action is not None:
-        try:
-            action()
-        except CheckpointError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise CheckpointError(outcome[0])
+def _told(action: Any) -> tuple[str | None, list[str]]:
+    """(problem, result): an action of rank 0, whose failure the other ranks must hear of."""
+    try:
+        return None, action()
+    except CheckpointError as error:
+        return str(error), []

@@ -188,9 +188,20 @@ class CheckpointConfig(Section):
     """What is saved and what a start resumes."""
 
     save_every: Natural = Field(0, description="Steps between two checkpoints; 0: only at the end and on a signal.")
-    resume: Literal["auto", "never"] = Field(
+    background: bool = Field(
+        True, description="Copy the state to host memory and write it while training goes on; false: wait for the disk."
+    )
+    keep_last: Natural = Field(0, description="How many of the newest checkpoints stay; 0: all.")
+    keep_every: Natural = Field(
+        0, description="With keep_last: checkpoints of steps divisible by it stay, too; 0: none."
+    )
+    max_failures: Positive = Field(
+        3, description="Saves that may fail one after the other before the run ends; after fewer it goes on."
+    )
+    resume: Literal["auto", "never", "restart"] = Field(
         "auto",
-        description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any.",
+        description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any. "
+        "restart: set what is there aside and begin at step 0 (for the command line: each start would do it again).",
     )
     load: str | None = Field(
         None, description="A checkpoint folder (step-…) of another run to start from when the run folder has none."

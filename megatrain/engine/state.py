@@ -1,10 +1,13 @@
 """The whole training state in layout-free form: FP32 weights and both moments under canonical names.
 
-DeepSpeed keeps them in flat partitions; here they go in and out one tensor at a time, in the shape
-that this tensor-parallel rank holds.
+DeepSpeed keeps them in flat partitions, spread over the ranks of a data-parallel group. A ``Fragment`` is what this
+rank holds of one parameter: a run of elements of the flattened tensor-parallel part. No call here communicates but
+``finish_import`` and ``export_state``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +21,85 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 
 
-def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, canonical name, FP32 tensor on the CPU) of every parameter of this rank.
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``[start, start + size)`` of a parameter's flattened part on this tensor-parallel rank."""
 
-    Collective over the ranks that share ZeRO's partitions: all of them iterate to the end.
+    name: str
+    parameter: nn.Parameter
+    start: int
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole part that the fragment belongs to."""
+        return _local_shape(self.parameter)
+
+    def values(self, kind: str) -> Tensor:
+        """[size] FP32, a view of the live state where it lies in memory; zeros for a moment that isn't made yet."""
+        if kind in MOMENTS and not self._has_moments():
+            return torch.zeros(self.size)
+        return self._state(kind).detach()[: self.size]
+
+    def set(self, kind: str, values: Tensor) -> None:
+        """Overwrites the state; moments must have been made (``prepare_import``)."""
+        state = self._state(kind).detach()
+        if not _is_zero3(self.parameter):
+            state.copy_(values)
+            return
+        padded = torch.nn.functional.pad(values.to(state.device), (0, state.numel() - self.size))
+        utils = import_deepspeed().utils  # also swaps back what lies on disk
+        if kind == WEIGHT:
+            utils.safe_set_local_fp32_param(self.parameter, padded)
+            self.parameter.ds_tensor.data.copy_(padded)  # type: ignore[attr-defined]  # the weight of the step
+        else:
+            utils.safe_set_local_optimizer_state(self.parameter, padded, kind)
+
+    def _state(self, kind: str) -> Tensor:
+        utils, parameter = import_deepspeed().utils, self.parameter
+        if not _is_zero3(parameter):
+            return parameter._hp_mapping.get_hp_fragment(None if kind == WEIGHT else kind)  # type: ignore[attr-defined]
+        if kind == WEIGHT:
+            return utils.safe_get_local_fp32_param(parameter)
+        return utils.safe_get_local_optimizer_state(parameter, kind)
+
+    def _has_moments(self) -> bool:
+        if _is_zero3(self.parameter):
+            return _moments_exist(self.parameter._z3_optimizer.optimizer)  # type: ignore[attr-defined]
+        return bool(self.parameter._hp_mapping.optim_fragment)  # type: ignore[attr-defined]
+
+
+def local_fragments(engine: Engine) -> list[Fragment]:
+    """What this rank holds of its parameters, in their order; those that lie on other ranks altogether are left out."""
+    if _moments_exist(engine.base_optimizer):
+        _link_moments(engine)
+    ranges = ((name, parameter, *_range(engine, parameter)) for name, parameter in engine.parameters)
+    return [Fragment(*fields) for fields in ranges if fields[-1] > 0]
+
+
+def prepare_import(engine: Engine) -> None:
+    """Makes the moments where no step has made them yet."""
+    if not _moments_exist(engine.base_optimizer):
+        _make_moments(engine)
+
+
+def finish_import(engine: Engine) -> None:
+    """Carries the FP32 weights over to those of the step. Collective."""
+    optimizer = engine.optimizer
+    if engine.config.parallel.zero_stage < 3:
+        optimizer.update_lp_params()
+    elif persistent := optimizer.persistent_parameters:  # small weights that ZeRO 3 keeps whole
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
+
+
+def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, canonical name, FP32 tensor on the CPU) of every parameter of this rank, put together from all fragments.
+
+    For tests and small models. Collective over the ranks that share ZeRO's partitions: all iterate to the end.
     """
     utils = import_deepspeed().utils
-    made = _moments_exist(engine)  # before the first step there are none
+    made = _moments_exist(engine.base_optimizer)  # before the first step there are none
     if made:
         _link_moments(engine)
     for name, parameter in engine.parameters:
@@ -35,33 +110,37 @@ def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
             yield kind, name, moment.detach().float().cpu()
 
 
-def import_state(engine: Engine, read: Callable[[str, str, nn.Parameter], Tensor]) -> None:
-    """Sets every weight and moment from ``read(kind, name, parameter)``, which returns this rank's part."""
-    if not _moments_exist(engine):
-        _make_moments(engine)
-    for name, parameter in engine.parameters:
-        for kind in KINDS:
-            value = read(kind, name, parameter).to(engine.mesh.device)
-            _set(engine, parameter, kind, value)
-            if kind == WEIGHT and engine.config.parallel.zero_stage == 3:
-                _update_compute_weight(engine, parameter, value)
-    if engine.config.parallel.zero_stage < 3:
-        engine.optimizer.update_lp_params()
-
-
 def optimizer_step_count(engine: Engine) -> int:
     """Updates that AdamW has made (its bias correction); skipped steps do not count."""
     return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
 
 
 def set_optimizer_step_count(engine: Engine, count: int) -> None:
-    """Sets AdamW's update count; ``import_state`` must have run before."""
+    """Sets AdamW's update count; ``prepare_import`` must have run before."""
     for state in engine.base_optimizer.state.values():
         state["step"] = torch.tensor(float(count))
 
 
-def _moments_exist(engine: Engine) -> bool:
-    return any("exp_avg" in state for state in engine.base_optimizer.state.values())
+def _is_zero3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _local_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
+
+
+def _range(engine: Engine, parameter: nn.Parameter) -> tuple[int, int]:
+    """Start and size of the fragment on this rank; the size is 0 where it has none."""
+    if _is_zero3(parameter):
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        start = size * dist.get_rank(engine.mesh.data_group)
+        return start, min(size, _local_shape(parameter).numel() - start)  # the last rank's is padded
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+
+def _moments_exist(optimizer: Any) -> bool:
+    return any("exp_avg" in state for state in optimizer.state.values())
 
 
 def _make_moments(engine: Engine) -> None:
@@ -86,26 +165,3 @@ def _link_moments(engine: Engine) -> None:
     if engine.config.parallel.zero_stage < 3:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _set(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    utils = import_deepspeed().utils
-    if engine.config.parallel.zero_stage == 3:
-        # the setter of the whole tensor reads past its end where it does not divide
-        size, rank = parameter.ds_tensor.numel(), dist.get_rank(engine.mesh.data_group)  # type: ignore[attr-defined]
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * engine.mesh.topology.data_size - value.numel()))
-        part = padded.narrow(0, size * rank, size)
-        if kind == WEIGHT:
-            utils.safe_set_local_fp32_param(parameter, part)
-        else:
-            utils.safe_set_local_optimizer_state(parameter, part, kind)
-    elif kind == WEIGHT:
-        utils.safe_set_full_fp32_param(parameter, value)
-    else:
-        utils.safe_set_full_optimizer_state(parameter, value, kind)
-
-
-def _update_compute_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
-    """ZeRO 3 keeps the weight of the step apart from the FP32 one, so it is set as well."""
-    with import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.data.copy_(value)

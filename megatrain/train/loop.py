@@ -9,14 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.folder import newest_checkpoint
-from megatrain.checkpoint.save import load_checkpoint, save_checkpoint
+from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.folder import step_of
+from megatrain.checkpoint.lock import FolderLock
+from megatrain.checkpoint.resume import Resumed, resume
+from megatrain.checkpoint.retention import Retention
+from megatrain.checkpoint.save import Outcome, Saver
 from megatrain.config.derive import flops_per_token
 from megatrain.config.schema import RunConfig
 from megatrain.data.loader import Loader
 from megatrain.engine.engine import Engine, StepResult
 from megatrain.train.metrics import MetricsLog, StepRecord
-from megatrain.train.run_folder import RunFolder
+from megatrain.train.run_folder import RunFolder, versions
 from megatrain.train.signals import StopRequest
 from megatrain.train.throughput import Hardware, peak_flops
 
@@ -24,18 +28,34 @@ from megatrain.train.throughput import Hardware, peak_flops
 class Trainer:
     """One run: trains from where its folder stands to ``train.steps``."""
 
-    def __init__(self, config: RunConfig, engine: Engine, train_data: Loader, validation_data: Loader | None):
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        train_data: Loader,
+        validation_data: Loader | None,
+        lock: FolderLock | None = None,
+    ):
         self.config, self.engine = config, engine
         self.train_data, self.validation_data = train_data, validation_data
         self.run = RunFolder.of(config)
         self.step = 0
+        self.trained_tokens = 0
+        self._lock = lock
         self._tokens, self._since = 0, time.perf_counter()
         self._saved_step: int | None = None
+        self._failed_saves = 0
 
     def train(self) -> bool:
-        """Trains, evaluates, saves. Returns whether the run is complete (a signal may have stopped it)."""
-        self._resume()
+        """Trains, evaluates, saves. Returns whether the run is complete (a signal may have stopped it).
+
+        Raises:
+            CheckpointError: what there is can't be resumed, or saving failed again and again, or at the end.
+        """
+        resumed = self._resume()
+        self._saver = self._make_saver(resumed)
         with StopRequest() as stop, self._metrics() as metrics:
+            self._report_resume(metrics, resumed)
             self._since = time.perf_counter()
             batches = self.train_data.batches(self.step, self.config.train.steps)
             with contextlib.closing(batches):
@@ -46,31 +66,43 @@ class Trainer:
                     if self._is_due(self.config.train.eval_every):
                         self._evaluate(metrics)
                     if self._is_due(self.config.checkpoint.save_every):
-                        self._save()
-                    if self._agreed(stop.requested):
+                        self._save(metrics)
+                    saved, told_to_stop = self._on_any_rank(self._saver.has_news, stop.requested)
+                    if saved:
+                        self._finish_save(metrics)
+                    if told_to_stop:
                         break
             finished = self.step >= self.config.train.steps
             if finished and not self._is_due(self.config.train.eval_every):
                 self._evaluate(metrics)
-            self._save()
+            self._save_at_the_end(metrics)
         return finished
 
-    def _resume(self) -> None:
-        checkpoint = newest_checkpoint(self.run.checkpoints)
-        if checkpoint is None and self.config.checkpoint.load is not None:
-            checkpoint = Path(self.config.checkpoint.load)
-        if checkpoint is None:
+    def _resume(self) -> Resumed | None:
+        checkpoint = self.config.checkpoint
+        load = None if checkpoint.load is None else Path(checkpoint.load)
+        resumed = resume(self.engine, self.run.checkpoints, self._data_state(), checkpoint.resume, load)
+        if resumed is not None:
+            self.step = self._saved_step = resumed.state["step"]
+            self.trained_tokens = resumed.state["tokens"]
+        return resumed
+
+    def _report_resume(self, metrics: Any, resumed: Resumed | None) -> None:
+        if metrics is None or resumed is None:
             return
-        state = load_checkpoint(self.engine, checkpoint, self._data_state())
-        self.step = self._saved_step = state["step"]
-        if self.engine.mesh.rank == 0:
-            print(f"resumed from {checkpoint} at step {self.step}", flush=True)
+        for path, problem in resumed.skipped:
+            line = f"WARNING: skipped a damaged checkpoint: {problem}. The newest good one is of step {self.step}"
+            metrics.log_event("damaged", self.step, line, path=str(path), problem=problem, newest_good_step=self.step)
+        metrics.log_event(
+            "resume", self.step, f"resumed from {resumed.path} at step {self.step}", path=str(resumed.path)
+        )
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _log(self, metrics: Any, result: StepResult) -> None:
         self._tokens += result.tokens
+        self.trained_tokens += result.tokens
         if self.step % self.config.train.log_every and self.step not in (1, self.config.train.steps):
             return
         loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
@@ -102,27 +134,65 @@ class Trainer:
             metrics.log_evaluation(self.step, loss, math.exp(loss))
         self._since += time.perf_counter() - start  # evaluation is not training time
 
-    def _save(self) -> None:
-        if self._saved_step == self.step:
-            return
+    def _make_saver(self, resumed: Resumed | None) -> Saver:
+        checkpoint = self.config.checkpoint
+        skipped = resumed.skipped if resumed is not None else ()
+        first = self.engine.mesh.rank == 0
+        self._versions = {name: text for name, text in versions().items() if text} if first else {}
+        return Saver(
+            self.engine,
+            self.run.checkpoints,
+            self.run.run_id if first else "",
+            background=checkpoint.background,
+            retention=Retention(checkpoint.keep_last, checkpoint.keep_every),
+            lock=self._lock,
+            damaged=frozenset(step for path, _ in skipped if (step := step_of(path.name)) is not None),
+        )
+
+    def _save(self, metrics: Any) -> None:
+        """Begins a save; the one before ends first."""
         start = time.perf_counter()
-        path = save_checkpoint(self.engine, self.run.checkpoints, self.step, self._run_id(), self._data_state())
+        self._finish_save(metrics)
+        self._saver.begin(self.step, {"data": self._data_state(), "tokens": self.trained_tokens}, self._versions)
         self._saved_step = self.step
-        self._since += time.perf_counter() - start
-        if self.engine.mesh.rank == 0:
-            print(f"saved {path}", flush=True)
+        if not self.config.checkpoint.background:
+            self._finish_save(metrics)
+        self._since += time.perf_counter() - start  # saving is not training time
+
+    def _finish_save(self, metrics: Any) -> None:
+        """Waits for the save in flight, if there is one, and reports it. A run survives some failures."""
+        outcome = self._saver.finish()
+        if outcome is None:
+            return
+        if metrics is not None:
+            _report_save(metrics, self.step, outcome)
+        self._failed_saves = self._failed_saves + 1 if outcome.problem else 0
+        if outcome.problem and self._saved_step == outcome.step:
+            self._saved_step = None
+        if self._failed_saves >= self.config.checkpoint.max_failures:
+            raise CheckpointError(
+                f"{self._failed_saves} checkpoints in a row were not saved, the last one of step {outcome.step}: "
+                f"{outcome.problem}. The run ends here; older checkpoints are whole"
+            )
+
+    def _save_at_the_end(self, metrics: Any) -> None:
+        self._finish_save(metrics)
+        if self._saved_step != self.step:
+            self._save(metrics)
+            self._finish_save(metrics)
+        if self._failed_saves:
+            raise CheckpointError(f"step {self.step}, the last of this start, was not saved; the reason stands above")
 
     def _data_state(self) -> dict[str, Any]:
         """What fixes the order of the samples; the place in it is the step."""
+        manifest = self.train_data.dataset.manifest
         return {
             "digest": self.train_data.dataset.digest,
+            "tokenizer_sha256": manifest.tokenizer_sha256 if manifest else None,
             "seed": self.config.data.seed,
             "seq_len": self.config.data.seq_len,
             "global_batch_size": self.config.train.global_batch_size,
         }
-
-    def _run_id(self) -> str:
-        return self.run.run_id if self.engine.mesh.rank == 0 else ""
 
     def _metrics(self) -> Any:
         if self.engine.mesh.rank != 0:
@@ -139,8 +209,21 @@ class Trainer:
             write_line=lambda line: print(line, flush=True),
         )
 
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any rank was told to stop: all leave the loop after the same step."""
-        flag = torch.tensor(int(stop), device=self.engine.mesh.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Which of ``flags`` any rank has raised: all ranks do the same after the same step."""
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.engine.mesh.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+
+def _report_save(metrics: Any, step: int, outcome: Outcome) -> None:
+    for note in outcome.notes:
+        metrics.log_event("checkpoint_note", step, f"checkpoint: {note}", note=note)
+    line = f"saved {outcome.path} in {outcome.seconds:.1f} s ({outcome.stall_seconds:.2f} s of them stood still)"
+    if outcome.problem:
+        line = f"WARNING: checkpoint of step {outcome.step} not saved, training goes on: {outcome.problem}"
+    fields = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds, "num_bytes": outcome.num_bytes}
+    failed = outcome.problem is not None
+    metrics.log_event(
+        "checkpoint", step, line, saved_step=outcome.step, failed=failed, problem=outcome.problem, **fields
+    )

@@ -86,6 +86,13 @@ class MetricsLog:
         self._append({"kind": "evaluation", "step": step, "loss": loss, "perplexity": perplexity})
         self._scalars(step, {"evaluation/loss": loss, "evaluation/perplexity": perplexity})
 
+    def log_event(self, kind: str, step: int, line: str, **fields: Any) -> None:
+        """Reports something that happened at ``step``: a line, a record of its own kind, its numbers as scalars."""
+        self._write_line(f"{self._progress(step)} | {line}")
+        self._append({"kind": kind, "step": step, **fields})
+        numbers = {f"{kind}/{name}": float(value) for name, value in fields.items() if isinstance(value, int | float)}
+        self._scalars(step, dict(numbers))
+
     def close(self) -> None:
         self._file.close()
         self._board.close()

@@ -1,9 +1,13 @@
 """A whole training run, from a config that the launcher has checked."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
+from megatrain.checkpoint.lock import FolderLock
+from megatrain.checkpoint.resume import set_aside
 from megatrain.config.derive import num_tokens
 from megatrain.config.schema import RunConfig
 from megatrain.data.loader import Loader
@@ -29,19 +33,35 @@ def run(config: RunConfig) -> bool:
         else None
     )
     device = start_distributed()
-    if dist.get_rank() == 0:
-        RunFolder.of(config).prepare(config)
-    dist.barrier()
-    engine = build_engine(config, device)
-    place: dict[str, Any] = {
-        "seq_len": config.data.seq_len,
-        "global_batch_size": config.train.global_batch_size,
-        "dp_rank": engine.mesh.coordinate("dp"),
-        "dp_size": dp,
-    }
-    training = Loader(train_set, seed=config.data.seed, **place)
-    validation = None if validation_set is None else Loader(validation_set, order="sequential", **place)
-    finished = Trainer(config, engine, training, validation).train()
-    dist.barrier()
+    with _claimed_folder(config) as lock:
+        engine = build_engine(config, device)
+        place: dict[str, Any] = {
+            "seq_len": config.data.seq_len,
+            "global_batch_size": config.train.global_batch_size,
+            "dp_rank": engine.mesh.coordinate("dp"),
+            "dp_size": dp,
+        }
+        training = Loader(train_set, seed=config.data.seed, **place)
+        validation = None if validation_set is None else Loader(validation_set, order="sequential", **place)
+        finished = Trainer(config, engine, training, validation, lock).train()
+        dist.barrier()
     dist.destroy_process_group()
     return finished
+
+
+@contextlib.contextmanager
+def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
+    """The run folder, ready and this run's alone. Rank 0 acts; a problem ends it, and with it the other ranks."""
+    run, first = RunFolder.of(config), dist.get_rank() == 0
+    lock = FolderLock(run.checkpoints)
+    try:
+        if first:
+            if (dead := lock.take()) is not None:
+                print(f"took {run.checkpoints} over from {dead}, which runs no more", flush=True)
+            if config.checkpoint.resume == "restart" and (place := set_aside(run.checkpoints)) is not None:
+                print(f"set the checkpoints of {run.checkpoints} aside in {place}", flush=True)
+            run.prepare(config)
+        dist.barrier()
+        yield lock
+    finally:
+        lock.release()

@@ -54,7 +54,7 @@ class RunFolder:
             if not self._id_file.exists():
                 replace_text(self._id_file, uuid.uuid4().hex + "\n")
             replace_text(self.config, to_yaml(config))
-            replace_text(self.versions, json.dumps(_versions(), indent=2) + "\n")
+            replace_text(self.versions, json.dumps(versions(), indent=2) + "\n")
             with self.metrics.open("a"):
                 pass  # it may be there from an earlier start, and belong to somebody else
         except OSError as error:
@@ -79,7 +79,8 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of the programs that take part, and host and time of this start."""
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},

@@ -168,6 +168,7 @@ def test_a_part_written_twice_or_never_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="disagree"):
         first.commit(first.records() + other.records(), {}, VERSIONS)
     second.write("weight", "w", sample(2), offset=(2,), full_shape=(4,))
+    second.records()  # waits for the disk
     (second.partial / "tensors/weight/w/c.1").unlink()
     with pytest.raises(CheckpointError, match=r"c\.1 is missing"):
         second.commit(second.records(), {}, VERSIONS)

@@ -1,0 +1,108 @@
+"""Where a run goes on: at its newest whole checkpoint, and never silently from the start."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from megatrain.checkpoint.errors import CheckpointError, UnfitError, explained
+from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints
+from megatrain.checkpoint.load import load_checkpoint
+from megatrain.checkpoint.store import CheckpointReader
+from megatrain.engine.engine import Engine
+
+Mode = Literal["auto", "never", "restart"]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged, and how."""
+
+    path: Path
+    state: dict[str, Any]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def resume(
+    engine: Engine, folder: Path, data_state: dict[str, Any], mode: Mode = "auto", load: Path | None = None
+) -> Resumed | None:
+    """Loads the newest whole checkpoint of ``folder``, else ``load``; None: the run starts fresh. Collective.
+
+    Args:
+        load: a checkpoint of another run, for a folder that has none.
+    Raises:
+        UnfitError: the newest whole one is of another model or data.
+        CheckpointError: there are checkpoints, or traces of some, but none can be loaded.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for path in _agreed(engine, lambda: _candidates(folder, mode)):
+        try:
+            _agreed(engine, lambda path=path: CheckpointReader(path).require_files())  # type: ignore[misc]
+            return Resumed(path, load_checkpoint(engine, path, data_state), tuple(skipped))
+        except UnfitError:
+            raise
+        except CheckpointError as error:
+            skipped.append((path, str(error)))
+    if skipped:
+        told = "\n  ".join(f"{path.name}: {problem}" for path, problem in skipped)
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be loaded:\n  {told}\n"
+            f"repair or replace one, or set checkpoint.resume: restart to begin again at step 0"
+        )
+    return None if load is None else Resumed(load, load_checkpoint(engine, load, data_state), ())
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves all checkpoints and traces of some into a new folder beside them (``restart``); None: there were none.
+
+    Raises:
+        CheckpointError: they can't be moved.
+    """
+    remains = checkpoint_remains(folder)
+    if not remains:
+        return None
+    number = 1
+    while (place := folder / f"set-aside-{number}").exists():
+        number += 1
+    with explained(f"set the checkpoints of {folder} aside"):
+        place.mkdir()
+        for path in remains:
+            os.rename(path, place / path.name)
+    return place
+
+
+def _candidates(folder: Path, mode: Mode) -> list[Path]:
+    """Newest first. Without any the folder must show no trace of one."""
+    found, remains = list_checkpoints(folder), checkpoint_remains(folder)
+    if remains and mode == "never":
+        raise CheckpointError(
+            f"checkpoint.resume is never, and {folder} holds {_listed(remains)}: choose another name for this run, "
+            "or set checkpoint.resume to auto (go on) or restart (set them aside and begin again)"
+        )
+    if remains and not found:
+        raise CheckpointError(
+            f"{folder} holds {_listed(remains)}, but no checkpoint that was committed: this run would silently begin "
+            "again. Put the checkpoints back, or set checkpoint.resume: restart to begin again at step 0"
+        )
+    return found[::-1]
+
+
+def _listed(paths: list[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _agreed(engine: Engine, action: Any) -> Any:
+    """What ``action`` gives on rank 0, on every rank; or its error."""
+    outcome: list[Any] = [None, None]
+    if engine.mesh.rank == 0:
+        try:
+            outcome[0] = action()
+        except CheckpointError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
