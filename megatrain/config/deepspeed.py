@@ -33,7 +33,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 def _precision(config: RunConfig) -> dict[str, Any]:
     precision = config.precision
-    accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
+    gradients = "fp32" if precision.gradient_dtype == "fp32" else precision.dtype
+    accumulate = {"data_types": {"grad_accum_dtype": gradients}, "communication_data_type": gradients}
     if precision.dtype == "bf16":
         return {"bf16": {"enabled": True, "immediate_grad_update": True}, **accumulate}
     if precision.dtype == "fp16":
@@ -42,6 +43,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
             "initial_scale_power": round(math.log2(precision.initial_loss_scale)),
             "loss_scale_window": precision.loss_scale_window,
             "hysteresis": precision.loss_scale_hysteresis,
+            "consecutive_hysteresis": True,
             "min_loss_scale": precision.min_loss_scale,
         }
         return {"fp16": {"enabled": True, **scaling}, **accumulate}

@@ -71,6 +71,12 @@ RULES = (
         rules_layout.stage_layers_fit,
         ("parallel.stage_layers", "model.num_layers", "parallel.pp", "parallel.stages_per_rank"),
     ),
+    Rule(
+        rules_layout.recompute_fits_schedule,
+        ("parallel.pp", "parallel.pp_schedule", "train.activation_checkpointing"),
+    ),
+    Rule(rules_layout.budget_fits_zero, ("parallel.zero_stage", "train.activation_checkpointing")),
+    Rule(rules_layout.compile_fits_schedule, ("parallel.pp", "parallel.pp_schedule", "train.compile")),
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),

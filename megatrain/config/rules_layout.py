@@ -208,3 +208,44 @@ def stage_layers_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
         f"{stages} numbers whose sum is {num_layers}",
         "correct the list, or leave it out: the blocks are then shared by computed cost",
     )
+
+
+def recompute_fits_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A schedule that splits the backward pass runs a block's graph once for inputs and once for each weight."""
+    parallel, mode = config.parallel, config.train.activation_checkpointing
+    if parallel.pp > 1 and SCHEDULES[parallel.pp_schedule].splits_backward and mode not in ("none", "attention"):
+        yield Problem(
+            "train.activation_checkpointing",
+            mode,
+            f"cannot be used with parallel.pp_schedule = {parallel.pp_schedule}, which computes the gradients of "
+            "inputs and of each weight apart: the block would be computed again for every one of them",
+            "none or attention, or any with gpipe, 1f1b and interleaved_1f1b",
+            "set train.activation_checkpointing to none or attention, or parallel.pp_schedule to interleaved_1f1b",
+        )
+
+
+def budget_fits_zero(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The policy counts a block's operations; ZeRO 3 adds others to the forward than to its repetition."""
+    if config.parallel.zero_stage == 3 and config.train.activation_checkpointing == "budget":
+        yield Problem(
+            "train.activation_checkpointing",
+            "budget",
+            "cannot be used with parallel.zero_stage = 3, which fetches and frees weights inside a block, "
+            "differently when the block is computed again",
+            "none, full, every_nth, attention or feed_forward where parallel.zero_stage is 3",
+            "set train.activation_checkpointing to full, or parallel.zero_stage to 2",
+        )
+
+
+def compile_fits_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A compiled block is one node of the graph, whose backward cannot be split."""
+    parallel = config.parallel
+    if config.train.compile and parallel.pp > 1 and SCHEDULES[parallel.pp_schedule].splits_backward:
+        yield Problem(
+            "train.compile",
+            True,
+            f"cannot be used with parallel.pp_schedule = {parallel.pp_schedule}: the backward pass of a compiled block "
+            "gives the gradients of inputs and weights at once",
+            "false, or gpipe, 1f1b or interleaved_1f1b",
+            "set train.compile to false, or parallel.pp_schedule to interleaved_1f1b",
+        )

@@ -114,9 +114,18 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats. Master weights, moments and gradient accumulation are always FP32."""
+    """Number formats. Master weights and moments are always FP32."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Type of weights and activations in the step.")
+    gradient_dtype: Literal["fp32", "compute"] = Field(
+        "fp32", description="Type in which gradients are summed over micro-batches and ranks; compute: that of dtype."
+    )
+    residual_dtype: Literal["fp32", "compute"] = Field(
+        "compute", description="Type of the residual stream; fp32: 16-bit sublayers add to an FP32 sum."
+    )
+    logits_dtype: Literal["fp32", "compute"] = Field(
+        "compute", description="Type of the head's product. The loss is always computed in FP32."
+    )
     initial_loss_scale: PositiveFloat = Field(65536.0, description="FP16: first dynamic loss scale (a power of 2).")
     loss_scale_window: Positive = Field(1000, description="FP16: steps without overflow before the scale doubles.")
     loss_scale_hysteresis: Positive = Field(1, description="FP16: overflows in a row before the scale halves.")
@@ -172,10 +181,26 @@ class TrainConfig(Section):
     global_batch_size: Positive = Field(8, description="Sequences in one optimizer step, over all ranks.")
     micro_batch_size: Positive = Field(1, description="Sequences in one forward pass of one rank.")
     seed: Natural = Field(1234, description="Seed of the initial weights and of dropout.")
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and compute the rest again in the backward pass."
+    activation_checkpointing: Literal["none", "full", "every_nth", "attention", "feed_forward", "budget"] = Field(
+        "none",
+        description="What is computed again in the backward pass instead of kept. full: all of each block; every_nth: "
+        "all of some blocks; attention: scores and their softmax; feed_forward: that sublayer; budget: all but the "
+        "results of products within activation_budget.",
     )
-    compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler on CPU).")
+    checkpoint_every_nth: Positive = Field(2, description="every_nth: recompute the blocks 0, n, 2n, ….")
+    activation_budget: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5,
+        description="budget: share of the bytes of a block's matrix products and attention that is kept, "
+        "those with the most operations per byte first.",
+    )
+    offload_activations: bool = Field(
+        False, description="Keep what blocks save for the backward pass in host memory instead of on the GPU."
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile each block (needs a C++ compiler on CPU); runs as it is, with a message, where "
+        "that does not work.",
+    )
     log_every: Positive = Field(10, description="Steps between two lines of metrics.")
     eval_every: Natural = Field(0, description="Steps between two evaluations; 0: only at the end.")
     eval_batches: Positive = Field(8, description="Global batches in one evaluation.")

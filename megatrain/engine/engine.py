@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
+from megatrain.engine.errors import LossScaleError
 from megatrain.engine.gradients import all_reduce_accumulated, collect_gradients, set_up_buckets
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.start import import_deepspeed
@@ -98,6 +99,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.optimizer = self._deepspeed.optimizer
+        if config.precision.dtype == "fp16":
+            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
         train, parallel = config.train, config.parallel
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.topology.dp)
@@ -108,7 +111,11 @@ class Engine:
         )
 
     def train_step(self, batch: RankBatch, step: int) -> StepResult:
-        """Optimizer step number ``step`` (the first is 1) on this rank's sequences of the global batch."""
+        """Optimizer step number ``step`` (the first is 1) on this rank's sequences of the global batch.
+
+        Raises:
+            LossScaleError: on every rank, when an overflow on any skips a step at the smallest loss scale.
+        """
         lr = learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -119,6 +126,12 @@ class Engine:
         losses = self._forward_backward(inputs, self._gradient_factor() / num_tokens)
         self._reduce_what_deepspeed_does_not()
         self._deepspeed.step()
+        skipped = not self._deepspeed.was_step_applied()
+        if skipped and scale == self.config.precision.min_loss_scale:
+            raise LossScaleError(
+                f"step {step}: FP16 gradients overflow at the smallest loss scale, precision.min_loss_scale = {scale:g}"
+                "; lower optimizer.lr or precision.min_loss_scale, or set precision.dtype to bf16"
+            )
         return StepResult(
             loss=self.over_all_ranks(losses.sum()) / num_tokens,
             losses=losses,
@@ -126,7 +139,7 @@ class Engine:
             lr=lr,
             tokens=self.config.train.global_batch_size * batch.tokens.shape[1],
             loss_scale=scale,
-            skipped=not self._deepspeed.was_step_applied(),
+            skipped=skipped,
         )
 
     @torch.no_grad()

@@ -32,5 +32,9 @@ def set_up_buckets(optimizer: Any) -> None:
 
 def collect_gradients(optimizer: Any) -> None:
     """Adds what stands in ``.grad`` to the FP32 sums, where no hook of the backward pass does."""
-    if optimizer.use_grad_accum_attribute:
+    if hasattr(optimizer, "bf16_groups"):  # BF16 weights beside FP32 sums have an optimizer of their own
+        for i, group in enumerate(optimizer.bf16_groups):
+            for j, parameter in enumerate(group):
+                optimizer.accumulate_hp_grads_and_remove_lp(parameter, i, j)
+    elif optimizer.use_grad_accum_attribute:
         optimizer.fill_grad_accum_attribute()

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatrain.config.schema import ModelConfig
+from megatrain.config.schema import ModelConfig, PrecisionConfig
 from megatrain.models.decoder import Decoder
 from megatrain.models.initial import initialize
 from megatrain.parallel.layers import Layers
@@ -16,6 +16,7 @@ def build_stages(
     tp: int,
     seed: int,
     device: torch.device,
+    precision: PrecisionConfig,
 ) -> list[Decoder]:
     """The given pipeline stages of the model, FP32, with their initial weights.
 
@@ -25,7 +26,9 @@ def build_stages(
     built: list[Decoder] = []
     for stage in stages:
         with torch.device(device):
-            part = Decoder(config, layers, blocks[stage], first=stage == 0, last=stage == len(blocks) - 1)
+            part = Decoder(
+                config, layers, blocks[stage], first=stage == 0, last=stage == len(blocks) - 1, precision=precision
+            )
         initialize(part, config, seed, layers, tp)
         built.append(part)
     if config.tie_embeddings and len(built) > 1 and built[0].first and built[-1].last:
@@ -35,8 +38,8 @@ def build_stages(
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | None = None) -> Decoder:
     """The whole model on one process, in plain PyTorch."""
-    blocks = [range(config.num_layers)]
-    return build_stages(config, Layers(), [0], blocks, 1, seed, device or torch.device("cpu"))[0]
+    blocks, cpu = [range(config.num_layers)], torch.device("cpu")
+    return build_stages(config, Layers(), [0], blocks, 1, seed, device or cpu, PrecisionConfig())[0]
 
 
 def build_empty_model(config: ModelConfig) -> Decoder:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatrain.config.derive import num_tokens
-from megatrain.config.schema import ModelConfig
+from megatrain.config.schema import ModelConfig, PrecisionConfig
 from megatrain.models.attention import Attention
 from megatrain.models.documents import Documents, documents_of, own_positions
 from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
 from megatrain.models.loss import sequence_losses
+from megatrain.models.norm import LayerNorm, RMSNorm
 from megatrain.parallel.layers import Layers
 
 
@@ -29,9 +30,9 @@ class Family:
 
 
 FAMILIES = {
-    "gpt": Family(nn.LayerNorm, GeluFeedForward, bias=True, rotary=False, head_norms=False),
-    "llama": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=False),
-    "qwen3": Family(nn.RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=True),
+    "gpt": Family(LayerNorm, GeluFeedForward, bias=True, rotary=False, head_norms=False),
+    "llama": Family(RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=False),
+    "qwen3": Family(RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=True),
 }
 
 
@@ -80,16 +81,28 @@ class Head(nn.Module):
         self.weight: nn.Parameter = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight  # type: ignore[assignment]
 
 
+_COMPUTE_TYPE = PrecisionConfig()
+
+
 class Decoder(nn.Module):
     """Some consecutive blocks of a decoder; the first also embeds, the last also has the head.
 
     Parameters have the same names whichever blocks are here. Tied, the last part holds a copy of
-    the word embedding under its own name.
+    the word embedding under its own name. ``precision`` may keep the residual stream or the logits in FP32.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, block_range: range, first: bool, last: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Layers,
+        block_range: range,
+        first: bool,
+        last: bool,
+        precision: PrecisionConfig = _COMPUTE_TYPE,
+    ):
         super().__init__()
         family = FAMILIES[config.family]
+        self.precision = precision
         self.config, self.factory, self.first, self.last = config, layers, first, last
         tied = bool(config.tie_embeddings)
         if first or (last and tied):
@@ -122,34 +135,17 @@ class Decoder(nn.Module):
         documents = None if positions_BT is None else documents_of(positions_BT)
         if self.first:
             x = self.embedding(x, keys_B, documents)
+            if self.precision.residual_dtype == "fp32":
+                x = x.float()  # each sublayer's output is added to it, and takes its type
         for block in self.layers.values():
             x = block(x, keys_B, documents)
         if not self.last:
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
-        logits_SBV = self.factory.head_logits(self.final_norm(x), weight)
+        x = self.final_norm(x)
+        if self.precision.logits_dtype == "fp32":
+            x, weight = x.float(), weight.float()
+        logits_SBV = self.factory.head_logits(x, weight)
         if self.config.vocab_padding:
             logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
         return logits_SBV if labels_BS is None else sequence_losses(self.factory, logits_SBV, labels_BS)
-
-
-def use_activation_checkpointing(model: nn.Module) -> None:
-    """Keeps only each block's input and computes the rest again in the backward pass (Chen et al. 2016).
-
-    Nothing here draws random numbers, so no generator state is saved.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    for block in model.modules():
-        if isinstance(block, Block):
-            run = block.forward
-            block.forward = lambda *inputs, run=run: checkpoint(  # type: ignore[method-assign,misc]
-                run, *inputs, use_reentrant=False, preserve_rng_state=False
-            )
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of each block by itself: one compilation serves all."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile()

@@ -6,7 +6,8 @@ from megatrain.config.schema import RunConfig
 from megatrain.config.stages import own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
-from megatrain.models.decoder import compile_blocks, use_activation_checkpointing
+from megatrain.models.compiled import compile_blocks
+from megatrain.models.recompute import apply_recompute
 from megatrain.parallel.context import build_context
 from megatrain.parallel.layers import Layers
 from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
@@ -34,10 +35,11 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         parallel.tp,
         config.train.seed,
         device,
+        config.precision,
     )
     for part in parts:
-        if config.train.activation_checkpointing == "full":
-            use_activation_checkpointing(part)
-        if config.train.compile:
-            compile_blocks(part)
+        apply_recompute(part, config.train)
+        problem = compile_blocks(part) if config.train.compile else None
+        if problem and mesh.rank == 0:
+            print(f"torch.compile does not work here, so blocks run as they are: {problem}", flush=True)
     return Engine(config, mesh, list(parts))

@@ -3,6 +3,7 @@
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.config.problems import ConfigError
 from megatrain.data.errors import DataError
+from megatrain.engine.errors import LossScaleError
 from megatrain.train.run_folder import RunFolderError
 
-EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError)
+EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError)

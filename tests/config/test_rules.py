@@ -151,6 +151,18 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     (
         "parallel.stage_layers=[2,2]", None, "parallel.stage_layers", [2, 2], "there are 1 stages", "correct the list",
     ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=zbv train.activation_checkpointing=full", None,
+        "train.activation_checkpointing", "full", "cannot be used with parallel.pp_schedule = zbv", "to none or",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=dualpipev train.compile=true", None,
+        "train.compile", True, "cannot be used with parallel.pp_schedule = dualpipev", "set train.compile to false",
+    ),
+    (
+        "parallel.zero_stage=3 train.activation_checkpointing=budget", None, "train.activation_checkpointing", "budget",
+        "cannot be used with parallel.zero_stage = 3", "to full, or parallel.zero_stage to 2",
+    ),
     ("schedule.warmup_steps=101", None, "schedule.warmup_steps", 101, "more than train.steps = 100", "more than 101"),
     (
         "schedule.warmup_steps=20 schedule.decay_steps=20", None, "schedule.decay_steps", 20,

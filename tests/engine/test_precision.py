@@ -1,8 +1,10 @@
 """BF16 and FP16: every layout near one process; an overflow skips the step on all ranks at once."""
 
+from typing import Any
+
 import pytest
 
-from tests.layouts import ONE_PROCESS, Layout, train
+from tests.layouts import ONE_PROCESS, Layout, build_engine, run_config, train, train_steps
 from tests.pool import Pool
 
 LAYOUTS = [
@@ -10,6 +12,7 @@ LAYOUTS = [
     Layout(dp=2, zero_stage=2),
     Layout(tp=2, pp=2, sequence_parallel=True, zero_stage=0),
     Layout(pp=2, dp=2, zero_stage=1),
+    Layout(pp=2, dp=2, zero_stage=1, schedule="zbv"),
 ]
 # (loss, norm), relative. A 16-bit activation is rounded by 2^-9 (BF16) or 2^-12 (FP16), and a tensor split rounds
 # partial sums that one process does not have; the loss averages over 200 tokens, the norm of later steps also holds
@@ -34,3 +37,70 @@ def test_overflow_skips_together_and_halves_the_scale(pool: Pool, layout: Layout
     for trained in pool.run(train, layout.world_size, "llama", layout, 3, precision=precision):
         assert trained.skipped == [True] * 3
         assert trained.loss_scales == [2.0**32, 2.0**31, 2.0**30]
+
+
+def test_a_split_backward_sums_in_fp32(pool: Pool) -> None:
+    """The same 16-bit gradients of micro-batches, summed in FP32, whichever hook or hand adds them."""
+    whole, split = (
+        pool.run(train, 2, "gpt", Layout(pp=2, schedule=schedule), 2, precision={"dtype": "bf16"})[0]
+        for schedule in ("1f1b", "zbv")
+    )
+    assert split.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-5)  # FP32 sums in another order
+
+
+def train_until_it_stops(layout: Layout, precision: dict[str, Any]) -> str:
+    from megatrain.engine.errors import LossScaleError
+
+    engine = build_engine(run_config("llama", layout, precision=precision))
+    try:
+        train_steps(engine, 1, 5)
+    except LossScaleError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def test_an_overflow_at_the_smallest_scale_ends_the_run_on_every_rank(pool: Pool) -> None:
+    precision = {"dtype": "fp16", "initial_loss_scale": 2.0**32, "min_loss_scale": 2.0**31}
+    for message in pool.run(train_until_it_stops, 2, Layout(pp=2), precision):
+        assert message.startswith("step 2: FP16 gradients overflow at the smallest loss scale")
+        assert "set precision.dtype to bf16" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "scales"),
+    [
+        ({"initial_loss_scale": 2.0**32, "loss_scale_hysteresis": 2}, [2.0**32, 2.0**32, 2.0**31, 2.0**30]),
+        ({"initial_loss_scale": 1024.0, "loss_scale_window": 2}, [1024.0, 1024.0, 1024.0, 2048.0]),
+    ],
+    ids=["hysteresis", "window"],
+)
+def test_the_scale_follows_its_options(pool: Pool, options: dict[str, float], scales: list[float]) -> None:
+    trained = pool.run(train, 1, "llama", ONE_PROCESS, 4, precision={"dtype": "fp16", **options})[0]
+    assert trained.loss_scales == scales
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, zero_stage=1), Layout(pp=2, dp=2)], ids=str)
+def test_gradients_may_be_summed_in_the_compute_type(pool: Pool, layout: Layout) -> None:
+    wide, narrow = (
+        pool.run(train, layout.world_size, "llama", layout, 2, precision={"dtype": "bf16", "gradient_dtype": dtype})[0]
+        for dtype in ("fp32", "compute")
+    )
+    assert narrow.losses[0] == wide.losses[0]
+    assert narrow.grad_norms[0] != wide.grad_norms[0]
+    assert narrow.grad_norms == pytest.approx(wide.grad_norms, rel=BANDS["bf16"][1])
+
+
+def test_fp32_residual_and_logits(pool: Pool) -> None:
+    exact = pool.run(train, 1, "llama", ONE_PROCESS, 1)[0]
+    layout = Layout(tp=2, pp=2, sequence_parallel=True)
+    wide = {"dtype": "bf16", "residual_dtype": "fp32", "logits_dtype": "fp32"}
+    plain = pool.run(train, 1, "llama", ONE_PROCESS, 1, precision={"dtype": "bf16"})[0]
+    alone = pool.run(train, 1, "llama", ONE_PROCESS, 1, precision=wide)[0]
+    split = pool.run(train, 4, "llama", layout, 1, precision=wide)[0]
+    assert alone.losses != plain.losses
+    assert abs(alone.grad_norms[0] - exact.grad_norms[0]) < 1e-2 * exact.grad_norms[0]
+    assert split.losses == pytest.approx(alone.losses, rel=BANDS["bf16"][0])
+    assert split.grad_norms == pytest.approx(alone.grad_norms, rel=BANDS["bf16"][1])
