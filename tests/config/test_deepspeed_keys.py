@@ -43,7 +43,8 @@ def test_a_documented_key_takes_its_type_only(key: str) -> None:
         ("bf16", "set precision.dtype instead"),
         ("zero_optimization.stage", "set parallel.zero_stage instead"),
         ("managed_gradient_accumulation", "leave it out"),
-        ("data_types", "leave it out"),
+        ("data_types", "set precision.gradient_dtype instead"),
+        ("communication_data_type", "set precision.gradient_dtype instead"),
     ],
 )
 def test_a_derived_key_names_the_field_that_decides_it(key: str, cure: str) -> None:
@@ -59,7 +60,6 @@ def test_a_derived_key_names_the_field_that_decides_it(key: str, cure: str) -> N
         ("zero_optimization.overlap_com", "did you mean deepspeed.zero_optimization.overlap_comm?"),
         ("overlap_comm", "did you mean deepspeed.zero_optimization.overlap_comm?"),
         ("zero_optimization.offload_optimizer", "leave it out"),
-        ("communication_data_type", "leave it out"),
         ("comms_logger.verbose.more", "set deepspeed.comms_logger.verbose to true or false"),
     ],
 )
