@@ -25,6 +25,13 @@ def index_of(spec: ArraySpec, shape: tuple[int, ...], start: tuple[int, ...]) ->
     return tuple(begin // size for begin, size in zip(start, spec.chunk_shape, strict=True))
 
 
+def region_of(spec: ArraySpec, index: Index) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and shape of a chunk's elements in the array."""
+    offset = tuple(position * part for position, part in zip(index, spec.chunk_shape, strict=True))
+    sizes = zip(offset, spec.chunk_shape, spec.shape, strict=True)
+    return offset, tuple(min(part, dim - begin) for begin, part, dim in sizes)
+
+
 def overlapping(spec: ArraySpec, start: tuple[int, ...], size: tuple[int, ...]) -> list[Index]:
     """The chunks that share elements with the region."""
     if not len(start) == len(size) == len(spec.shape) or not all(

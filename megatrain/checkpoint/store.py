@@ -10,7 +10,8 @@ Knows nothing of processes: who writes which part, and the barriers between the 
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,21 @@ class CheckpointReader:
         if f"{crc:08x}" != array.chunks[path.name]:
             raise CheckpointError(
                 f"{array.spec.label}: {path} is whole but not the chunk that was saved here: "
-                "it comes from another place, step or run"
+                f"{self._origin(f'{crc:08x}')}"
             )
+
+    def _origin(self, crc: str) -> str:
+        """Where a foreign chunk comes from, as far as this checkpoint and those beside it know."""
+        for other in self._arrays.values():
+            for file, known in other.chunks.items():
+                if known == crc:
+                    return f"it is {file} of {other.spec.label}"
+        for path in layout.list_checkpoints(self.path.parent):
+            with suppress(CheckpointError):
+                manifest = CheckpointReader(path)
+                if any(crc in array.chunks.values() for array in manifest._arrays.values()):
+                    return f"it is that of step {manifest.step}, run {manifest.run_id}"
+        return "it comes from another place, step or run"
 
     def _check_header(self, label: str, folder: str, crc: str | None) -> None:
         relative = f"{folder}/{HEADER}"
@@ -278,12 +292,13 @@ class CheckpointReader:
 
 
 def group_headers(
-    step: int, run_id: str, versions: Mapping[str, Any], state: Mapping[str, Any], arrays: Iterable[Key]
+    step: int, run_id: str, versions: Mapping[str, Any], state: Mapping[str, Any], arrays: Collection[Key]
 ) -> dict[str, bytes]:
     """The ``zarr.json`` of each kind of arrays and, under "", of all: this one repeats what a lost manifest said.
 
     Raises:
         CheckpointError: ``state`` or ``versions`` is not JSON.
     """
-    attributes = {"step": step, "run_id": run_id, "versions": versions, "state": state}
+    names = [f"{kind}/{name}" for kind, name in arrays]
+    attributes = {"step": step, "run_id": run_id, "versions": versions, "state": state, "arrays": names}
     return {"": zarr_group(attributes), **{kind: zarr_group({}) for kind, _ in arrays}}

@@ -82,7 +82,7 @@ def test_swapped_chunks(tmp_path):
 def test_a_chunk_and_a_manifest_of_another_step(tmp_path):
     one, two = small_save(tmp_path, 1, seed=1), small_save(tmp_path, 2, seed=2)
     shutil.copy(one / CHUNK, two / CHUNK)
-    with pytest.raises(CheckpointError, match="comes from another place, step or run"):
+    with pytest.raises(CheckpointError, match="not the chunk that was saved here: it is that of step 1, run run"):
         load_all(two)
     shutil.copy(one / "manifest.json", two / "manifest.json")
     with pytest.raises(CheckpointError, match="belongs to step 1"):

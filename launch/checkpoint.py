@@ -1,0 +1,194 @@
+"""Looks at, checks, compares and tidies checkpoints.
+
+python launch/checkpoint.py ls runs/quickstart
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from megatrain.checkpoint import inspect
+from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints, newest_checkpoint
+from megatrain.checkpoint.lock import FolderLock
+from megatrain.checkpoint.merge import average_factors, ema_factors, merge
+from megatrain.checkpoint.rebuild import rebuild_manifest
+from megatrain.checkpoint.retention import Retention, prune, surplus_checkpoints
+from megatrain.checkpoint.store import CheckpointReader
+
+
+def main(arguments: list[str]) -> int:
+    """The program; returns its exit code: 0, 1 where something is damaged or differs, 2 after a mistake."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except CheckpointError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about)
+        added.add_argument("--debug", action="store_true", help="show tracebacks")
+        added.set_defaults(run=run)
+        return added
+
+    a_run = "a run's folder, or its folder of checkpoints"
+    one = "a step-… folder, or a run's folder for its newest checkpoint"
+    command("ls", ls, "list the checkpoints of a run").add_argument("folder", type=Path, help=a_run)
+    added = command("verify", verify, "read every chunk and say what is damaged")
+    added.add_argument("checkpoints", type=Path, nargs="+", metavar="checkpoint", help=one)
+    added.add_argument("--threads", type=int, default=4, help="chunks that are read at once (default: %(default)s)")
+    added = command("diff", diff, "compare two checkpoints tensor by tensor")
+    added.add_argument("first", type=Path, help=one)
+    added.add_argument("second", type=Path, help=one)
+    added.add_argument("--all", action="store_true", help="list equal tensors, too")
+    command("show", show, "print the tree of tensors").add_argument("checkpoint", type=Path, help=one)
+    added = command("prune", prune_run, "delete checkpoints that the rules give up")
+    added.add_argument("folder", type=Path, help=a_run)
+    added.add_argument("--keep-last", type=positive, required=True, help="how many of the newest stay")
+    added.add_argument("--keep-every", type=positive, default=0, help="steps divisible by it stay, too")
+    added.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    added = command("merge", merge_all, "average several checkpoints of one model, in the given order")
+    added.add_argument("checkpoints", type=Path, nargs="+", metavar="checkpoint", help=one)
+    added.add_argument("--output", type=Path, required=True, help="folder for the new step-… folder")
+    added.add_argument("--ema", type=float, metavar="DECAY", help="a moving average with this decay, not the mean")
+    added = command("rebuild", rebuild, "make a lost or damaged manifest again from the arrays' own headers")
+    added.add_argument("checkpoint", type=Path, help="a step-… folder")
+    whole.epilog = "".join(added.format_usage().replace("usage: ", "") for added in commands.choices.values())
+    return whole
+
+
+def ls(options: argparse.Namespace) -> int:
+    folder = checkpoints_of(options.folder)
+    found = list_checkpoints(folder)
+    damaged = 0
+    for path in found:
+        if problem := inspect.problem_of(path):
+            damaged += 1
+            print(f"{path.name}  DAMAGED  {problem}")
+        else:
+            reader = CheckpointReader(path)
+            size, tokens = inspect.total_bytes(reader), reader.state.get("tokens", 0)
+            print(f"{path.name}  {size / 2**30:10.3f} GiB  {tokens:>16,} tokens  run {reader.run_id}")
+    for path in checkpoint_remains(folder):
+        if path not in found and path.name != "latest":
+            print(f"{path.name}  not a checkpoint: never committed, or being removed")
+    print(f"{len(found)} checkpoints in {folder}" + (f", {damaged} of them damaged" if damaged else ""))
+    return 1 if damaged else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    damaged = 0
+    for path in map(checkpoint_of, options.checkpoints):
+        reader = CheckpointReader(path)
+        with bar(inspect.total_bytes(reader), path.name) as progress:
+            problems = inspect.verify(reader, options.threads, progress)
+        damaged += bool(problems)
+        for problem in problems:
+            print(problem)
+        print(f"{path}: {f'{len(problems)} problems' if problems else 'whole'}")
+    return 1 if damaged else 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    first, second = (CheckpointReader(checkpoint_of(path)) for path in (options.first, options.second))
+    total = different = 0
+    with bar(inspect.total_bytes(first), "diff") as progress:
+        for found in inspect.differences(first, second, progress):
+            total, different = total + 1, different + (not found.equal)
+            told = found.note or f"max {found.largest:.3e}  relative {found.relative:.3e}"
+            if options.all or not found.equal:
+                tqdm.write(f"{found.key[0]:<12} {found.key[1]:<50} {'bit-equal' if found.equal else told}")
+    print(f"{total - different} of {total} tensors are bit-equal, {different} differ")
+    return 1 if different else 0
+
+
+def show(options: argparse.Namespace) -> int:
+    reader = CheckpointReader(checkpoint_of(options.checkpoint))
+    for depth, label, told, size in inspect.tree(reader):
+        print(f"{'  ' * depth + label:<44} {size:>16,} bytes  {told}".rstrip())
+    print(
+        f"{len(reader.arrays)} arrays, {inspect.total_bytes(reader):,} bytes; step {reader.step}, run {reader.run_id}"
+    )
+    return 0
+
+
+def prune_run(options: argparse.Namespace) -> int:
+    folder, rule = checkpoints_of(options.folder), Retention(options.keep_last, options.keep_every)
+    damaged = [path for path in list_checkpoints(folder) if inspect.problem_of(path)]
+    steps = [int(path.name.removeprefix("step-")) for path in damaged if path.name.startswith("step-")]
+    if options.dry_run:
+        for path in surplus_checkpoints(folder, rule, steps):
+            print(f"would remove {path}")
+        return 0
+    with FolderLock(folder):
+        for path in prune(folder, rule, steps):
+            print(f"removed {path}")
+    for path in damaged:
+        print(f"kept {path}: it is damaged, and no rule is for those")
+    return 0
+
+
+def merge_all(options: argparse.Namespace) -> int:
+    sources = [CheckpointReader(checkpoint_of(path)) for path in options.checkpoints]
+    count = len(sources)
+    factors = average_factors(count) if options.ema is None else ema_factors(count, options.ema)
+    with FolderLock(options.output), bar(sum(map(inspect.total_bytes, sources)), "merge") as progress:
+        path = merge(sources, factors, options.output, progress)
+    print(f"wrote {path}")
+    return 0
+
+
+def rebuild(options: argparse.Namespace) -> int:
+    with bar(None, "rebuild") as progress:
+        manifest = rebuild_manifest(options.checkpoint, progress)
+    print(f"{options.checkpoint}: {len(manifest.arrays)} arrays of step {manifest.step}, run {manifest.run_id}")
+    print("every chunk is whole in itself; that none is another step's can't be told without the old manifest")
+    return 0
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """The folder of checkpoints of a run, whichever of the two was named."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no such folder: {folder}")
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def checkpoint_of(path: Path) -> Path:
+    """A checkpoint: the one named, or the newest of the run that is named."""
+    if path.name.startswith("step-"):
+        return path
+    newest = newest_checkpoint(checkpoints_of(path))
+    if newest is None:
+        raise CheckpointError(f"{path} holds no checkpoint")
+    return newest
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+@contextmanager
+def bar(total: int | None, name: str) -> Iterator[inspect.Progress]:
+    """A progress bar in bytes, on a terminal only."""
+    with tqdm(total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as shown:
+        yield shown.update
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""Makes a lost or damaged manifest again, from the headers of the arrays and the CRC behind each chunk."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.files import inside, read_with_crc
+from megatrain.checkpoint.folder import MANIFEST, write_durably
+from megatrain.checkpoint.manifest import DTYPES, HEADER, TENSORS, ArraySpec, Manifest, StoredArray, chunk_file
+
+_MAX_HEADER_BYTES = 2**26
+
+
+def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> Manifest:
+    """Reads every chunk of ``path`` and writes its ``manifest.json``; the old one, if any, stays beside it.
+
+    Without the manifest only accidents inside a chunk can be told, not a whole chunk of another step or run.
+
+    Raises:
+        CheckpointError: a header or a chunk is missing or damaged, or they are of different saves; nothing is written.
+    """
+    root = Path(os.path.realpath(path))
+    top, top_crc = _header(root, TENSORS)
+    try:
+        said = top["attributes"]
+        step, run_id, versions, state = (said[field] for field in ("step", "run_id", "versions", "state"))
+        names = [(kind, name) for kind, name in (entry.split("/") for entry in said["arrays"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{root / TENSORS / HEADER} does not tell the state of the checkpoint") from error
+    groups, arrays = {"": top_crc}, {}
+    for kind, name in names:
+        if kind not in groups:
+            _, groups[kind] = _header(root, f"{TENSORS}/{kind}")
+        array = _array(root, kind, name, (step, run_id), progress)
+        arrays[array.spec.key] = array
+    manifest = Manifest(step, run_id, versions, state, groups, dict(sorted(arrays.items())))
+    content = manifest.to_bytes()
+    Manifest.from_bytes(content)
+    with explained(f"write {root / MANIFEST}"):
+        if os.path.lexists(root / MANIFEST):
+            os.replace(root / MANIFEST, root / f"{MANIFEST}.replaced")
+        write_durably(root / MANIFEST, content)
+    return manifest
+
+
+def _array(root: Path, kind: str, name: str, save: tuple[int, str], progress: Callable[[int], object]) -> StoredArray:
+    header, crc = _header(root, f"{TENSORS}/{kind}/{name}")
+    try:
+        grid = header["chunk_grid"]["configuration"]["chunk_shape"]
+        spec = ArraySpec(kind, name, header["data_type"], tuple(header["shape"]), tuple(grid))
+        of = header["attributes"]["step"], header["attributes"]["run_id"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{kind} of {name}: its {HEADER} is not one of ours: {error!r}") from error
+    if of != save:
+        raise CheckpointError(
+            f"{spec.label} is of step {of[0]}, run {of[1]}; the checkpoint of step {save[0]}, {save[1]}"
+        )
+    array = StoredArray(spec, {}, crc)
+    for index in spec.indices():
+        file = chunk_file(index)
+        array.chunks[file] = _chunk_crc(root, spec, file)
+        progress(spec.file_bytes)
+    return array
+
+
+def _chunk_crc(root: Path, spec: ArraySpec, file: str) -> str:
+    relative = f"{spec.folder}/{file}"
+    with explained(f"read {spec.label} from {root / relative}"):
+        place = inside(root, relative)
+        if (size := place.stat().st_size) != spec.file_bytes:
+            raise CheckpointError(f"{spec.label}: {relative} has {size} bytes instead of {spec.file_bytes}")
+        with open(place, "rb", buffering=0) as opened:
+            crc, whole = read_with_crc(opened, np.empty(spec.chunk_shape, DTYPES[spec.dtype]))
+    if not whole:
+        raise CheckpointError(f"{spec.label}: {relative} is damaged: the data does not match its CRC")
+    return f"{crc:08x}"
+
+
+def _header(root: Path, folder: str) -> tuple[dict[str, Any], str]:
+    relative = f"{folder}/{HEADER}"
+    with explained(f"read {root / relative}"):
+        place = inside(root, relative)
+        if place.stat().st_size > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{root / relative} is larger than {_MAX_HEADER_BYTES} bytes")
+        data = place.read_bytes()
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{root / relative} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{root / relative} is damaged: not an object")
+    return content, f"{google_crc32c.value(data):08x}"
