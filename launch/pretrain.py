@@ -7,7 +7,9 @@ name (docs/config.md). ``--print-config`` shows every value and where it comes f
 """
 
 import argparse
+import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
 from megatrain.train.environment import rank_from_environment, world_size_from_environment
 from megatrain.train.errors import EXPECTED
+
+SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
 
 
 def main(arguments: list[str]) -> int:
@@ -38,9 +42,21 @@ def main(arguments: list[str]) -> int:
     except EXPECTED as error:
         if options.debug:
             traceback.print_exc()
-        elif rank_from_environment() == 0:  # the ranks open the same files and find the same mistakes
-            print(f"error: {error}", file=sys.stderr)
+        else:
+            report(error, rank_from_environment())
         return 2
+
+
+def report(error: Exception, rank: int) -> None:
+    """Tells a mistake once: the ranks open the same files, so rank 0 speaks, and the launcher ends the others.
+
+    A rank that is left alone met something that only its host has, and says so.
+    """
+    if rank > 0:
+        time.sleep(SECONDS_TO_END_A_JOB)
+        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> RunConfig | None:

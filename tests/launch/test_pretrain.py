@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,14 @@ def test_damaged_data_gets_one_message_from_one_rank(
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists(), "nothing was begun"
+
+
+def test_a_rank_alone_with_a_mistake_says_where(arguments: list[str]) -> None:
+    lonely = {"RANK": "1", "WORLD_SIZE": "2"}
+    command = ["env", *(f"{name}={value}" for name, value in lonely.items()), sys.executable, "launch/pretrain.py"]
+    result = run(*command, *arguments, "--data.train", "nowhere")
+    assert result.returncode == 2
+    assert f"error: rank 1 on {socket.gethostname()}: no data set at nowhere" in result.stderr
 
 
 def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: list[str]) -> None:
