@@ -1,6 +1,9 @@
-"""The pool of workers, shared by the whole run."""
+"""The pool of workers, shared by the whole run, and folders to write checkpoints into."""
 
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +16,25 @@ def pool() -> Iterator[Pool]:
     workers = Pool(8)
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """Like ``tmp_path``, in memory where the system offers it: what is tested there is not the disk."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="megatrain-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where this process may mount one."""
+    place = tmp_path / "small-disk"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("may not mount a file system")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
