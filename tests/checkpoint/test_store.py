@@ -118,6 +118,25 @@ def test_other_readers_open_it(tmp_path):
     assert np.isnan(group["even"][:4, :3]).all()  # lost is not zero
 
 
+def test_tensorstore_opens_it(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+    arrays = {"even": (sample(8, 6), (4, 3)), "edge": (sample(7, 5), (4, 2)), "ints": (np.arange(-5, 6), (4,))}
+    path = save(tmp_path, 1, arrays)
+    for name, (array, chunk_shape) in arrays.items():
+        place = path / "tensors/weight" / name
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{place}/"}}
+        opened = tensorstore.open(spec, open=True).result()
+        np.testing.assert_array_equal(opened.read().result(), array)
+        assert opened.chunk_layout.read_chunk.shape == chunk_shape
+    chunk = path / "tensors/weight/even/c.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    opened = tensorstore.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{chunk.parent}/"}}, open=True
+    ).result()
+    with pytest.raises(ValueError, match="Digest mismatch"):
+        opened.read().result()
+
+
 def test_the_state_is_strict_json(tmp_path):
     old = small_save(tmp_path, 1)
     for state in ({"x": object()}, {"x": float("nan")}):
