@@ -125,25 +125,30 @@ class Trained:
     skipped: list[bool]
     loss_scales: list[float]
     evaluation: float
-    state: dict[tuple[str, str], tuple[np.ndarray, int | None, int]]  # (part, split dim, tensor rank)
+    state: dict[tuple[str, str], tuple[np.ndarray, tuple[int, ...]]]  # (part, its offset in the whole tensor)
+    routing: list[dict[str, dict[str, Any]]]
 
 
 def train_steps(engine: Any, first: int, last: int, documents: bool = False) -> Trained:
-    place = engine.mesh.coordinate("dp"), engine.mesh.topology.dp, documents
-    results = [engine.train_step(global_batch(step, *place), step) for step in range(first, last + 1)]
+    share = engine.mesh.coordinate("dp"), engine.mesh.topology.dp, documents
+    results = [engine.train_step(global_batch(step, *share), step) for step in range(first, last + 1)]
     from megatrain.engine.state import export_state
-    from megatrain.parallel.layers import partition_dim
+    from megatrain.parallel.layers import Split, place
 
-    dims = {name: partition_dim(parameter) for name, parameter in engine.parameters}
-    tp_rank = engine.mesh.coordinate("tp")
+    splits = {"tp": Split.over(engine.mesh.tp_group), "ep": Split.over(engine.mesh.ep_group)}
+    parameters = dict(engine.parameters)
     return Trained(
         losses=[float(result.loss) for result in results],
         sequence_losses=whole_batch(engine, results[-1].losses),
         grad_norms=[float(result.grad_norm) for result in results],
         skipped=[result.skipped for result in results],
         loss_scales=[result.loss_scale for result in results],
-        evaluation=float(engine.evaluate(global_batch(99, *place))[0]),
-        state={(kind, name): (t.numpy().copy(), dims[name], tp_rank) for kind, name, t in export_state(engine)},
+        evaluation=float(engine.evaluate(global_batch(99, *share))[0]),
+        state={
+            (kind, name): (t.numpy().copy(), place(parameters[name], t.shape, splits)[0])
+            for kind, name, t in export_state(engine)
+        },
+        routing=[result.routing.read() if result.routing else {} for result in results],
     )
 
 
@@ -169,13 +174,12 @@ def worst_state_error(ranks: list[Trained], reference: Trained, kind: str = "wei
     worst, where = 0.0, ""
     seen = set()
     for trained in ranks:
-        for (this_kind, name), (part, dim, tp_rank) in trained.state.items():
+        for (this_kind, name), (part, offset) in trained.state.items():
             if this_kind != kind:
                 continue
             seen.add(name)
             whole = reference.state[kind, name][0]
-            if dim is not None:
-                whole = np.split(whole, whole.shape[dim] // part.shape[dim], axis=dim)[tp_rank]
+            whole = whole[tuple(slice(first, first + size) for first, size in zip(offset, part.shape, strict=True))]
             assert part.shape == whole.shape, f"{name}: {part.shape} is no part of {whole.shape}"
             error = float(np.abs(part - whole).max() / np.abs(whole).max())
             if error > worst:

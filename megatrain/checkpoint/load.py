@@ -50,18 +50,19 @@ def load_checkpoint(engine: Engine, path: Path, data_state: dict[str, Any]) -> d
         raise found
     finish_import(engine)
     set_optimizer_step_count(engine, reader.state["optimizer_steps"])
+    engine.routers.load_biases(reader.state["router_biases"])
     if engine.config.precision.dtype == reader.state["dtype"]:
         engine.load_loss_scaler_state(reader.state["loss_scaler"])
     return reader.state
 
 
 def require_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
-    """Refuses a checkpoint whose weights are another model's. Dropout does not shape the weights.
+    """Refuses a checkpoint whose weights are another model's. Dropout and side losses do not shape the weights.
 
     Raises:
         UnfitError: lists every field that differs.
     """
-    ignored = ("dropout", "attention_dropout", "init_std")
+    ignored = ("dropout", "attention_dropout", "init_std", "router_balance_loss", "router_z_loss")
     wanted = {field: value for field, value in model.model_dump(mode="json").items() if field not in ignored}
     _require_equal(reader, "model", reader.state["model"], wanted)
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.engine.engine import Engine
-from megatrain.parallel.layers import partition_dim, whole_shape
+from megatrain.parallel import layers
+from megatrain.parallel.layers import Split
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,24 @@ class Placement:
 def place(engine: Engine, parameter: nn.Parameter) -> Placement:
     """Placement of ``parameter`` on this rank."""
     local = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
-    dim, tp_rank = partition_dim(parameter), engine.mesh.coordinate("tp")
-    offset = tuple(size * tp_rank if i == dim else 0 for i, size in enumerate(local))
-    return Placement(tuple(local), offset, whole_shape(parameter, local, engine.mesh.topology.tp))
+    splits = {"tp": Split.over(engine.mesh.tp_group), "ep": Split.over(engine.mesh.ep_group)}
+    return Placement(tuple(local), *layers.place(parameter, local, splits))
 
 
 def saves(engine: Engine, parameter: nn.Parameter) -> bool:
-    """Whether this rank and those of its data-parallel group save ``parameter``: of several copies only one is kept."""
-    tensor_copy = partition_dim(parameter) is None and engine.mesh.coordinate("tp") > 0
-    return not tensor_copy and not getattr(parameter, "ds_pipe_replicated", False)
+    """Whether this rank and those that share ``parameter`` save it: of several copies only one is kept."""
+    tensor_copy = layers.partition_dim(parameter) is None and engine.mesh.coordinate("tp") > 0
+    return not tensor_copy and not getattr(parameter, "tied_copy", False)
 
 
-def sharing_ranks(engine: Engine) -> list[int]:
-    """Global ranks that hold the same parameters as this one, whole or in ZeRO's partitions."""
-    return dist.get_process_group_ranks(engine.mesh.data_group)
+def sharing_ranks(engine: Engine) -> list[tuple[list[int], list[str]]]:
+    """Global ranks, and the names of the parameters of which all hold the same part, whole or in ZeRO's partitions.
+
+    Experts that are spread over ranks have other ones than the dense weights.
+    """
+    spread = {name: "ep" in layers.split_dims(parameter) for name, parameter in engine.parameters}
+    groups = (engine.mesh.data_group, False), (engine.mesh.edp_group, True)
+    return [
+        (dist.get_process_group_ranks(group), [name for name, is_spread in spread.items() if is_spread == of_experts])
+        for group, of_experts in groups
+    ]

@@ -223,6 +223,7 @@ def _engine_state(engine: Engine, step: int) -> dict[str, Any]:
         "optimizer_steps": optimizer_step_count(engine),
         "dtype": engine.config.precision.dtype,
         "loss_scaler": engine.loss_scaler_state(),
+        "router_biases": engine.routers.saved_biases(),
         # sample order and dropout are functions of these and the step: there is no generator to save
         "seeds": {"train": engine.config.train.seed, "data": engine.config.data.seed},
         "model": engine.config.model.model_dump(mode="json"),

@@ -12,10 +12,14 @@ from megatrain.checkpoint.placement import Placement, place, saves, sharing_rank
 from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
-from megatrain.engine.state import KINDS, local_fragments
+from megatrain.engine.state import KINDS, Fragment, local_fragments
 
 PieceKey = tuple[str, str, int]  # kind, name, first element
 _BYTES = 4  # of an element: all state is FP32
+
+
+Held = list[dict[str, tuple[int, int]]]
+"""By rank: name -> (start, size) of its fragment."""
 
 
 class Shares:
@@ -26,20 +30,37 @@ class Shares:
     """
 
     def __init__(self, engine: Engine, group: dist.ProcessGroup):
-        self.engine, self.group = engine, group
-        self.ranks = sharing_ranks(engine)
-        self.position = self.ranks.index(engine.mesh.rank)
-        self.placements: dict[str, Placement] = {name: place(engine, p) for name, p in engine.parameters}
-        self.plan = self._make_plan()
-        self.own_bytes = sum(c.size for c in self.plan.chunks if c.owner == self.position) * _BYTES * len(KINDS)
+        self.engine = engine
+        held: list[Any] = [None] * dist.get_world_size(group)
+        own = {fragment.name: (fragment.start, fragment.size) for fragment in local_fragments(engine)}
+        dist.all_gather_object(held, own, group=group)
+        self.circles = [Circle(engine, group, ranks, names, held) for ranks, names in sharing_ranks(engine) if names]
+        self.own_bytes = sum(circle.own_elements for circle in self.circles) * _BYTES * len(KINDS)
         total = torch.tensor(self.own_bytes)
         dist.all_reduce(total, group=group)
         self.total_bytes = int(total)
 
-    def _make_plan(self) -> Plan:
-        held: list[Any] = [None] * dist.get_world_size(self.group)
-        own = {fragment.name: (fragment.start, fragment.size) for fragment in local_fragments(self.engine)}
-        dist.all_gather_object(held, own, group=self.group)
+    def pieces(self) -> dict[PieceKey, Tensor]:
+        """What this rank contributes to chunks: flat FP32 views of the live state."""
+        fragments = {fragment.name: fragment for fragment in local_fragments(self.engine)}
+        pieces: dict[PieceKey, Tensor] = {}
+        for circle in self.circles:
+            pieces |= circle.pieces(fragments)
+        return pieces
+
+
+class Circle:
+    """Ranks that hold the same parts of some parameters, and who of them writes what; ``position``: this rank's."""
+
+    def __init__(self, engine: Engine, group: dist.ProcessGroup, ranks: list[int], names: list[str], held: Held):
+        self.engine, self.group, self.ranks = engine, group, ranks
+        self.position = ranks.index(engine.mesh.rank)
+        parameters = dict(engine.parameters)
+        self.placements: dict[str, Placement] = {name: place(engine, parameters[name]) for name in names}
+        self.plan = self._make_plan(held)
+        self.own_elements = sum(chunk.size for chunk in self.plan.chunks if chunk.owner == self.position)
+
+    def _make_plan(self, held: Held) -> Plan:
         parts = []
         for name, where in self.placements.items():
             ranges = {i: held[rank][name] for i, rank in enumerate(self.ranks) if name in held[rank]}
@@ -51,12 +72,11 @@ class Shares:
             [part for part in parts if saves(self.engine, parameters[part.name])], len(self.ranks), limit
         )
 
-    def pieces(self) -> dict[PieceKey, Tensor]:
-        """What this rank contributes to chunks: flat FP32 views of the live state."""
-        fragments = {fragment.name: fragment for fragment in local_fragments(self.engine)}
+    def pieces(self, fragments: Mapping[str, Fragment]) -> dict[PieceKey, Tensor]:
+        """This rank's part of the chunks."""
         pieces = {}
         for kind in KINDS:
-            values = {name: fragment.values(kind) for name, fragment in fragments.items()}
+            values = {name: fragment.values(kind) for name, fragment in fragments.items() if name in self.placements}
             for chunk in self.plan.chunks:
                 for rank, start, size in chunk.pieces:
                     if rank == self.position:
@@ -93,46 +113,47 @@ def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: Chec
     Returns the first problem: after one the exchange goes on to its end, or the others would wait forever.
     """
     problem = None
-    for kind in KINDS:
-        for chunks in shares.plan.rounds:
-            sends = _send_pieces(shares, kind, chunks, pieces)
-            own = next((chunk for chunk in chunks if chunk.owner == shares.position), None)
-            if own is not None:
-                values = _assembled(shares, kind, own, pieces)
-                problem = problem or _write(shares, kind, own, values, writer)
-            for _, work in sends:  # the tensor is kept until it is sent
-                work.wait()
+    for circle in shares.circles:
+        for kind in KINDS:
+            for chunks in circle.plan.rounds:
+                sends = _send_pieces(circle, kind, chunks, pieces)
+                own = next((chunk for chunk in chunks if chunk.owner == circle.position), None)
+                if own is not None:
+                    values = _assembled(circle, kind, own, pieces)
+                    problem = problem or _write(circle, kind, own, values, writer)
+                for _, work in sends:  # the tensor is kept until it is sent
+                    work.wait()
     return problem
 
 
 def _send_pieces(
-    shares: Shares, kind: str, chunks: list[Chunk], pieces: Mapping[PieceKey, Tensor]
+    circle: Circle, kind: str, chunks: list[Chunk], pieces: Mapping[PieceKey, Tensor]
 ) -> list[tuple[Tensor, Any]]:
     sends = []
     for chunk in chunks:
         for rank, start, _ in chunk.pieces:
-            if rank == shares.position != chunk.owner:
+            if rank == circle.position != chunk.owner:
                 tensor = pieces[kind, chunk.name, start].cpu()
-                sends.append((tensor, dist.isend(tensor, shares.ranks[chunk.owner], group=shares.group)))
+                sends.append((tensor, dist.isend(tensor, circle.ranks[chunk.owner], group=circle.group)))
     return sends
 
 
-def _assembled(shares: Shares, kind: str, chunk: Chunk, pieces: Mapping[PieceKey, Tensor]) -> Tensor:
+def _assembled(circle: Circle, kind: str, chunk: Chunk, pieces: Mapping[PieceKey, Tensor]) -> Tensor:
     """All elements of an own chunk, on the host; without a copy where they lie there in one piece."""
-    if len(chunk.pieces) == 1 and chunk.pieces[0][0] == shares.position:
+    if len(chunk.pieces) == 1 and chunk.pieces[0][0] == circle.position:
         return pieces[kind, chunk.name, chunk.start].cpu()
     values = torch.empty(chunk.size)
     for rank, start, size in chunk.pieces:
         target = values[start - chunk.start : start - chunk.start + size]
-        if rank == shares.position:
+        if rank == circle.position:
             target.copy_(pieces[kind, chunk.name, start])
         else:
-            dist.recv(target, shares.ranks[rank], group=shares.group)
+            dist.recv(target, circle.ranks[rank], group=circle.group)
     return values
 
 
-def _write(shares: Shares, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter) -> str | None:
-    where = shares.placements[chunk.name]
+def _write(circle: Circle, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter) -> str | None:
+    where = circle.placements[chunk.name]
     rest = where.shape[1:]
     offset, chunk_shape, shape = where.offset, where.shape, where.shape
     if where.shape:

@@ -25,7 +25,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.grad_clip,
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": zero_stage > 1},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            # in one buffer; else ZeRO 1 sums experts as if all ranks held the same
+            "contiguous_gradients": zero_stage > 1 or parallel.ep > 1,
+        },
         **_precision(config),
     }
     return _merge(derived, config.deepspeed)

@@ -76,6 +76,16 @@ def head_width(model: ModelConfig) -> int:
     return model.head_width or model.hidden_size // model.num_heads
 
 
+def mixture_layers(model: ModelConfig) -> range:
+    """Blocks that have experts."""
+    return range(model.num_dense_layers, model.num_layers) if model.num_experts else range(0)
+
+
+def expert_hidden_size(model: ModelConfig) -> int:
+    """F of one expert."""
+    return model.expert_hidden_size or ffn_hidden_size(model)
+
+
 def attention_bias(model: ModelConfig) -> bool:
     """Whether the attention's matrices have biases."""
     return model.family == "gpt" if model.attention_bias is None else model.attention_bias
@@ -97,25 +107,43 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.train.global_batch_size * config.data.seq_len
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """Exact number of weights of the whole model; a tied head counts once."""
+def num_parameters(model: ModelConfig, active: bool = False) -> int:
+    """Exact number of weights of the whole model; a tied head counts once.
+
+    Args:
+        active: only those that work on a token: of a mixture's experts, as many as a token passes.
+    """
     model = resolve_model(model)
     D = model.hidden_size
     head = 0 if model.tie_embeddings else model.vocab_size * D
-    blocks = model.num_layers * block_parameters(model)
+    blocks = sum(block_parameters(model, layer, active) for layer in range(model.num_layers))
     return model.vocab_size * D + _position_table(model) + blocks + _norm_parameters(model) + head
 
 
-def block_parameters(model: ModelConfig) -> int:
-    """Exact number of weights of one block."""
+def block_parameters(model: ModelConfig, layer: int, active: bool = False) -> int:
+    """Exact number of weights of one block; ``active`` as in ``num_parameters``."""
     model = resolve_model(model)
     assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
-    D, F, K = model.hidden_size, model.ffn_hidden_size, head_width(model)
+    D, K = model.hidden_size, head_width(model)
     HK, qkv = model.num_heads * K, (model.num_heads + 2 * model.num_kv_heads) * K
-    feed_forward = 2 * D * F + F + D if model.family == "gpt" else 3 * D * F
+    mixture = layer in mixture_layers(model)
+    feed_forward = _mixture(model, active) if mixture else _feed_forward(model, model.ffn_hidden_size)
     biases = qkv + D if attention_bias(model) else 0
     head_norms = 2 * K if model.family == "qwen3" else 0
     return 2 * _norm_parameters(model) + D * qkv + HK * D + feed_forward + biases + head_norms
+
+
+def _feed_forward(model: ModelConfig, F: int) -> int:
+    D = model.hidden_size
+    return 2 * D * F + F + D if model.family == "gpt" else 3 * D * F
+
+
+def _mixture(model: ModelConfig, active: bool) -> int:
+    assert model.num_experts is not None
+    D, F, matrices = model.hidden_size, expert_hidden_size(model), 2 if model.family == "gpt" else 3
+    experts = (model.experts_per_token if active else model.num_experts) * matrices * D * F
+    shared = _feed_forward(model, model.num_shared_experts * F) if model.num_shared_experts else 0
+    return model.num_experts * D + experts + shared
 
 
 def _norm_parameters(model: ModelConfig) -> int:
@@ -125,12 +153,12 @@ def _norm_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Operations of a forward and backward pass per token: 6 N + 12 L H K S (Chowdhery et al. 2022, appendix B).
 
-    N counts the parameters without the position table, whose rows are looked up and not multiplied. As in that
-    paper, the word embedding counts in N (tied, it is the head's product), attention counts
+    N counts the parameters that work on a token, without the position table, whose rows are looked up and not
+    multiplied. As in that paper, the word embedding counts in N (tied, it is the head's product), attention counts
     as if it were not causal, and what activation checkpointing computes again does not count.
     """
     attention = 12 * model.num_layers * model.num_heads * head_width(model) * seq_len
-    return 6 * (num_parameters(model) - _position_table(model)) + attention
+    return 6 * (num_parameters(model, active=True) - _position_table(model)) + attention
 
 
 def _position_table(model: ModelConfig) -> int:

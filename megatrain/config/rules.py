@@ -7,7 +7,7 @@ and all problems are shown at once.
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from megatrain.config import rules_batch, rules_layout, rules_model
+from megatrain.config import rules_batch, rules_experts, rules_layout, rules_model
 from megatrain.config.deepspeed_keys import forbidden_keys
 from megatrain.config.problems import Problem
 from megatrain.config.schema import RunConfig
@@ -61,6 +61,24 @@ RULES = (
     Rule(rules_layout.context_fits_sequence, ("parallel.cp", "parallel.cp_method", "data.seq_len")),
     Rule(rules_layout.ulysses_divides_heads, ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads")),
     Rule(rules_layout.expert_ranks_share_data_ranks, (*_LAYOUT, "parallel.ep")),
+    Rule(rules_experts.tokens_find_experts, ("model.num_experts", "model.experts_per_token")),
+    Rule(
+        rules_experts.groups_share_experts,
+        ("model.num_experts", "model.experts_per_token", "model.router_groups", "model.router_groups_per_token"),
+    ),
+    Rule(
+        rules_experts.mixture_settings_need_experts,
+        (
+            "model.num_experts",
+            "model.num_layers",
+            "model.num_shared_experts",
+            "model.num_dense_layers",
+            "model.expert_capacity",
+        ),
+    ),
+    Rule(rules_experts.expert_ranks_divide_experts, ("model.num_experts", "parallel.ep")),
+    Rule(rules_experts.tensor_ranks_divide_experts, ("model.num_experts", "model.expert_hidden_size", "parallel.tp")),
+    Rule(rules_experts.zero_fits_experts, ("parallel.ep", "parallel.zero_stage")),
     Rule(rules_layout.layers_fill_stages, ("model.num_layers", "parallel.pp", "parallel.stages_per_rank")),
     Rule(rules_layout.zero_fits_pipeline, ("parallel.zero_stage", "parallel.pp")),
     Rule(

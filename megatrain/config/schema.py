@@ -13,6 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
@@ -44,6 +45,34 @@ class ModelConfig(Section):
         None,
         description="Width F of the feed-forward layer; default: 4 D (gpt), "
         "8/3 D rounded up to a multiple of 64 (the others).",
+    )
+    num_experts: Positive | None = Field(
+        None, description="Experts E of each mixture-of-experts block; default: none, the model is dense."
+    )
+    experts_per_token: Positive = Field(2, description="Routed experts that each token passes (top-k).")
+    expert_hidden_size: Positive | None = Field(
+        None, description="Width F of an expert, which has no biases; default: ffn_hidden_size."
+    )
+    num_shared_experts: Natural = Field(0, description="Experts that every token passes; one feed-forward so wide.")
+    num_dense_layers: Natural = Field(0, description="First blocks that have a dense feed-forward instead of experts.")
+    expert_capacity: PositiveFloat | None = Field(
+        None,
+        description="Choices that an expert takes of one sequence, as a multiple of its even share; what comes later "
+        "in the sequence is dropped. Default: no limit (dropless).",
+    )
+    router_score: Literal["softmax", "sigmoid"] = Field("softmax", description="How the router scores the experts.")
+    router_normalize: bool = Field(True, description="Divide the gates of a token by their sum.")
+    router_scale: PositiveFloat = Field(1.0, description="Factor on the gates.")
+    router_groups: Positive = Field(1, description="Groups G of neighbouring experts; must divide num_experts.")
+    router_groups_per_token: Positive = Field(
+        1, description="Groups that a token may choose its experts from: those whose two best add up highest."
+    )
+    router_balance_loss: Weight = Field(
+        0.01, description="Weight of the auxiliary load-balancing loss, counted over each sequence."
+    )
+    router_z_loss: Weight = Field(0.0, description="Weight of the square of the logits' log-sum-exp.")
+    router_balance_rate: Weight = Field(
+        0.0, description="Step of the balance bias, which moves the choice of experts without a loss; 0: no bias."
     )
     vocab_size: Positive = Field(8192, description="Rows V of the embedding; must be divisible by parallel.tp.")
     vocab_padding: Natural = Field(

@@ -73,7 +73,8 @@ def block_costs(model: ModelConfig, seq_len: int) -> tuple[float, float, float]:
     A block's attention counts half its products: it is causal. The embedding multiplies nothing, but copies a
     row and, backward, adds one: counted as two operations an element.
     """
-    block = 2 * block_parameters(model) + 2 * model.hidden_size * seq_len
+    last = model.num_layers - 1
+    block = 2 * block_parameters(model, last, active=True) + 2 * model.hidden_size * seq_len
     return 4.0 * model.hidden_size, float(block), 2.0 * model.vocab_size * model.hidden_size
 
 

@@ -13,8 +13,10 @@ from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.errors import LossScaleError
+from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
 from megatrain.engine.gradients import all_reduce_accumulated, collect_gradients, set_up_buckets
 from megatrain.engine.mpu import MeshForDeepSpeed
+from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.start import import_deepspeed
 from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
@@ -50,7 +52,7 @@ class StepResult:
 
     ``loss``: mean over the step's loss tokens; ``losses``: sum of each of this rank's sequences [N] (zeros but on
     the last pipeline rank); ``grad_norm``: global norm before clipping; ``tokens``: tokens read by all ranks;
-    ``skipped``: overflow, no update.
+    ``skipped``: overflow, no update; ``routing``: of a mixture of experts.
     """
 
     loss: Tensor
@@ -60,6 +62,7 @@ class StepResult:
     tokens: int
     loss_scale: float
     skipped: bool
+    routing: RoutingReport | None = None
 
 
 class RankModel(nn.Module):
@@ -89,7 +92,12 @@ class Engine:
         self._context = build_context(config.parallel, mesh)
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
+        self.routers = Routers(config.model, self.model, mesh)
         self._mark_tied_copy()
+        if config.parallel.zero_stage > 0:
+            mark_experts(self.model, mesh)
+        else:
+            mark_dense_copies((p for _, p in self.parameters), mesh)
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self._deepspeed, *_ = import_deepspeed().initialize(
                 model=self.model,
@@ -140,6 +148,7 @@ class Engine:
             tokens=self.config.train.global_batch_size * batch.tokens.shape[1],
             loss_scale=scale,
             skipped=skipped,
+            routing=self.routers.end_step(updated=not skipped),
         )
 
     @torch.no_grad()
@@ -179,6 +188,7 @@ class Engine:
             setattr(self.optimizer.loss_scaler, name, type(current)(value))
 
     def _forward_backward(self, inputs: StepInput, factor: float) -> Tensor:
+        self.routers.begin_step(factor * self.loss_scale)
         if self._pipeline is not None:
             # the schedule runs the backward passes, so DeepSpeed cannot scale the loss
             self._pipeline.loss_factor = factor * self.loss_scale
@@ -201,7 +211,9 @@ class Engine:
             word = [p for name, p in self.parameters if name == "embedding.word.weight"]
             all_reduce_accumulated(word, self.mesh.tied_group)
         if self.config.parallel.zero_stage == 0:
-            all_reduce_accumulated([p for _, p in self.parameters], self.mesh.data_group)
+            parameters = [p for _, p in self.parameters]
+            all_reduce_accumulated([p for p in parameters if not is_spread(p)], self.mesh.data_group)
+            all_reduce_accumulated([p for p in parameters if is_spread(p)], self.mesh.edp_group)
 
     def _tied_copies(self) -> bool:
         """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
@@ -215,6 +227,7 @@ class Engine:
             for name, parameter in self.parameters:
                 if name == "embedding.word.weight":
                     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+                    parameter.tied_copy = True  # type: ignore[attr-defined]
 
     def _inputs(self, batch: RankBatch) -> StepInput:
         """The batch on this rank's device, cut down to the positions that it holds."""

@@ -20,13 +20,14 @@ class MeshForDeepSpeed:
         self._mesh, self._sharded = mesh, shards_data_parallel
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.model_group
+        # a data-parallel group of one rank does not sum the norm over the experts: they count as model parallel
+        return self._mesh.model_group if self._sharded else self._mesh.expert_model_group
 
     def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.model_group)
+        return dist.get_rank(self.get_model_parallel_group())
 
     def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.model_group)
+        return dist.get_world_size(self.get_model_parallel_group())
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         return self._mesh.tp_group

@@ -51,7 +51,7 @@ class Attention(nn.Module):
         return self.output(self.core(query, key, value, keys_B, documents).flatten(2))
 
     def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:
-        return layers.on_split_heads(nn.RMSNorm(self.head_width, config.norm_eps))
+        return layers.in_split_region(nn.RMSNorm(self.head_width, config.norm_eps))
 
 
 class AttentionCore(nn.Module):

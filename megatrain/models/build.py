@@ -13,7 +13,6 @@ def build_stages(
     layers: Layers,
     stages: list[int],
     blocks: list[range],
-    tp: int,
     seed: int,
     device: torch.device,
     precision: PrecisionConfig,
@@ -29,7 +28,7 @@ def build_stages(
             part = Decoder(
                 config, layers, blocks[stage], first=stage == 0, last=stage == len(blocks) - 1, precision=precision
             )
-        initialize(part, config, seed, layers, tp)
+        initialize(part, config, seed, layers)
         built.append(part)
     if config.tie_embeddings and len(built) > 1 and built[0].first and built[-1].last:
         built[-1].embedding.word = built[0].embedding.word  # both ends of the model are here: one table
@@ -39,7 +38,7 @@ def build_stages(
 def build_model(config: ModelConfig, seed: int, device: torch.device | None = None) -> Decoder:
     """The whole model on one process, in plain PyTorch."""
     blocks, cpu = [range(config.num_layers)], torch.device("cpu")
-    return build_stages(config, Layers(), [0], blocks, 1, seed, device or cpu, PrecisionConfig())[0]
+    return build_stages(config, Layers(), [0], blocks, seed, device or cpu, PrecisionConfig())[0]
 
 
 def build_empty_model(config: ModelConfig) -> Decoder:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megatrain.config.derive import num_tokens
+from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens
 from megatrain.config.schema import ModelConfig, PrecisionConfig
 from megatrain.models.attention import Attention
 from megatrain.models.documents import Documents, documents_of, own_positions
+from megatrain.models.experts import GeluExperts, SwiGluExperts
 from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
 from megatrain.models.loss import sequence_losses
+from megatrain.models.mixture import MixtureOfExperts
 from megatrain.models.norm import LayerNorm, RMSNorm
 from megatrain.parallel.layers import Layers
 
@@ -24,35 +26,48 @@ class Family:
 
     norm: Callable[[int, float], nn.Module]
     feed_forward: Callable[[int, int, bool, Layers], nn.Module]
+    experts: Callable[[ModelConfig, Layers], nn.Module]
     bias: bool
     rotary: bool
     head_norms: bool
 
 
 FAMILIES = {
-    "gpt": Family(LayerNorm, GeluFeedForward, bias=True, rotary=False, head_norms=False),
-    "llama": Family(RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=False),
-    "qwen3": Family(RMSNorm, SwiGluFeedForward, bias=False, rotary=True, head_norms=True),
+    "gpt": Family(LayerNorm, GeluFeedForward, GeluExperts, bias=True, rotary=False, head_norms=False),
+    "llama": Family(RMSNorm, SwiGluFeedForward, SwiGluExperts, bias=False, rotary=True, head_norms=False),
+    "qwen3": Family(RMSNorm, SwiGluFeedForward, SwiGluExperts, bias=False, rotary=True, head_norms=True),
 }
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block: attention, then feed-forward, each added to the stream."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, site: str):
+    def __init__(self, config: ModelConfig, layers: Layers, number: int):
         super().__init__()
-        family = FAMILIES[config.family]
-        assert config.ffn_hidden_size is not None, "resolve the config first"
+        family, site = FAMILIES[config.family], f"layers.{number}"
         self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
         self.attention = Attention(config, layers, site, family.rotary, family.head_norms)
         self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.feed_forward = family.feed_forward(config.hidden_size, config.ffn_hidden_size, family.bias, layers)
+        self.feed_forward = (
+            _mixture(config, family, layers) if number in mixture_layers(config) else _dense(config, family, layers)
+        )
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
         self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
 
     def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
         x = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), keys_B, documents), keys_B)
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), keys_B)
+
+
+def _dense(config: ModelConfig, family: Family, layers: Layers) -> nn.Module:
+    assert config.ffn_hidden_size is not None, "resolve the config first"
+    return family.feed_forward(config.hidden_size, config.ffn_hidden_size, family.bias, layers)
+
+
+def _mixture(config: ModelConfig, family: Family, layers: Layers) -> MixtureOfExperts:
+    width = config.num_shared_experts * expert_hidden_size(config)
+    shared = family.feed_forward(config.hidden_size, width, family.bias, layers) if width else None
+    return MixtureOfExperts(config, layers, family.experts(config, layers), shared)
 
 
 class Embedding(nn.Module):
@@ -107,7 +122,7 @@ class Decoder(nn.Module):
         tied = bool(config.tie_embeddings)
         if first or (last and tied):
             self.embedding = Embedding(config, layers, positions=first and not family.rotary)
-        self.layers = nn.ModuleDict({str(i): Block(config, layers, f"layers.{i}") for i in block_range})
+        self.layers = nn.ModuleDict({str(i): Block(config, layers, i) for i in block_range})
         if last:
             self.final_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
             if not tied:

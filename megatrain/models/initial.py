@@ -7,18 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.config.schema import ModelConfig
-from megatrain.parallel.layers import Layers, whole_shape
+from megatrain.parallel.layers import Layers
 
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+_RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "feed_forward.down.weight",
+    "feed_forward.experts.down",
+    "feed_forward.shared.down.weight",
+)
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int, layers: Layers, tp: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int, layers: Layers) -> None:
     """Fills every parameter: normal(0, init_std) matrices, the outputs of residual branches
     divided by sqrt(2 num_layers) (Radford et al. 2019), ones in norms, zeros in biases."""
     for name, parameter in model.named_parameters():
-        shape = whole_shape(parameter, parameter.shape, tp)
-        parameter.copy_(layers.local_part(_initial(name, shape, config, seed), parameter))
+        whole = _initial(name, layers.whole_shape(parameter), config, seed)
+        parameter.copy_(layers.local_part(whole, parameter))
 
 
 def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

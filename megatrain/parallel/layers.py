@@ -5,19 +5,44 @@ same methods and splits the matrices over ranks; a model cannot tell which one i
 Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
+from megatrain.parallel.experts import ExpertExchange, ExpertParallelExchange
+from megatrain.parallel.routing import RouterState
+
+Shape = tuple[int, ...]
+
+
+class Split(NamedTuple):
+    """This rank's place among the ranks that an axis splits tensors over."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def over(cls, group: dist.ProcessGroup | None) -> "Split":
+        return cls() if group is None else cls(dist.get_rank(group), dist.get_world_size(group))
 
 
 class Layers:
-    """Factory of a model's layers, all matrices whole. ``context``: which positions of the sequences are here."""
+    """Factory of a model's layers, all matrices whole.
 
-    def __init__(self, context: WholeSequence | None = None):
+    ``context``: which positions of the sequences are here; ``expert_group``: ranks that share the experts of a
+    mixture, None where all experts are here; ``splits``: this rank's part of what each axis splits.
+    """
+
+    def __init__(self, context: WholeSequence | None = None, expert_group: dist.ProcessGroup | None = None):
         self.context = context or WholeSequence()
+        self.expert_group = expert_group
+        self.splits = {"tp": Split(), "ep": Split.over(expert_group)}
 
     def column_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Linear whose outputs are independent of each other (may be split over ranks)."""
@@ -62,8 +87,8 @@ class Layers:
         """Declares that ``module`` works on activations that may be split over the sequence."""
         return module
 
-    def on_split_heads(self, module: nn.Module) -> nn.Module:
-        """Declares that ``module``, which is the same for all heads, works on heads that may be split over ranks."""
+    def in_split_region(self, module: nn.Module) -> nn.Module:
+        """Declares that ``module``, which every rank holds whole, works on heads or for experts that may be split."""
         return module
 
     def split_sequence(self, x_SBD: Tensor) -> Tensor:
@@ -78,9 +103,52 @@ class Layers:
         """Dropout of attention probabilities [B, H, S, T]: the last S of T positions attend to all T."""
         return AttentionDropout(probability, site, self.context.head_part(0))
 
+    def whole_sequence(self, x_S: Tensor) -> Tensor:
+        """[S, ...] of all positions of the sequences, in order, without a gradient."""
+        return self.context.in_order(x_S)
+
+    def sum_over_sequence(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share the sequences, without a gradient."""
+        return self.context.total(x)
+
+    def expert_matrices(self, num_experts: int, rows: int, columns: int, split: int) -> nn.Parameter:
+        """Matrices [E, rows, columns] of the experts that are here; dim ``split`` may be split over tensor ranks."""
+        expert, tensor = self.splits["ep"], self.splits["tp"]
+        shape = [num_experts // expert.size, rows, columns]
+        shape[split] //= tensor.size
+        parameter = nn.Parameter(torch.empty(shape))
+        parameter.expert_parallel = expert.size > 1  # type: ignore[attr-defined]
+        if tensor.size > 1:  # the marks that megatron-core gives its own layers, and DeepSpeed reads
+            parameter.tensor_model_parallel, parameter.partition_dim = True, split  # type: ignore[attr-defined]
+        return parameter
+
+    def expert_exchange(self, num_experts: int, drops: bool) -> ExpertExchange:
+        """Brings tokens to their experts and back. ``drops``: some tokens may not be sent."""
+        if self.expert_group is None:
+            return ExpertExchange(num_experts, drops)
+        return ExpertParallelExchange(num_experts, drops, self.expert_group)
+
+    def router_state(self, num_experts: int) -> RouterState:
+        """What a router keeps beside its weight."""
+        return RouterState(num_experts, gradient_share=1.0 / self.splits["tp"].size)
+
+    def enter_experts(self, x_SBD: Tensor) -> Tensor:
+        """Enters the region where every rank has all positions and a part of each expert, so of each gradient."""
+        return x_SBD
+
+    def leave_experts(self, y_SBD: Tensor) -> Tensor:
+        """Sums the parts that the experts of all ranks computed."""
+        return y_SBD
+
     def local_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         """The part of a whole tensor that this rank's ``parameter`` holds."""
+        for axis, dim in split_dims(parameter).items():
+            whole = whole.chunk(self.splits[axis].size, dim)[self.splits[axis].rank]
         return whole
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Shape of a parameter as one rank would hold it."""
+        return place(parameter, parameter.shape, self.splits)[1]
 
     def gather_vocab(self, logits: Tensor) -> Tensor:
         """Logits with the whole vocabulary in the last dim."""
@@ -92,7 +160,17 @@ def partition_dim(parameter: Tensor) -> int | None:
     return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
 
 
-def whole_shape(parameter: Tensor, local_shape: torch.Size, tp: int) -> tuple[int, ...]:
-    """Shape of a parameter as one rank would hold it."""
+def split_dims(parameter: Tensor) -> dict[str, int]:
+    """Axes over which a parameter is split, and the dim that each splits."""
+    found = {"ep": 0} if getattr(parameter, "expert_parallel", False) else {}
     dim = partition_dim(parameter)
-    return tuple(size * tp if i == dim else size for i, size in enumerate(local_shape))
+    return found if dim is None else {**found, "tp": dim}
+
+
+def place(parameter: Tensor, local_shape: torch.Size, splits: Mapping[str, Split]) -> tuple[Shape, Shape]:
+    """Offset of this rank's part in the whole tensor, and the shape of the whole."""
+    offset, shape = [0] * len(local_shape), list(local_shape)
+    for axis, dim in split_dims(parameter).items():
+        offset[dim] = local_shape[dim] * splits[axis].rank
+        shape[dim] = local_shape[dim] * splits[axis].size
+    return tuple(offset), tuple(shape)

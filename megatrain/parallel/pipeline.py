@@ -11,6 +11,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from megatrain.config.schema import ParallelConfig
 from megatrain.config.stages import num_stages, own_stages
 from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.routing import forget_statistics
 from megatrain.parallel.schedules import TORCH_NAMES
 
 
@@ -39,6 +40,11 @@ class _Stage(PipelineStage):
     """
 
     collect_gradients: Callable[[], None]
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if fwd_chunk_id == 0:  # before its first step torch runs the stage on made-up inputs, to learn the shapes
+            forget_statistics(self.submod)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
-from megatrain.parallel.layers import Layers, partition_dim
+from megatrain.parallel.layers import Layers, Split
 from megatrain.parallel.mesh import Mesh
 
 
@@ -41,11 +41,14 @@ class RowLinear(_OutputOnly, tensor_parallel.RowParallelLinear):
 class TensorParallelLayers(Layers):
     """Factory of layers split over ``mesh.tp_group``."""
 
-    def __init__(self, mesh: Mesh, sequence_parallel: bool, context: WholeSequence):
-        super().__init__(context)
+    def __init__(
+        self, mesh: Mesh, sequence_parallel: bool, context: WholeSequence, expert_group: dist.ProcessGroup | None
+    ):
+        super().__init__(context, expert_group)
         _announce_groups(mesh)
         self.group = mesh.tp_group
-        self.rank, self.size = dist.get_rank(mesh.tp_group), dist.get_world_size(mesh.tp_group)
+        self.splits["tp"] = Split.over(mesh.tp_group)
+        self.rank, self.size = self.splits["tp"]
         self.sequence_parallel = sequence_parallel
         config = ModelParallelConfig(
             tensor_model_parallel_size=self.size,
@@ -95,7 +98,7 @@ class TensorParallelLayers(Layers):
                 self._sum_gradient(parameter)
         return module
 
-    def on_split_heads(self, module: nn.Module) -> nn.Module:
+    def in_split_region(self, module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             self._sum_gradient(parameter)
         return module
@@ -111,9 +114,15 @@ class TensorParallelLayers(Layers):
     def attention_dropout(self, probability: float, site: str) -> nn.Module:
         return AttentionDropout(probability, site, self.context.head_part(self.rank))
 
-    def local_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        dim = partition_dim(parameter)
-        return whole if dim is None else whole.chunk(self.size, dim)[self.rank]
+    def enter_experts(self, x_SBD: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(x_SBD, group=self.group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(x_SBD, group=self.group)
+
+    def leave_experts(self, y_SBD: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(y_SBD, group=self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(y_SBD, group=self.group)
 
     def gather_vocab(self, logits: Tensor) -> Tensor:
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.group)
@@ -122,7 +131,8 @@ class TensorParallelLayers(Layers):
         return self.positions(num_local * self.size, device).chunk(self.size)[self.rank]
 
     def _sum_gradient(self, parameter: nn.Parameter) -> None:
-        """A parameter that saw only this rank's part of the sequence or of the heads has a part of its gradient.
+        """A parameter that saw only this rank's part of the sequence, of the heads or of the
+        experts has a part of its gradient.
 
         Summed as it arises, before any optimizer's hook can take it away.
         """

@@ -16,11 +16,12 @@ from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
 def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
     """Plain layers on one tensor rank; megatron-core's, whose import takes seconds, on several."""
     context = build_context(config.parallel, mesh)
+    expert_group = mesh.ep_group if mesh.topology.ep > 1 else None
     if mesh.topology.tp == 1:
-        return Layers(context)
+        return Layers(context, expert_group)
     from megatrain.parallel.tensor import TensorParallelLayers
 
-    return TensorParallelLayers(mesh, config.parallel.sequence_parallel, context)
+    return TensorParallelLayers(mesh, config.parallel.sequence_parallel, context, expert_group)
 
 
 def build_engine(config: RunConfig, device: torch.device) -> Engine:
@@ -32,7 +33,6 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         build_layers(config, mesh),
         own_stages(parallel, mesh.coordinate("pp")),
         stage_blocks(config),
-        parallel.tp,
         config.train.seed,
         device,
         config.precision,

@@ -10,6 +10,7 @@ from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
+from megatrain.models.mixture import load_router_biases
 
 
 def load_model(checkpoint: Path) -> Decoder:
@@ -23,6 +24,7 @@ def load_model(checkpoint: Path) -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(reader.read("weight", name)))
+    load_router_biases(model, reader.state["router_biases"])
     return model.eval()
 
 

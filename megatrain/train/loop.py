@@ -116,6 +116,7 @@ class Trainer:
                     lr=result.lr,
                     loss_scale=result.loss_scale,
                     skipped=result.skipped,
+                    routing=result.routing.read() if result.routing is not None else {},
                     tokens=self._tokens,
                     seconds=now - self._since,
                 )

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,8 @@ from megatrain.train.throughput import Hardware
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logging step. ``tokens`` (over all ranks) and ``seconds`` cover all steps since the record before."""
+    """One logging step. ``tokens`` (over all ranks) and ``seconds`` cover all steps since the record before;
+    ``routing``: of a mixture's layers, as ``RoutingReport.read`` gives it."""
 
     step: int
     loss: float
@@ -25,6 +26,7 @@ class StepRecord:
     skipped: bool
     tokens: int
     seconds: float
+    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,7 +67,10 @@ class MetricsLog:
         mfu = self.hardware.mfu(self.flops_per_token, record.tokens_per_second)
         self._write_line(self._line(record, mfu))
         measured = {"tokens_per_second": record.tokens_per_second, "mfu": mfu}
-        self._append({"kind": "step", **asdict(record), **measured})
+        row = {"kind": "step", **asdict(record), **measured}
+        if not record.routing:
+            del row["routing"]
+        self._append(row)
         self._scalars(
             record.step,
             {
@@ -76,6 +81,7 @@ class MetricsLog:
                 "train/skipped": float(record.skipped),
                 "throughput/tokens_per_second": record.tokens_per_second,
                 "throughput/mfu": mfu,
+                **_routing_scalars(record.routing),
             },
         )
         self._previous_step = record.step
@@ -134,6 +140,16 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(name, value, step)
         self._board.flush()
+
+
+def _routing_scalars(routing: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """``largest_load`` is a multiple of the even share: 1 is perfect balance."""
+    scalars: dict[str, float | None] = {}
+    for layer, values in routing.items():
+        scalars[f"routing/{layer}/largest_load"] = max(values["load"]) * len(values["load"])
+        scalars[f"routing/{layer}/entropy"] = values["entropy"]
+        scalars[f"routing/{layer}/drop_rate"] = values["drop_rate"]
+    return scalars
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -28,12 +28,19 @@ LAYOUTS = [
     ("llama_1b", "tp2_sequence", 8),
     ("llama_8b", "zero3", 8),
     ("llama_8b", "tp8_pp4", 64),
+    ("llama_1b", "cp2", 8),
+    ("moe_tiny", "ep2", 4),
+    ("moe_tiny", "single", 1),
+    ("moe_sigmoid", "ep2", 8),
+    ("mixtral_8x7b", "ep2", 16),
 ]
+# what a file asks for that stands in files of another kind
+NEEDS = {"ep2.yaml": ["--model.num_experts=8"]}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_file_alone(path: Path) -> None:
-    load_config([path])
+    load_config([path], NEEDS.get(path.name, []))
     first, *rest = path.read_text(encoding="utf-8").splitlines()
     named = first.removeprefix("# yaml-language-server: $schema=")
     assert (path.parent / named).resolve() == CONFIGS / "schema.json"
@@ -71,6 +78,21 @@ def test_a_model_file_states_its_size(name: str, number: int) -> None:
     path = CONFIGS / "model" / f"{name}.yaml"
     assert num_parameters(load_config([path]).config.model) == number
     assert f"{number:,} parameters" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "active"),
+    [
+        ("moe_tiny", 2723968, 1839232),
+        ("moe_sigmoid", 1622639616, 301433856),
+        ("mixtral_8x7b", 46702792704, 12879925248),  # published: 46.7 and 12.9 billion
+    ],
+)
+def test_a_mixture_states_what_works_on_a_token(name: str, number: int, active: int) -> None:
+    path = CONFIGS / "model" / f"{name}.yaml"
+    model = load_config([path]).config.model
+    assert (num_parameters(model), num_parameters(model, active=True)) == (number, active)
+    assert f"{number:,} parameters, {active:,} for each token" in path.read_text(encoding="utf-8")
 
 
 def test_the_schema_for_editors_is_up_to_date() -> None:

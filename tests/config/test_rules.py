@@ -80,7 +80,45 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "model.num_heads=12 model.hidden_size=48", None, "data.seq_len", 255,
         "is not divisible by parallel.tp = 2 × parallel.cp = 3, over which", "set data.seq_len to 252",
     ),
-    ("parallel.ep=3", 4, "parallel.ep", 3, "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these"),
+    (
+        "parallel.ep=3 model.num_experts=6", 4, "parallel.ep", 3,
+        "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these",
+    ),
+    (
+        "model.num_experts=4 model.experts_per_token=5", None, "model.experts_per_token", 5,
+        "more than model.num_experts = 4", "lower model.experts_per_token",
+    ),
+    (
+        "model.num_experts=8 model.router_groups=3", None, "model.router_groups", 3,
+        "does not divide model.num_experts = 8", "choose one of these",
+    ),
+    (
+        "model.num_experts=8 model.router_groups=4 model.experts_per_token=3", None,
+        "model.router_groups_per_token", 1,
+        "groups of 2 experts, of model.router_groups = 4, must hold model.experts_per_token = 3", "set model.router",
+    ),
+    (
+        "model.num_shared_experts=1", None, "model.num_shared_experts", 1,
+        "is of a mixture of experts, and model.num_experts is not set", "set model.num_experts",
+    ),
+    ("model.expert_capacity=1.5", None, "model.expert_capacity", 1.5, "is of a mixture", "leave model.expert_capacity"),
+    (
+        "model.num_experts=4 model.num_dense_layers=4", None, "model.num_dense_layers", 4,
+        "leaves none of model.num_layers = 4 blocks", "a dense model",
+    ),
+    ("parallel.ep=2", None, "parallel.ep", 2, "has no experts to share", "or model.num_experts"),
+    (
+        "parallel.ep=4 model.num_experts=6", None, "model.num_experts", 6,
+        "is not divisible by parallel.ep = 4", "to 8, or parallel.ep to one of 1, 2, 3, 6",
+    ),
+    (
+        "parallel.tp=2 model.num_experts=4 model.expert_hidden_size=33", None, "model.expert_hidden_size", 33,
+        "is not divisible by parallel.tp = 2", "to 34, or parallel.tp to one of 1, 3, 11, 33",
+    ),
+    (
+        "parallel.ep=2 model.num_experts=4 parallel.zero_stage=3", None, "parallel.zero_stage", 3,
+        "ZeRO-3 shards every weight over all data-parallel ranks, and these hold different experts", "to 2, or",
+    ),
     ("parallel.cp=4", 6, "parallel.cp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
     ("parallel.pp=5 model.num_layers=4", None, "model.num_layers", 4, "less than the 5 pipeline stages", "use 5"),
     (
@@ -191,7 +229,9 @@ ALLOWED = [
     ("schedule.name=constant schedule.warmup_steps=90 schedule.decay_steps=50", None),
     ("schedule.name=wsd schedule.warmup_steps=90", None),
     ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
-    ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2", 4),
+    ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2 model.num_experts=8", 4),
+    ("model.num_experts=8 model.router_groups=4 model.router_groups_per_token=2 model.experts_per_token=4", None),
+    ("model.num_experts=8 model.num_shared_experts=2 model.num_dense_layers=1 model.expert_capacity=1.25", None),
     ("parallel.pp=4 train.global_batch_size=4", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=3", 2),
     (  # torch's own example: 10 micro-batches on 4 ranks make 2 rounds of 5

@@ -103,12 +103,18 @@ def test_an_overflow_is_said_and_stays_valid_json(run: RunFolder) -> None:
 
 
 def test_tensorboard_reads_scalars_and_config(run: RunFolder) -> None:
+    routing = {"layers.1": {"load": [0.5, 0.25, 0.125, 0.125], "entropy": 1.25, "drop_rate": 0.0625}}
     with log_of(run, [], peak=1e11) as log:
-        log.log_step(record(10, loss=5.0))
+        log.log_step(record(10, loss=5.0, routing=routing))
         log.log_step(record(20, loss=4.5))
         log.log_evaluation(20, loss=4.75, perplexity=115.6)
     assert scalars(run, "train/loss") == [(10, 5.0), (20, 4.5)]
     assert scalars(run, "evaluation/loss") == [(20, 4.75)]
+    assert rows(run)[0]["routing"] == routing and "routing" not in rows(run)[1]
+    mixture = {"largest_load": 2.0, "entropy": 1.25, "drop_rate": 0.0625}
+    assert {name: scalars(run, f"routing/layers.1/{name}") for name in mixture} == {
+        name: [(10, value)] for name, value in mixture.items()
+    }
     tags = {"train/grad_norm", "train/lr", "train/loss_scale", "train/skipped"}
     tags |= {"throughput/tokens_per_second", "throughput/mfu", "evaluation/perplexity"}
     assert tags <= set(board(run).Tags()["scalars"])

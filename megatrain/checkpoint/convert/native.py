@@ -76,6 +76,7 @@ class NativeWriter:
             "optimizer_steps": step,
             "dtype": "fp32",
             "loss_scaler": {},
+            "router_biases": {},
             "seeds": {},
             "data": {},
             "model": self.model.model_dump(mode="json"),

@@ -1,0 +1,122 @@
+"""Rules of a mixture of experts: how tokens choose them, and how ranks share them."""
+
+from collections.abc import Iterator
+
+from megatrain.config.problems import Problem
+from megatrain.config.rules_model import divisors, listed
+from megatrain.config.schema import RunConfig
+
+
+def tokens_find_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A token passes each expert once at most."""
+    model = config.model
+    if model.num_experts is not None and model.experts_per_token > model.num_experts:
+        yield Problem(
+            "model.experts_per_token",
+            model.experts_per_token,
+            f"is more than model.num_experts = {model.num_experts}",
+            f"1 to {model.num_experts}",
+            "lower model.experts_per_token, or raise model.num_experts",
+        )
+
+
+def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The router's groups are equal, and those that a token may use hold as many experts as it needs."""
+    model = config.model
+    if model.num_experts is None:
+        return
+    if model.num_experts % model.router_groups:
+        yield Problem(
+            "model.router_groups",
+            model.router_groups,
+            f"does not divide model.num_experts = {model.num_experts}",
+            listed(divisors(model.num_experts)),
+            "choose one of these; 1 does not limit a token's choice",
+        )
+        return
+    group, groups = model.num_experts // model.router_groups, model.router_groups
+    least = -(-model.experts_per_token // group)
+    if groups > 1 and least <= groups and not least <= model.router_groups_per_token <= groups:
+        yield Problem(
+            "model.router_groups_per_token",
+            model.router_groups_per_token,
+            f"groups of {group} experts, of model.router_groups = {groups}, must hold "
+            f"model.experts_per_token = {model.experts_per_token} experts",
+            f"{least} to {groups}",
+            "choose one of these, or set model.router_groups to 1",
+        )
+
+
+def mixture_settings_need_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Dense blocks come before blocks with experts; without experts there is nothing to set."""
+    model = config.model
+    if model.num_experts is None:
+        for name, empty in (("num_shared_experts", 0), ("num_dense_layers", 0), ("expert_capacity", None)):
+            value = getattr(model, name)
+            if value != empty:
+                yield Problem(
+                    f"model.{name}",
+                    value,
+                    "is of a mixture of experts, and model.num_experts is not set",
+                    str(empty) if empty is not None else "null",
+                    f"set model.num_experts, or leave model.{name} out",
+                )
+    elif model.num_dense_layers >= model.num_layers:
+        yield Problem(
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"leaves none of model.num_layers = {model.num_layers} blocks to model.num_experts = {model.num_experts}",
+            f"0 to {model.num_layers - 1}",
+            "lower model.num_dense_layers, or leave model.num_experts out for a dense model",
+        )
+
+
+def expert_ranks_divide_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each expert rank holds equally many whole experts."""
+    num_experts, ep = config.model.num_experts, config.parallel.ep
+    if ep > 1 and num_experts is None:
+        yield Problem(
+            "parallel.ep",
+            ep,
+            "has no experts to share: model.num_experts is not set",
+            "1 for a dense model",
+            "set parallel.ep to 1, or model.num_experts",
+        )
+    elif num_experts is not None and num_experts % ep:
+        yield Problem(
+            "model.num_experts",
+            num_experts,
+            f"is not divisible by parallel.ep = {ep}",
+            f"multiples of {ep}",
+            f"set model.num_experts to {-(-num_experts // ep) * ep}, or parallel.ep to one of "
+            f"{listed(divisors(num_experts))}",
+        )
+
+
+def tensor_ranks_divide_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each tensor rank holds equally many columns of every expert."""
+    model, tp = config.model, config.parallel.tp
+    width = model.expert_hidden_size  # by default ffn_hidden_size, which has a rule of its own
+    if model.num_experts is not None and width is not None and width % tp:
+        yield Problem(
+            "model.expert_hidden_size",
+            width,
+            f"is not divisible by parallel.tp = {tp}",
+            f"multiples of {tp}",
+            f"set model.expert_hidden_size to {-(-width // tp) * tp}, or parallel.tp to one of "
+            f"{listed(divisors(width))}",
+        )
+
+
+def zero_fits_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """DeepSpeed's ZeRO 3 shards every weight over all data-parallel ranks, also where they hold different experts."""
+    parallel = config.parallel
+    if parallel.ep > 1 and parallel.zero_stage == 3:
+        yield Problem(
+            "parallel.zero_stage",
+            3,
+            f"cannot be used with parallel.ep = {parallel.ep}: ZeRO-3 shards every weight over all data-parallel "
+            "ranks, and these hold different experts",
+            "0, 1 or 2 where parallel.ep is more than 1",
+            "set parallel.zero_stage to 2, or parallel.ep to 1",
+        )

@@ -1,0 +1,100 @@
+"""Mixture of experts: every layout of experts gives the losses, norms, weights and routing of one process."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
+from tests.parallel.test_layouts import LOSS, NORM
+from tests.pool import Pool
+
+# Every feature of the router is in one of the two models. Epsilon: the choice of experts is a step function, so
+# weights must not differ by more than rounding; with a large one AdamW's first steps are smooth in the gradient,
+# where lr * g / |g| would turn the rounding of a gradient near zero into a step of full length.
+OPTIMIZER = {"eps": 1e-2}
+WEIGHT = 1e-5  # so the weights follow as closely as the losses
+COMMON: dict[str, Any] = {"num_layers": 3, "num_dense_layers": 1, "expert_hidden_size": 16, "dropout": 0.1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": COMMON
+    | {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "num_shared_experts": 1,
+        "router_balance_loss": 0.1,
+        "router_z_loss": 0.01,
+    },
+    "gpt": COMMON
+    | {
+        "num_experts": 8,
+        "experts_per_token": 3,
+        "router_score": "sigmoid",
+        "router_scale": 1.5,
+        "router_groups": 4,
+        "router_groups_per_token": 2,
+        "router_balance_rate": 0.01,
+        "router_balance_loss": 0.01,
+        "expert_capacity": 1.0,
+    },
+}
+
+
+def layouts() -> list[Layout]:
+    """Experts over data and context ranks, beside every other axis."""
+    found = []
+    for ep in (1, 2, 4):
+        for tp, pp, dp, cp in [(t, p, d, c) for t in (1, 2) for p in (1, 2) for d in (1, 2, 4) for c in (1, 2)]:
+            if dp * cp % ep or tp * pp * dp * cp > 8:
+                continue
+            for zero_stage in (0, 1, 2, 3) if pp == 1 and ep == 1 else (0, 1, 2) if pp == 1 else (0, 1):
+                layout = Layout(tp, pp, dp, False, zero_stage, cp=cp, ep=ep)
+                found.append(layout)
+                if tp > 1:
+                    found.append(replace(layout, sequence_parallel=True))
+    return found + [replace(layout, cp_method="ulysses") for layout in found if layout.cp > 1]
+
+
+DEFAULT = {
+    ("llama", Layout(dp=2, ep=2, zero_stage=0)),
+    ("llama", Layout(1, 1, 4, False, 2, ep=2)),
+    ("llama", Layout(2, 2, 2, True, 1, ep=2)),
+    ("gpt", Layout(cp=2, ep=2, zero_stage=1)),
+    ("gpt", Layout(1, 2, 2, False, 1, cp=2, ep=4)),
+    ("gpt", Layout(2, 1, 2, False, 0, ep=2, cp=2, cp_method="ulysses")),
+    ("gpt", Layout(2, 1, 1, True, 3)),
+}
+
+
+def cases() -> list:
+    """All behind the marker; by default each ZeRO stage and each other axis beside the experts' at least once."""
+    return [
+        pytest.param(
+            family, layout, id=f"{family}-{layout}", marks=() if (family, layout) in DEFAULT else pytest.mark.slow
+        )
+        for family in MODELS
+        for layout in layouts()
+    ]
+
+
+@functools.cache
+def one_process(pool: Pool, family: str) -> Trained:
+    return pool.run(train, 1, family, ONE_PROCESS, model=MODELS[family], optimizer=OPTIMIZER)[0]
+
+
+@pytest.mark.parametrize(("family", "layout"), cases())
+def test_experts_equal_one_process(pool: Pool, family: str, layout: Layout) -> None:
+    reference = one_process(pool, family)
+    ranks = pool.run(train, layout.world_size, family, layout, model=MODELS[family], optimizer=OPTIMIZER)
+    for trained in ranks:
+        for step, (own, expected) in enumerate(zip(trained.routing, reference.routing, strict=True)):
+            for layer, values in expected.items():
+                for name, value in values.items():
+                    assert own[layer][name] == pytest.approx(value, rel=LOSS), f"step {step + 1}, {layer}: {name}"
+        assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
+        assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
+        assert trained.evaluation == pytest.approx(reference.evaluation, rel=LOSS)
+    error, name = worst_state_error(ranks, reference)
+    assert error < WEIGHT, f"{name} differs by {error:.1e}"
+    error, name = worst_state_error(ranks, reference, "exp_avg")
+    assert error < 1e-4, f"the gradients of {name} differ by {error:.1e}"
