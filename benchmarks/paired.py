@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from megatrain.config.schema import RunConfig
-from megatrain.data.loader import Batch
+from megatrain.data.rows import Batch
 
 
 def interleaved(

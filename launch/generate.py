@@ -44,7 +44,8 @@ def continued(options: argparse.Namespace) -> str:
     if checkpoint is None:
         raise CheckpointError(f"{options.run} holds no checkpoint yet")
     data = from_yaml((options.run / "config.yaml").read_text(encoding="utf-8")).data
-    path = options.tokenizer or Path(data.tokenizer or Path(data.train) / "tokenizer.json")
+    first = next(iter(data.train.values()))
+    path = options.tokenizer or Path(data.tokenizer or Path(first.path) / "tokenizer.json")
     tokenizer = Tokenizer.from_file(str(path))
     prompt = tokenizer.encode(options.prompt).ids
     model = load_model(checkpoint)

@@ -1,6 +1,6 @@
 """Restores the training state of an engine from a checkpoint of any layout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ from megatrain.engine.state import (
 _READERS = 3  # threads; so many fragments may be in memory beside the state itself
 
 
-def load_checkpoint(engine: Engine, path: Path, data_state: dict[str, Any]) -> dict[str, Any]:
+ResumeData = Callable[[dict[str, Any], int], None]
+"""Is given what a checkpoint holds under ``data`` and its step; raises UnfitError where the data can't go on there."""
+
+
+def load_checkpoint(engine: Engine, path: Path, resume_data: ResumeData) -> dict[str, Any]:
     """Restores weights, moments, update count and loss scaler; each rank reads only the chunks that it needs.
 
     Args:
-        data_state: as saved under ``data``; another one would silently change the order of the samples.
+        resume_data: called before anything is restored.
     Returns: the manifest's state (``step``, ``data``, …).
     Raises:
         UnfitError: of another model or data (all differing fields are listed).
@@ -40,7 +44,7 @@ def load_checkpoint(engine: Engine, path: Path, data_state: dict[str, Any]) -> d
     try:
         reader = CheckpointReader(path)
         require_same_model(reader, engine.config.model)
-        _require_equal(reader, "data", reader.state["data"], data_state)
+        resume_data(reader.state["data"], reader.state["step"])
         _read_state(reader, engine)
     except CheckpointError as error:
         problem = error

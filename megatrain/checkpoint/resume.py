@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatrain.checkpoint.errors import CheckpointError, UnfitError, explained
 from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints
-from megatrain.checkpoint.load import load_checkpoint
+from megatrain.checkpoint.load import ResumeData, load_checkpoint
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.engine.engine import Engine
 
@@ -26,7 +26,7 @@ class Resumed:
 
 
 def resume(
-    engine: Engine, folder: Path, data_state: dict[str, Any], mode: Mode = "auto", load: Path | None = None
+    engine: Engine, folder: Path, resume_data: ResumeData, mode: Mode = "auto", load: Path | None = None
 ) -> Resumed | None:
     """Loads the newest whole checkpoint of ``folder``, else ``load``; None: the run starts fresh. Collective.
 
@@ -40,7 +40,7 @@ def resume(
     for path in _agreed(engine, lambda: _candidates(folder, mode)):
         try:
             _agreed(engine, lambda path=path: CheckpointReader(path).require_files())  # type: ignore[misc]
-            return Resumed(path, load_checkpoint(engine, path, data_state), tuple(skipped))
+            return Resumed(path, load_checkpoint(engine, path, resume_data), tuple(skipped))
         except UnfitError:
             raise
         except CheckpointError as error:
@@ -51,7 +51,7 @@ def resume(
             f"no checkpoint in {folder} can be loaded:\n  {told}\n"
             f"repair or replace one, or set checkpoint.resume: restart to begin again at step 0"
         )
-    return None if load is None else Resumed(load, load_checkpoint(engine, load, data_state), ())
+    return None if load is None else Resumed(load, load_checkpoint(engine, load, resume_data), ())
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 import difflib
 import functools
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +53,26 @@ def all_fields() -> dict[str, Field]:
 
 
 @functools.cache
+def item_fields(key: str) -> dict[str, Field]:
+    """Keys of one item, by name, of a field whose value is a list or a mapping of such items; else none."""
+    schema = RunConfig.model_json_schema()
+    section, _, name = key.partition(".")
+    entry = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]["properties"][name]
+    kind = re.search(r"#/\$defs/(\w+)", json.dumps(entry))
+    inner = schema["$defs"][kind[1]]["properties"] if kind else {}
+    return {name: _field(f"{key}.{name}", inner_entry) for name, inner_entry in inner.items()}
+
+
+def field_of(key: str) -> Field:
+    """The field that a key belongs to: itself, or the one whose list or mapping it goes into."""
+    outer = key
+    while outer not in all_fields():
+        outer = outer.rpartition(".")[0]
+    name = key.rpartition(".")[2]
+    return item_fields(outer).get(name, all_fields()[outer]) if outer != key else all_fields()[key]
+
+
+@functools.cache
 def all_sections() -> dict[str, str]:
     """Names of the sections, with what each is about."""
     schema = RunConfig.model_json_schema()
@@ -81,16 +103,21 @@ def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 def _field(key: str, entry: dict[str, Any]) -> Field:
     kinds = entry.get("anyOf", [entry])
+    words = [_allowed(kind) for kind in kinds if kind.get("type") != "null"]
+    if len(words) < len(kinds):
+        words.append("null")
     main = next(kind for kind in kinds if kind.get("type") != "null")
-    words = _allowed(main) + (", or null" if len(kinds) > 1 else "")
-    return Field(key, main["type"], words, entry.get("default", {}), entry["description"])
+    default = entry.get("default", [] if main["type"] == "array" else {})
+    return Field(key, main["type"], ", or ".join(words), default, entry["description"])
 
 
 def _allowed(entry: dict[str, Any]) -> str:
     if "enum" in entry:
         return "one of " + ", ".join(str(choice) for choice in entry["enum"])
-    if entry["type"] == "object":
+    if "$ref" in entry:
         return "a section of keys"
+    if entry["type"] == "object":
+        return "a section of keys" if entry.get("additionalProperties") is True else "names, each with its value"
     if "pattern" in entry:
         return f"text that matches `{entry['pattern']}`"
     bounds = [words.format(_short(entry[name])) for name, words in _BOUNDS.items() if name in entry]

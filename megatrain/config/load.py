@@ -101,7 +101,12 @@ def value_at(config: RunConfig, key: str) -> object:
 def _checked(tree: Node, world_size: int | None) -> Resolved:
     config, problems, unusable = validate(tree)
     origins = dict.fromkeys(all_fields(), DEFAULT)
-    origins.update(tree.leaves())
+    for key, origin in tree.leaves():
+        origins[key] = origin
+        while "." in key:  # a field whose value is a mapping comes from where its entries do
+            key = key.rpartition(".")[0]
+            if key in all_fields():
+                origins[key] = origin
     resolved = Resolved(config, origins)
     problems += resolved.with_origins(check(config, world_size, unusable))
     if problems:

@@ -5,9 +5,9 @@ and all problems are shown at once.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatrain.config import rules_batch, rules_experts, rules_layout, rules_model
+from megatrain.config import rules_batch, rules_data, rules_experts, rules_layout, rules_model
 from megatrain.config.deepspeed_keys import forbidden_keys
 from megatrain.config.problems import Problem
 from megatrain.config.schema import RunConfig
@@ -97,6 +97,12 @@ RULES = (
     Rule(rules_layout.compile_fits_schedule, ("parallel.pp", "parallel.pp_schedule", "train.compile")),
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
+    Rule(rules_data.sources_have_weight, ("data.train",)),
+    Rule(rules_data.schedule_names_sources, ("data.train", "data.weight_schedule")),
+    Rule(
+        rules_data.ramp_fits,
+        ("train.ramp", "train.steps", "train.global_batch_size", "data.seq_len", "data.sequences"),
+    ),
     Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),
     Rule(
         rules_batch.decay_fits,
@@ -107,6 +113,14 @@ RULES = (
 )
 
 
+_FOR_EACH_STAGE = (
+    rules_batch.batch_divides,
+    rules_batch.pipeline_has_micro_batches,
+    rules_layout.sequence_parallel_fits,
+    rules_layout.context_fits_sequence,
+)
+
+
 def check(config: RunConfig, world_size: int | None = None, unusable: Collection[str] = ()) -> list[Problem]:
     """All problems between the fields of ``config``.
 
@@ -114,7 +128,24 @@ def check(config: RunConfig, world_size: int | None = None, unusable: Collection
         world_size: ranks that were started; None where nobody knows yet, which leaves out what depends on it.
         unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
     """
-    return [problem for rule in RULES if not _touches(rule, unusable) for problem in rule.function(config, world_size)]
+    usable = [rule for rule in RULES if not _touches(rule, unusable)]
+    problems = [problem for rule in usable for problem in rule.function(config, world_size)]
+    if problems or "train.ramp" in unusable:
+        return problems
+    return list(_of_ramp([rule for rule in usable if rule.function in _FOR_EACH_STAGE], config, world_size))
+
+
+def _of_ramp(rules: Iterable[Rule], config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What the rules of the batch and of the sequence say to each stage of ``train.ramp``."""
+    for number, stage in enumerate(config.train.ramp):
+        sizes = {"global_batch_size": stage.global_batch_size or config.train.global_batch_size}
+        lengths = {"seq_len": stage.seq_len or config.data.seq_len}
+        of_stage = config.model_copy(
+            update={"train": config.train.model_copy(update=sizes), "data": config.data.model_copy(update=lengths)}
+        )
+        for rule in rules:
+            for problem in rule.function(of_stage, world_size):
+                yield replace(problem, key=f"train.ramp.{number}.{problem.key.rpartition('.')[2]}")
 
 
 def check_ready_to_train(config: RunConfig) -> list[Problem]:
@@ -125,7 +156,7 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
 def _has_data(config: RunConfig) -> Iterator[Problem]:
     if not config.data.train:
         cure = "make a data set with data_tools/tokenize_text.py and set data.train to its folder"
-        yield Problem("data.train", config.data.train, "names no data set to train on", "a folder", cure)
+        yield Problem("data.train", "", "names no data set to train on", "a folder", cure)
 
 
 def _touches(rule: Rule, unusable: Collection[str]) -> bool:

@@ -5,9 +5,10 @@ Names follow the field's usual terms: ``tp cp pp dp ep`` are the axes of the mes
 counts, sizes are in elements unless the description gives a unit.
 """
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -191,11 +192,91 @@ class ScheduleConfig(Section):
     )
 
 
+def _weight(value: Any) -> Any:
+    """Weights are exact: 0.3 is three tenths, and no binary fraction near it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    try:
+        weight = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("no number") from None
+    if weight < 0:
+        raise ValueError("negative")
+    return str(weight)
+
+
+def _sources(value: Any) -> Any:
+    """A folder alone is one source of that name; a source may be its folder alone."""
+    if isinstance(value, str):
+        return {"train": {"path": value}} if value else {}
+    if isinstance(value, dict):
+        return {name: {"path": source} if isinstance(source, str) else source for name, source in value.items()}
+    return value
+
+
+def _validation_sets(value: Any) -> Any:
+    return {"validation": value} if isinstance(value, str) else {} if value is None else value
+
+
+Weight = Annotated[str, BeforeValidator(_weight, json_schema_input_type=int | float | str)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class SourceConfig(Section):
+    """One of several training data sets."""
+
+    path: str = Field(min_length=1, description="Folder of the data set.")
+    weight: Weight = Field("1", description="Share of the samples, relative to the other sources: 3, 0.3 or 3/7.")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="The source gives no more samples after so many epochs; the others take its share."
+    )
+
+
+class WeightChange(Section):
+    """Other weights from some sample on."""
+
+    from_sample: Positive = Field(description="Number of the first sample that they hold for.")
+    weights: dict[Name, Weight] = Field(description="By source; those that are not named keep their weights.")
+
+
 class DataConfig(Section):
     """Token shards to read (folders made by data_tools/tokenize_text.py)."""
 
-    train: str = Field("", description="Folder of the training data set.")
-    validation: str | None = Field(None, description="Folder of the validation data set; none: no evaluation.")
+    train: Annotated[
+        dict[Name, SourceConfig],
+        BeforeValidator(_sources, json_schema_input_type=str | dict[Name, str | SourceConfig]),
+    ] = Field(
+        default_factory=dict,
+        description="Folder of the training data set, or several, `NAME: folder` or `NAME: {path, weight, …}`.",
+    )
+    validation: Annotated[
+        dict[Name, str], BeforeValidator(_validation_sets, json_schema_input_type=str | dict[Name, str] | None)
+    ] = Field(
+        default_factory=dict,
+        description="Folder of the validation data set, or several, `NAME: folder`, each evaluated for itself; "
+        "none: no evaluation.",
+    )
+    weigh_by: Literal["weight", "tokens"] = Field(
+        "weight",
+        description="tokens: a source's share is its weight times its tokens to the power of 1/temperature.",
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="weigh_by tokens: above 1, small sources get more than their part (Devlin et al. 2019)."
+    )
+    weight_schedule: list[WeightChange] = Field(
+        default_factory=list, description="Other weights later: `{from_sample, weights: {NAME: weight}}`, in order."
+    )
+    sequences: Literal["concatenate", "mask_documents", "pack_documents", "one_document"] = Field(
+        "concatenate",
+        description="concatenate: windows of one long stream. mask_documents: the same, but attention stays inside "
+        "documents, and positions restart. pack_documents: whole documents, best fit (Ding et al. 2024), masked like "
+        "that. one_document: one in each sequence, and padding. Documents longer than a sequence are cut.",
+    )
+    eod_loss: bool | None = Field(
+        None,
+        description="Whether the first token of a document has a loss as the label of the end of the one before; "
+        "default: only in concatenate. Padding never has.",
+    )
     tokenizer: str | None = Field(
         None, description="tokenizer.json for generated samples; default: the one named in the data set's manifest."
     )
@@ -203,11 +284,26 @@ class DataConfig(Section):
     seed: Natural = Field(1234, description="Seed of the sample order.")
 
 
+class RampStage(Section):
+    """A smaller or shorter batch, until some step."""
+
+    until_step: Positive = Field(description="The last step that it holds for (the first step is 1).")
+    global_batch_size: Positive | None = Field(None, description="Sequences in a step; default: as after the ramp.")
+    seq_len: Positive | None = Field(
+        None, description="Tokens in a sequence, a divisor of data.seq_len; default: data.seq_len."
+    )
+
+
 class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = Field(100, description="Optimizer steps of the whole run.")
     global_batch_size: Positive = Field(8, description="Sequences in one optimizer step, over all ranks.")
+    ramp: list[RampStage] = Field(
+        default_factory=list,
+        description="Smaller or shorter batches at first: `{until_step, global_batch_size, seq_len}`, in order. "
+        "After the last, global_batch_size and data.seq_len hold.",
+    )
     micro_batch_size: Positive = Field(1, description="Sequences in one forward pass of one rank.")
     seed: Natural = Field(1234, description="Seed of the initial weights and of dropout.")
     activation_checkpointing: Literal["none", "full", "every_nth", "attention", "feed_forward", "budget"] = Field(

@@ -31,4 +31,11 @@ def _lines(values: dict[str, Any], origins: Mapping[str, str], prefix: str = "")
             yield text, None
             yield from _lines(value, origins, f"{prefix}{name}.")
         else:
-            yield f"{text} {one_line(value)}", origins.get(prefix + name, DEFAULT)
+            yield f"{text} {one_line(value)}", _origin(prefix + name, origins)
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """Of a value, or of what it was made from: a source can be written as its folder alone."""
+    while key not in origins and "." in key:
+        key = key.rpartition(".")[0]
+    return origins.get(key, DEFAULT)

@@ -39,6 +39,8 @@ class Node:
         """Where the value below these keys stands."""
         node = self
         for key in path:
+            if not isinstance(node.content, dict) or key not in node.content:
+                break  # an item of a list, or a key that should be there
             node = node.content[key]
         return node.origin
 

@@ -1,11 +1,12 @@
 """From a tree of values to a typed config, and from pydantic's errors to problems with a cure."""
 
+import difflib
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatrain.config.fields import Field, all_fields, all_sections, nearest_keys
+from megatrain.config.fields import Field, all_fields, all_sections, field_of, item_fields, nearest_keys
 from megatrain.config.problems import Problem
 from megatrain.config.schema import RunConfig
 from megatrain.config.source import Node
@@ -19,6 +20,8 @@ _MESSAGES = {
     "finite_number": "is not a finite number",
     "string_pattern": "has characters that are not allowed",
     "string_too_short": "is empty",
+    "missing": "is not set",
+    "value_error": "is not a weight",
 }
 
 
@@ -35,7 +38,7 @@ def validate(tree: Node) -> tuple[RunConfig, list[Problem], set[str]]:
         details = error.errors(include_url=False)
     problems, unusable = [], set()
     for detail in details:
-        path = [str(part) for part in detail["loc"]]
+        path = [str(part) for part in detail["loc"] if part != "[key]"]
         key = ".".join(path)
         unusable.add(key)
         if detail["type"] == "extra_forbidden":
@@ -44,7 +47,7 @@ def validate(tree: Node) -> tuple[RunConfig, list[Problem], set[str]]:
         else:
             problem = _wrong_value(key, detail)
         problems.append(Problem(key, detail["input"], *problem, tree.origin_of(path)))
-        _remove(values, path)
+        _remove(values, path[:-1] if detail["type"] == "missing" else path)
     return RunConfig.model_validate(values), problems, unusable
 
 
@@ -56,6 +59,9 @@ def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
 
 def _remove(values: dict[str, Any], path: list[str]) -> None:
     for part in path[:-1]:
+        if not isinstance(values.get(part), dict):  # the item of a list, or a short form: all of it goes
+            path = [*path[: path.index(part)], part]
+            break
         values = values[part]
     values.pop(path[-1], None)
 
@@ -64,6 +70,12 @@ def _unknown_key(key: str, value: Any) -> tuple[str, str, str]:
     """(message, allowed, cure) of a key that the schema does not have."""
     section, _, name = key.rpartition(".")
     fields, sections = all_fields(), all_sections()
+    if section not in sections and section not in fields and section.partition(".")[0] in sections:
+        outer = field_of(section)
+        names = list(item_fields(outer.key))
+        near = difflib.get_close_matches(name, names, 1)
+        cure = f"did you mean {near[0]}?" if near else "leave it out; docs/config.md lists all keys"
+        return "is not a key of the configuration", f"keys of {section}: {', '.join(names)}", cure
     if section in sections:
         allowed = f"keys of {section}: " + ", ".join(
             k.rpartition(".")[2] for k in fields if k.startswith(f"{section}.")
@@ -90,7 +102,7 @@ def _wrong_value(key: str, detail: ErrorDetails) -> tuple[str, str, str]:
     if key in all_sections():
         keys = ", ".join(k.rpartition(".")[2] for k in all_fields() if k.startswith(f"{key}."))
         return "is a section and not a value", f"keys: {keys}", f"put `key: value` lines below `{key}:`"
-    field = all_fields()[key]
+    field = field_of(key)
     message = next((text for start, text in _MESSAGES.items() if kind.startswith(start)), "has the wrong type")
     return message, field.allowed, _cure_of_value(field, value)
 

@@ -3,114 +3,130 @@
 Shapes: N sequences of this rank in a step, S tokens in a sequence.
 """
 
-from collections.abc import Generator
-from typing import Literal, NamedTuple
+from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from megatrain.data.order import Order, SequentialOrder, ShuffledOrder
+from megatrain.data.errors import DataError
 from megatrain.data.prefetch import prefetch
-from megatrain.data.reader import TokenDataset
+from megatrain.data.rows import Batch, Rows, Samples
+from megatrain.data.steps import Stage, Steps
 
-IGNORE = -100  # label of a position without loss
+_PLANNED = 4096  # samples whose places are computed at once: numpy's calls cost more than the arithmetic of a few
 
 
-class Batch(NamedTuple):
-    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.
+class Which(Protocol):
+    """(source, number in it) of each global sample [n]. ``num_samples``: how many there are, None: no end."""
 
-    ``positions`` [N, S]: places of the tokens in their documents; None where each sequence counts as one.
-    """
+    num_samples: int | None
 
-    tokens: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-    positions: Tensor | None = None
+    def __call__(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
 
 class Loader:
-    """A step holds the samples from step * global_batch_size on; this rank reads its block of them.
+    """A step holds a run of samples; this rank reads its block of the sequences that they are cut into.
 
-    Steps count from 0. Shuffled (training): endless. Sequential (validation): the data set once, in order; what comes
-    after it are samples whose labels are all IGNORE, so every rank may go on to the same step.
+    Steps count from 0.
 
     Args:
-        dataset: where the tokens are.
-        seq_len: S.
-        global_batch_size: sequences of a step over all data-parallel ranks.
+        sources: what samples come from.
+        which: (source, number in it) of each global sample: a ``Blend``.
+        steps: batch size and sequence length of every step.
         dp_rank, dp_size: this rank's place among those that read different sequences.
-        seed: of the shuffled order.
-        order: "shuffled" or "sequential".
+        documents: whether batches tell documents apart (``Batch.positions``).
+        pin: page-locked memory, for a GPU to copy from.
     Raises:
-        ValueError: the batch can't be split evenly, or there is no such rank.
-        DataError: the data set is shorter than one sample (shuffled).
+        ValueError: a batch can't be split evenly, or there is no such rank.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        sources: Sequence[Samples],
+        which: Which,
+        steps: Steps,
         *,
-        seq_len: int,
-        global_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        seed: int = 0,
-        order: Literal["shuffled", "sequential"] = "shuffled",
+        documents: bool = False,
+        pin: bool = False,
     ):
-        if global_batch_size % dp_size or not 0 <= dp_rank < dp_size:
-            raise ValueError(f"global_batch_size {global_batch_size} for rank {dp_rank} of {dp_size}")
-        self.dataset = dataset
-        self.seq_len = seq_len
-        self.global_batch_size = global_batch_size
-        self._share = global_batch_size // dp_size
-        self._offset = dp_rank * self._share
-        self._order: Order = (
-            ShuffledOrder(dataset.num_tokens, seq_len, seed)
-            if order == "shuffled"
-            else SequentialOrder(dataset.num_tokens, seq_len)
-        )
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Windows that an epoch visits."""
-        return self._order.num_windows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every window has been visited; the last may go over into the next epoch."""
-        return -(-self.samples_per_epoch // self.global_batch_size)
+        for stage in steps.stages:
+            if stage.batch_size % dp_size or not 0 <= dp_rank < dp_size:
+                raise ValueError(f"a batch of {stage.batch_size} for rank {dp_rank} of {dp_size}")
+        self.sources, self.steps = tuple(sources), steps
+        self._which, self._dp_rank, self._dp_size = which, dp_rank, dp_size
+        self._documents, self._pin = documents, pin
+        self._planned: tuple[range, Stage, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def batch(self, step: int) -> Batch:
-        """This rank's sequences of ``step`` (from 0).
+        """This rank's sequences of ``step``.
 
         Raises:
-            DataError: the data set holds an id outside the vocabulary that it was opened for.
+            DataError: the files are damaged, or hold an id outside the model's vocabulary; there are no more samples.
         """
-        first = step * self.global_batch_size + self._offset
-        return self.samples(np.arange(first, first + self._share))
+        end = self._which.num_samples
+        if end is not None and self.steps.first_sample(step + 1) > end:
+            raise DataError(f"step {step + 1} reads behind the last of {end} samples: all sources are used up")
+        sources, places = self._plan(step)
+        stage = self.steps.stage(step)
+        samples, first, count = self._own(step)
+        rows = Rows(len(samples), self.steps.window, stage.seq_len, self._documents, self._pin)
+        for number in np.unique(sources).tolist():
+            own = np.flatnonzero(sources == number)
+            whole = len(own) == len(sources)
+            self.sources[number].fill(places[own], rows, slice(None) if whole else own)
+        cuts = self.steps.window // stage.seq_len
+        tokens, labels, *positions = rows.sequences(first, count)
+        numbers = np.arange(first, first + count)
+        # a sample's own number where it is whole; parts of it differ in the bits that no sample's number has
+        ids = np.asarray(samples)[numbers // cuts] + ((numbers % cuts) << 48)
+        return Batch(
+            tokens,
+            labels,
+            torch.from_numpy(ids),
+            positions[0] if positions else None,
+            torch.from_numpy(sources[numbers // cuts]),
+        )
 
     def batches(self, first_step: int, end_step: int) -> Generator[Batch, None, None]:
         """The batches of the steps ``first_step`` to ``end_step - 1``, read ahead in a thread until closed."""
         return prefetch(map(self.batch, range(first_step, end_step)))
 
-    def samples(self, sample_ids: NDArray[np.int64]) -> Batch:
-        """The samples of these global numbers [N], whoever's they are."""
-        windows = np.zeros((len(sample_ids), self.seq_len + 1), np.int64)
-        labels = windows[:, 1:].copy()
-        for row, start in enumerate(self._order.starts(sample_ids).tolist()):
-            window = self._window(start)
-            windows[row, : len(window)] = window
-            labels[row] = IGNORE
-            labels[row, : max(len(window) - 1, 0)] = window[1:]
-        tokens = torch.from_numpy(windows[:, :-1].copy())
-        return Batch(tokens, torch.from_numpy(labels), torch.from_numpy(sample_ids))
+    def _own(self, step: int) -> tuple[range, int, int]:
+        """The samples that hold this rank's sequences, the first sequence's number in them, and how many it has."""
+        stage = self.steps.stage(step)
+        cuts = self.steps.window // stage.seq_len
+        count = stage.batch_size // self._dp_size
+        first = self._dp_rank * count
+        base = self.steps.first_sample(step)
+        return range(base + first // cuts, base + -(-(first + count) // cuts)), first % cuts, count
 
-    def _window(self, start: int) -> NDArray[np.int64]:
-        """S + 1 tokens from ``start`` on, or the fewer that are left where the order doesn't wrap."""
-        count = min(self.seq_len + 1, self.dataset.num_tokens - start)
-        window = self.dataset.tokens(start, count)
-        if self._order.wraps and count <= self.seq_len:
-            window = np.concatenate([window, self.dataset.tokens(0, self.seq_len + 1 - count)])
-        return window
+    def _plan(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sources and places of this rank's samples, computed for many steps at once."""
+        if self._planned is None or step not in self._planned[0] or self.steps.stage(step) != self._planned[1]:
+            self._planned = self._planned_from(step)
+        steps, _, sources, places = self._planned
+        return sources[step - steps.start], places[step - steps.start]
+
+    def _planned_from(self, step: int) -> tuple[range, Stage, NDArray[np.int64], NDArray[np.int64]]:
+        stage, rows = self.steps.stage(step), len(self._own(step)[0])
+        steps = range(step, step + max(1, _PLANNED // rows))
+        ids = np.array([self._own(number)[0] for number in steps if self.steps.stage(number) == stage])
+        sources, indices = self._which(ids.ravel())
+        places = np.empty_like(indices)
+        for number in np.unique(sources).tolist():
+            own = sources == number
+            places[own] = self.sources[number].places(indices[own])
+        return steps, stage, sources.reshape(ids.shape), places.reshape(ids.shape)
+
+
+class OneSource:
+    """For a ``Loader`` of one source: its samples are the global samples."""
+
+    num_samples: int | None = None
+
+    def __call__(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(sample_ids), sample_ids

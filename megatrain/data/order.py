@@ -1,17 +1,11 @@
-"""Which window of the token stream a global sample number stands for. Nothing is stored: O(1) for any sample.
+"""Keyed bijections: in which order an epoch visits its samples. Nothing is stored: O(1) for any number."""
 
-The stream of T tokens holds W = (T - 1) // S windows of S inputs and S labels (one token further). An epoch visits
-each window once. Sample n is the (n mod W)-th of epoch n // W, whatever the batch size, the ranks or the run's length.
-"""
-
+import functools
 import hashlib
 import math
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from megatrain.data.errors import DataError
 
 _ROUNDS = 8  # with 6, some permutations of a handful of windows are visibly likelier than others
 
@@ -24,19 +18,18 @@ class Permutation:
     n is sent through again ("cycle walking") until it is one: the cycle that it lies on began below n.
 
     Args:
-        seed: the key; any integer.
+        key: any text; another one, another bijection.
         n: size of the domain, 1 to 2^62.
-        epoch: another key for each epoch.
     """
 
-    def __init__(self, seed: int, n: int, epoch: int = 0):
+    def __init__(self, key: str, n: int):
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation of {n} numbers")
         self.n = n
         # nearly square and barely larger than n, so that few results need a second walk
         self._left_size = np.uint64(math.isqrt(n - 1) + 1)
         self._right_size = np.uint64(-(-n // int(self._left_size)))
-        self._keys = _keyed_words(f"order {seed} {epoch}", _ROUNDS)
+        self._keys = _keyed_words(f"order {key}", _ROUNDS)
 
     def __call__(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Images [...] of ``indices`` [...], each in [0, n)."""
@@ -56,61 +49,26 @@ class Permutation:
         return left * self._right_size + right
 
 
-class Order(Protocol):
-    """``num_windows``: samples in an epoch; ``wraps``: whether windows go on at the stream's start past its end."""
+class Epochs:
+    """Endless epochs over [0, n), each in its own order. Index i is the (i mod n)-th of epoch i // n."""
 
-    num_windows: int
-    wraps: bool
+    def __init__(self, key: str, n: int):
+        self.key, self.n = key, n
+        self._permutation = functools.lru_cache(4)(lambda epoch: Permutation(f"{key} {epoch}", n))
 
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First tokens [N] of the samples [N]."""
-        ...
-
-
-class ShuffledOrder:
-    """Endless epochs, each in its own order and with its own shift of the windows on the stream, closed to a ring.
-
-    Raises:
-        DataError: the stream is too short for one window.
-    """
-
-    wraps = True
-
-    def __init__(self, num_tokens: int, seq_len: int, seed: int):
-        self.num_windows = (num_tokens - 1) // seq_len
-        if self.num_windows < 1:
-            raise DataError(
-                f"the data set has {num_tokens} tokens, a sample needs {seq_len + 1}: lower data.seq_len or add data"
-            )
-        self._num_tokens = num_tokens
-        self._seq_len = seq_len
-        self._seed = seed
-
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First tokens [N] of the samples [N]; a window may run over the stream's end."""
-        epochs, indices = np.divmod(sample_ids, self.num_windows)
-        starts = np.empty_like(sample_ids)
+    def __call__(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epoch, number below n) of each index."""
+        epochs, places = np.divmod(indices, self.n)
+        numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             own = epochs == epoch
-            windows = Permutation(self._seed, self.num_windows, epoch)(indices[own])
-            shift = int(_keyed_words(f"shift {self._seed} {epoch}", 1)[0] % np.uint64(self._seq_len))
-            starts[own] = (windows * self._seq_len + shift) % self._num_tokens
-        return starts
+            numbers[own] = self._permutation(epoch)(places[own])
+        return epochs, numbers
 
 
-class SequentialOrder:
-    """The stream from its start to its end, once; the last window may be short. Samples after it are empty."""
-
-    wraps = False
-
-    def __init__(self, num_tokens: int, seq_len: int):
-        self.num_windows = -(-(num_tokens - 1) // seq_len)
-        self._num_tokens = num_tokens
-        self._seq_len = seq_len
-
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First tokens [N] of the samples [N]; the end of the stream for the empty ones after the last window."""
-        return np.minimum(sample_ids * self._seq_len, self._num_tokens)
+def keyed_number(key: str, n: int) -> int:
+    """A number in [0, n), the same for the same key on every machine."""
+    return int(_keyed_words(f"number {key}", 1)[0]) % n
 
 
 def _keyed_words(key: str, count: int) -> NDArray[np.uint64]:

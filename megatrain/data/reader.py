@@ -1,4 +1,4 @@
-"""A data-set folder -> one stream of tokens, memory-mapped."""
+"""A data-set folder -> one stream of tokens, read into the caller's memory."""
 
 import functools
 import hashlib
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.errors import DataError
-from megatrain.data.format import Index, read_crcs, read_index
+from megatrain.data.format import Index, read_index
 from megatrain.data.manifest import MANIFEST, TOKENIZER, Manifest, Shard, digest_of
+from megatrain.data.shards import TokenFile, allow_open_files, bytes_of
+
+_SAMPLED_BYTES, _MAX_SAMPLES = 1 << 16, 256  # of each Megatron shard, for its digest
 
 
 class TokenDataset:
@@ -29,12 +31,15 @@ class TokenDataset:
         self.vocab_size = manifest.vocab_size if manifest else None
         self.eod_id = manifest.eod_id if manifest else None
         self.tokenizer_path = folder / TOKENIZER if manifest else None
+        self.dtype = shards[0].index.dtype
         self._shards = shards
         self._id_limit = id_limit
-        self._token_ends = np.cumsum([shard.num_tokens for shard in shards])
+        self._token_ends = np.cumsum([shard.tokens.num_tokens for shard in shards])
         self._document_ends = np.cumsum([shard.index.num_documents for shard in shards])
+        self._checked_indexes = manifest is None
         self.num_tokens = int(self._token_ends[-1])
         self.num_documents = int(self._document_ends[-1])
+        allow_open_files(len(shards))
 
     @classmethod
     def open(cls, folder: str | Path, *, vocab_size: int | None = None) -> Self:
@@ -65,34 +70,65 @@ class TokenDataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the content, wherever it stands. Without a manifest, the first use reads all files."""
+        """Names the content, wherever it stands. Without a manifest: of the indexes and samples of the tokens."""
         if self.manifest:
             return digest_of([digest for s in self.manifest.shards for digest in (s.bin_sha256, s.idx_sha256)])
-        return digest_of([_sha256(path) for shard in self._shards for path in (shard.bin_path, shard.index.path)])
+        return digest_of([text for s in self._shards for text in (_sampled_sha256(s.tokens), _sha256(s.index.path))])
+
+    def read(self, starts: NDArray[np.int64], out: NDArray[np.integer]) -> None:
+        """Fills the rows of ``out`` [N, count] (of the data set's type) with the tokens from ``starts`` [N] on.
+
+        The stream is a ring: after its last token comes its first.
+
+        Raises:
+            DataError: a damaged file, or an id that is not in the model's vocabulary.
+        """
+        count = out.shape[1]
+        shards = np.searchsorted(self._token_ends, starts, side="right")
+        row_bytes, whole = count * out.itemsize, bytes_of(out)
+        for row, (start, at) in enumerate(zip(starts.tolist(), shards.tolist(), strict=True)):
+            shard, end = self._shards[at].tokens, int(self._token_ends[at])
+            view = whole[row * row_bytes : (row + 1) * row_bytes]
+            if start + count <= end:
+                shard.read(view, start - end + shard.num_tokens)
+            else:
+                self._read_over_ends(view, start)
+        self._check_ids(out, starts)
+
+    def _read_over_ends(self, view: memoryview, start: int) -> None:
+        """A window that goes on in the next shards, or at the stream's start."""
+        while len(view):
+            at = int(np.searchsorted(self._token_ends, start, side="right"))
+            shard, end = self._shards[at].tokens, int(self._token_ends[at])
+            size = min(len(view), (end - start) * self.dtype.itemsize)
+            shard.read(view[:size], start - end + shard.num_tokens)
+            view, start = view[size:], end % self.num_tokens
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens [count] of the stream from number ``start`` on.
 
         Raises:
             IndexError: the stream doesn't hold them.
-            DataError: an id is not in the model's vocabulary.
+            DataError: as ``read``.
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + count} of a data set of {self.num_tokens}")
-        found = np.empty(count, np.int64)
-        filled = 0
-        while filled < count:
-            at = int(np.searchsorted(self._token_ends, start + filled, side="right"))
-            shard = self._shards[at]
-            inside = start + filled - (int(self._token_ends[at]) - shard.num_tokens)
-            part = shard.tokens[inside : inside + count - filled]
-            found[filled : filled + len(part)] = part
-            filled += len(part)
-        self._check_ids(found, start)
-        return found
+        found = np.empty((1, count), self.dtype)
+        if count:
+            self.read(np.array([start]), found)
+        return found[0].astype(np.int64)
 
     def document(self, number: int) -> NDArray[np.int64]:
         """Tokens of document ``number``, its end-of-document token included.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        begin, end = self.document_bounds(number)
+        return self.tokens(begin, end - begin)
+
+    def document_bounds(self, number: int) -> tuple[int, int]:
+        """First token of document ``number`` and the first one after it.
 
         Raises:
             IndexError: there is no such document.
@@ -102,9 +138,53 @@ class TokenDataset:
         at = int(np.searchsorted(self._document_ends, number, side="right"))
         shard = self._shards[at]
         inside = number - (int(self._document_ends[at]) - shard.index.num_documents)
+        shard_start = int(self._token_ends[at]) - shard.tokens.num_tokens
         begin, end = shard.document_bounds(inside)
-        shard_start = int(self._token_ends[at]) - shard.num_tokens
-        return self.tokens(shard_start + begin, end - begin)
+        return shard_start + begin, shard_start + end
+
+    def document_of(self, token: int) -> int:
+        """Number of the document that holds token number ``token`` of the stream."""
+        first, last = 0, self.num_documents - 1
+        while first < last:
+            middle = (first + last) // 2
+            if self.document_bounds(middle)[1] <= token:
+                first = middle + 1
+            else:
+                last = middle
+        return first
+
+    def document_begins(self, start: int, count: int) -> NDArray[np.bool_]:
+        """Whether each of the tokens [count] from ``start`` on (on the ring) is the first of a document."""
+        begins = np.zeros(count, bool)
+        document = self.document_of(start)
+        at = self.document_bounds(document)[0] - start
+        while at < count:
+            if at >= 0:
+                begins[at] = True
+            first, end = self.document_bounds(document)
+            at, document = at + end - first, (document + 1) % self.num_documents
+        return begins
+
+    def document_lengths(self) -> NDArray[np.int32]:
+        """Tokens of every document [documents], read into memory: 4 bytes each. Checks the indexes' digests once.
+
+        Raises:
+            DataError: an index is not as it was written.
+        """
+        if not self._checked_indexes:
+            self.check_indexes()
+        return np.concatenate([shard.document_lengths() for shard in self._shards])
+
+    def check_indexes(self) -> None:
+        """Compares the .idx files with the manifest's digests.
+
+        Raises:
+            DataError: names the file that differs.
+        """
+        assert self.manifest is not None
+        for shard, files in zip(self.manifest.shards, self._shards, strict=True):
+            _compare(files.index.path, shard.idx_sha256)
+        self._checked_indexes = True
 
     def verify(self) -> None:
         """Reads every byte and compares it with the manifest's digests and the block CRCs.
@@ -115,21 +195,26 @@ class TokenDataset:
         if self.manifest is None:
             raise DataError(f"{self.folder} has no {MANIFEST}, so nothing to compare its files with")
         for shard, files in zip(self.manifest.shards, self._shards, strict=True):
-            files.check_blocks()
-            for path, expected in ((files.bin_path, shard.bin_sha256), (files.index.path, shard.idx_sha256)):
-                if (found := _sha256(path)) != expected:
-                    raise DataError(f"{path} is damaged: SHA-256 {found}, expected {expected}. Copy or write it again")
+            for block in range(files.tokens.num_blocks):
+                files.tokens.check_block(block)
+            _compare(files.tokens.path, shard.bin_sha256)
+        self.check_indexes()
         tokenizer = self.folder / TOKENIZER
         if not tokenizer.is_file() or _sha256(tokenizer) != self.manifest.tokenizer_sha256:
             raise DataError(f"{tokenizer} is not the tokenizer that the data set was written with: put it back")
 
-    def _check_ids(self, tokens: NDArray[np.int64], start: int) -> None:
-        if self._id_limit is None or not len(tokens) or (tokens.min() >= 0 and tokens.max() < self._id_limit):
+    def _check_ids(self, rows: NDArray[np.integer], starts: NDArray[np.int64]) -> None:
+        limit = self._id_limit
+        if limit is None or not rows.size or (rows.max() < limit and (rows.dtype.kind == "u" or rows.min() >= 0)):
             return
-        at = int(np.argmax((tokens < 0) | (tokens >= self._id_limit)))
+        row, at = np.argwhere((rows < 0) | (rows >= limit))[0]
+        token = int((starts[row] + at) % self.num_tokens)
+        document = self.document_of(token)
+        shard = self._shards[int(np.searchsorted(self._token_ends, token, side="right"))].tokens.path.name
         raise DataError(
-            f"token {start + at} of {self.folder} is {tokens[at]}, outside the model's vocabulary of {self._id_limit}: "
-            "the data set is damaged or made for a larger model.vocab_size"
+            f"token {token} of {self.folder} ({shard}, document {document}, its token "
+            f"{token - self.document_bounds(document)[0]}) is {rows[row, at]}, outside the model's vocabulary of "
+            f"{limit}: the data set is damaged or made for a larger model.vocab_size"
         )
 
 
@@ -137,36 +222,28 @@ class TokenDataset:
 class _ShardFiles:
     """An opened .bin/.idx pair."""
 
-    bin_path: Path
+    tokens: TokenFile
     index: Index
-    tokens: NDArray[np.integer]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
 
     def document_bounds(self, number: int) -> tuple[int, int]:
         """First token of document ``number`` and the first one after it, in this shard."""
         pointers = self.index.pointers()
         first, last = (int(mark) for mark in self.index.document_marks()[number : number + 2])
-        ends = [int(pointers[i]) if i < len(pointers) else self.tokens.nbytes for i in (first, last)]
-        return ends[0] // self.tokens.itemsize, ends[1] // self.tokens.itemsize
+        ends = [int(pointers[i]) if i < len(pointers) else self.tokens.size for i in (first, last)]
+        return ends[0] // self.tokens.dtype.itemsize, ends[1] // self.tokens.dtype.itemsize
 
-    def check_blocks(self) -> None:
-        block_size, crcs = read_crcs(self.bin_path.with_suffix(".crc"))
-        with open(self.bin_path, "rb") as file:
-            for number, crc in enumerate(crcs):
-                if google_crc32c.value(file.read(block_size)) != crc:
-                    raise DataError(
-                        f"{self.bin_path} is damaged in block {number} (bytes {number * block_size} to "
-                        f"{(number + 1) * block_size}): copy or write it again"
-                    )
+    def document_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document [documents]: of all its sequences."""
+        lengths = np.asarray(self.index.lengths())
+        if self.index.sequences == self.index.num_documents:
+            return lengths.copy()
+        return np.add.reduceat(lengths, self.index.document_marks()[:-1]).astype(np.int32)
 
 
 def _open_shard(stem: Path, listed: Shard | None = None, dtype: str | None = None) -> _ShardFiles:
     """Opens ``stem``.bin and .idx, and checks that their sizes agree with each other and with the manifest."""
-    bin_path, index_path = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("bin", "idx"))
-    for path in (bin_path, index_path):
+    bin_path, index_path, crc_path = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("bin", "idx", "crc"))
+    for path in (bin_path, index_path, crc_path)[: 3 if listed else 2]:
         if not path.is_file():
             raise DataError(f"missing file of the data set: {path}. Copy or write the data set again")
     index = read_index(index_path)
@@ -174,13 +251,15 @@ def _open_shard(stem: Path, listed: Shard | None = None, dtype: str | None = Non
     expected, found = last_pointer + last_length * index.dtype.itemsize, bin_path.stat().st_size
     if found != expected or not found:
         raise DataError(f"{bin_path} has {found} bytes, expected {expected}: copy or write the data set again")
-    files = _ShardFiles(bin_path, index, np.memmap(bin_path, index.dtype, "r"))
+    files = _ShardFiles(TokenFile(bin_path, index.dtype, found, crc_path if listed else None), index)
     if listed is not None:
-        pairs = ((files.num_tokens, listed.tokens), (index.num_documents, listed.documents), (index.dtype.name, dtype))
-        for kind, (has, says) in zip(("tokens", "documents", "dtype"), pairs, strict=True):
-            if has != says:
+        has = files.tokens.num_tokens, index.num_documents, index.dtype.name
+        for kind, is_, says in zip(
+            ("tokens", "documents", "dtype"), has, (listed.tokens, listed.documents, dtype), strict=True
+        ):
+            if is_ != says:
                 raise DataError(
-                    f"{bin_path} and its index have {kind} {has}, but {MANIFEST} expects {says}: "
+                    f"{bin_path} and its index have {kind} {is_}, but {MANIFEST} expects {says}: "
                     "copy or write the data set again"
                 )
     return files
@@ -198,9 +277,28 @@ def _megatron_shards(folder: Path) -> list[_ShardFiles]:
         "its vocabulary and tokenizer can't be checked",
         stacklevel=3,
     )
-    return [_open_shard(stem) for stem in stems]
+    shards = [_open_shard(stem) for stem in stems]
+    if len(kinds := {shard.index.dtype.name for shard in shards}) > 1:
+        raise DataError(f"the shards of {folder} have different types, {' and '.join(sorted(kinds))}: keep one kind")
+    return shards
+
+
+def _compare(path: Path, expected: str) -> None:
+    if (found := _sha256(path)) != expected:
+        raise DataError(f"{path} is damaged: SHA-256 {found}, expected {expected}. Copy or write it again")
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled_sha256(file: TokenFile) -> str:
+    """Of evenly spaced parts and the size: a whole corpus would take hours to read at every start."""
+    total = hashlib.sha256(str(file.size).encode())
+    step = max(_SAMPLED_BYTES, (file.size - _SAMPLED_BYTES) // _MAX_SAMPLES)
+    with open(file.path, "rb") as content:
+        for begin in range(0, file.size, step):
+            content.seek(begin)
+            total.update(content.read(_SAMPLED_BYTES))
+    return total.hexdigest()

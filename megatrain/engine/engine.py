@@ -111,9 +111,8 @@ class Engine:
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
         train, parallel = config.train, config.parallel
-        self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.topology.dp)
         self._pipeline = (
-            Pipeline(parts, parallel, self.micro_batches, mesh, lambda: collect_gradients(self.optimizer))
+            Pipeline(parts, parallel, train.micro_batch_size, mesh, lambda: collect_gradients(self.optimizer))
             if parallel.pp > 1
             else None
         )
@@ -145,7 +144,7 @@ class Engine:
             losses=losses,
             grad_norm=torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32),
             lr=lr,
-            tokens=self.config.train.global_batch_size * batch.tokens.shape[1],
+            tokens=batch.tokens.numel() * self.mesh.topology.dp,
             loss_scale=scale,
             skipped=skipped,
             routing=self.routers.end_step(updated=not skipped),

@@ -71,23 +71,35 @@ class Pipeline:
         self,
         stages: list[nn.Module],
         parallel: ParallelConfig,
-        num_micro_batches: int,
+        micro_batch_size: int,
         mesh: Mesh,
         collect_gradients: Callable[[], None],
     ):
         self.mesh = mesh
         self.loss_factor: float = 1.0
+        self._stages, self._parallel, self._micro_batch_size = stages, parallel, micro_batch_size
+        self._collect_gradients = collect_gradients
         indices = own_stages(parallel, mesh.coordinate("pp"))
-        total = num_stages(parallel)
+        self.is_first, self.is_last = 0 in indices, num_stages(parallel) - 1 in indices
+        self._schedules: dict[tuple[int, int], Any] = {}
+
+    def _schedule(self, batch: StepInput) -> Any:
+        """The schedule for batches of this shape; torch's keep the shapes that they saw first."""
+        shape = len(batch.tokens), batch.tokens.shape[1]
+        if shape not in self._schedules:
+            self._schedules[shape] = self._build(len(batch.tokens) // self._micro_batch_size)
+        return self._schedules[shape]
+
+    def _build(self, num_micro_batches: int) -> Any:
+        parallel, mesh = self._parallel, self.mesh
         pipeline_stages = [
-            _Stage(module, index, total, mesh.device, group=mesh.pp_group)
-            for module, index in zip(stages, indices, strict=True)
+            _Stage(module, index, num_stages(parallel), mesh.device, group=mesh.pp_group)
+            for module, index in zip(self._stages, own_stages(parallel, mesh.coordinate("pp")), strict=True)
         ]
         for stage in pipeline_stages:
-            stage.collect_gradients = collect_gradients
-        self.is_first, self.is_last = 0 in indices, total - 1 in indices
+            stage.collect_gradients = self._collect_gradients
         schedule: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
-        self._schedule = schedule(
+        return schedule(
             pipeline_stages if issubclass(schedule, PipelineScheduleMulti) else pipeline_stages[0],
             n_microbatches=num_micro_batches,
             loss_fn=self._scale,
@@ -99,12 +111,12 @@ class Pipeline:
 
         Returns: the sequences' unscaled losses [N] on the last stage's rank, zeros on the others.
         """
-        return self._run(self._schedule.step, batch)
+        return self._run(self._schedule(batch).step, batch)
 
     @torch.no_grad()
     def forward(self, batch: StepInput) -> Tensor:
         """As ``forward_backward``, without gradients."""
-        return self._run(self._schedule.eval, batch)
+        return self._run(self._schedule(batch).eval, batch)
 
     def _run(self, method: Callable[..., Any], batch: StepInput) -> Tensor:
         losses: list[Tensor] = []

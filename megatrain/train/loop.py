@@ -1,6 +1,7 @@
 """The training loop: steps, and what hangs on them."""
 
 import contextlib
+import json
 import math
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.folder import step_of
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed, resume
@@ -17,10 +18,14 @@ from megatrain.checkpoint.retention import Retention
 from megatrain.checkpoint.save import Outcome, Saver
 from megatrain.config.derive import flops_per_token
 from megatrain.config.schema import RunConfig
+from megatrain.data.errors import DataError
 from megatrain.data.loader import Loader
+from megatrain.data.training import TrainingData
+from megatrain.data.validation import num_batches
 from megatrain.engine.engine import Engine, StepResult
+from megatrain.train.ledger import Ledger
 from megatrain.train.metrics import MetricsLog, StepRecord
-from megatrain.train.run_folder import RunFolder, versions
+from megatrain.train.run_folder import RunFolder, replace_text, versions
 from megatrain.train.signals import StopRequest
 from megatrain.train.throughput import Hardware, peak_flops
 
@@ -32,12 +37,12 @@ class Trainer:
         self,
         config: RunConfig,
         engine: Engine,
-        train_data: Loader,
-        validation_data: Loader | None,
+        data: TrainingData,
+        validation: dict[str, Loader],
         lock: FolderLock | None = None,
     ):
         self.config, self.engine = config, engine
-        self.train_data, self.validation_data = train_data, validation_data
+        self.data, self.validation = data, validation
         self.run = RunFolder.of(config)
         self.step = 0
         self.trained_tokens = 0
@@ -51,17 +56,23 @@ class Trainer:
 
         Raises:
             CheckpointError: what there is can't be resumed, or saving failed again and again, or at the end.
+            DataError: the data can't be read, or end before the run does.
         """
         resumed = self._resume()
+        self.data.require_samples(self.config.train.steps)
+        if self.engine.mesh.rank == 0:
+            replace_text(self.run.data, json.dumps(self.data.state(self.step), indent=2) + "\n")
+        self.ledger = Ledger(self.data, self.engine)
         self._saver = self._make_saver(resumed)
         with StopRequest() as stop, self._metrics() as metrics:
             self._report_resume(metrics, resumed)
             self._since = time.perf_counter()
-            batches = self.train_data.batches(self.step, self.config.train.steps)
+            batches = self._loader().batches(self.step, self.config.train.steps)
             with contextlib.closing(batches):
                 for batch in batches:
                     result = self.engine.train_step(batch, self.step + 1)
                     self.step += 1
+                    self.ledger.add(batch, result.losses)
                     self._log(metrics, result)
                     if self._is_due(self.config.train.eval_every):
                         self._evaluate(metrics)
@@ -81,7 +92,7 @@ class Trainer:
     def _resume(self) -> Resumed | None:
         checkpoint = self.config.checkpoint
         load = None if checkpoint.load is None else Path(checkpoint.load)
-        resumed = resume(self.engine, self.run.checkpoints, self._data_state(), checkpoint.resume, load)
+        resumed = resume(self.engine, self.run.checkpoints, self._resume_data, checkpoint.resume, load)
         if resumed is not None:
             self.step = self._saved_step = resumed.state["step"]
             self.trained_tokens = resumed.state["tokens"]
@@ -106,6 +117,7 @@ class Trainer:
         if self.step % self.config.train.log_every and self.step not in (1, self.config.train.steps):
             return
         loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
+        sources = self.ledger.records(self.step)
         now = time.perf_counter()
         if metrics is not None:
             metrics.log_step(
@@ -121,18 +133,18 @@ class Trainer:
                     seconds=now - self._since,
                 )
             )
+            metrics.log_sources(self.step, sources)
         self._tokens, self._since = 0, now
 
     def _evaluate(self, metrics: Any) -> None:
-        """Mean loss and perplexity over the first ``eval_batches`` batches of the validation data."""
-        if self.validation_data is None:
-            return
+        """Mean loss and perplexity over the first ``eval_batches`` batches of each validation set."""
         start = time.perf_counter()
-        num_batches = min(self.config.train.eval_batches, self.validation_data.steps_per_epoch)
-        results = [self.engine.evaluate(self.validation_data.batch(i)) for i in range(num_batches)]
-        loss = sum(float(total) for total, _ in results) / sum(count for _, count in results)
-        if metrics is not None:
-            metrics.log_evaluation(self.step, loss, math.exp(loss))
+        for name, loader in self.validation.items():
+            batches = range(min(self.config.train.eval_batches, num_batches(loader)))
+            results = [self.engine.evaluate(loader.batch(i)) for i in batches]
+            loss = sum(float(total) for total, _ in results) / sum(count for _, count in results)
+            if metrics is not None:
+                metrics.log_evaluation(self.step, loss, math.exp(loss), name)
         self._since += time.perf_counter() - start  # evaluation is not training time
 
     def _make_saver(self, resumed: Resumed | None) -> Saver:
@@ -154,7 +166,7 @@ class Trainer:
         """Begins a save; the one before ends first."""
         start = time.perf_counter()
         self._finish_save(metrics)
-        self._saver.begin(self.step, {"data": self._data_state(), "tokens": self.trained_tokens}, self._versions)
+        self._saver.begin(self.step, {"data": self.data.state(self.step), "tokens": self.trained_tokens}, self._versions)
         self._saved_step = self.step
         if not self.config.checkpoint.background:
             self._finish_save(metrics)
@@ -184,16 +196,15 @@ class Trainer:
         if self._failed_saves:
             raise CheckpointError(f"step {self.step}, the last of this start, was not saved; the reason stands above")
 
-    def _data_state(self) -> dict[str, Any]:
-        """What fixes the order of the samples; the place in it is the step."""
-        manifest = self.train_data.dataset.manifest
-        return {
-            "digest": self.train_data.dataset.digest,
-            "tokenizer_sha256": manifest.tokenizer_sha256 if manifest else None,
-            "seed": self.config.data.seed,
-            "seq_len": self.config.data.seq_len,
-            "global_batch_size": self.config.train.global_batch_size,
-        }
+    def _resume_data(self, saved: dict[str, Any], step: int) -> None:
+        try:
+            self.data.resume(saved, step)
+        except DataError as error:
+            raise UnfitError(str(error)) from error
+
+    def _loader(self) -> Loader:
+        mesh = self.engine.mesh
+        return self.data.loader(mesh.coordinate("dp"), mesh.topology.dp, pin=mesh.device.type == "cuda")
 
     def _metrics(self) -> Any:
         if self.engine.mesh.rank != 0:

@@ -2,15 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatrain.train.ledger import SourceRecord
 from megatrain.train.run_folder import RunFolder, replace_text
 from megatrain.train.throughput import Hardware
+
+ONLY_SET = "validation"
+"""Name of a validation set that the config gives none."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,18 @@ class MetricsLog:
         )
         self._previous_step = record.step
 
-    def log_evaluation(self, step: int, loss: float, perplexity: float) -> None:
-        """Reports an evaluation of the weights after ``step`` everywhere."""
-        self._write_line(f"{self._progress(step)} | validation loss {loss:.4f} | perplexity {perplexity:,.2f}")
-        self._append({"kind": "evaluation", "step": step, "loss": loss, "perplexity": perplexity})
-        self._scalars(step, {"evaluation/loss": loss, "evaluation/perplexity": perplexity})
+    def log_sources(self, step: int, sources: Mapping[str, SourceRecord]) -> None:
+        """Reports what the sources of the training data have given so far; not on the console."""
+        self._append({"kind": "sources", "step": step, "sources": {name: asdict(r) for name, r in sources.items()}})
+        for name, record in sources.items():
+            self._scalars(step, {f"data/{name}/{key}": value for key, value in asdict(record).items()})
+
+    def log_evaluation(self, step: int, loss: float, perplexity: float, name: str = ONLY_SET) -> None:
+        """Reports an evaluation of the weights after ``step``, on the validation set ``name``, everywhere."""
+        title, tag = ("validation", "evaluation") if name == ONLY_SET else (f"validation {name}", f"evaluation/{name}")
+        self._write_line(f"{self._progress(step)} | {title} loss {loss:.4f} | perplexity {perplexity:,.2f}")
+        self._append({"kind": "evaluation", "step": step, "set": name, "loss": loss, "perplexity": perplexity})
+        self._scalars(step, {f"{tag}/loss": loss, f"{tag}/perplexity": perplexity})
 
     def log_event(self, kind: str, step: int, line: str, **fields: Any) -> None:
         """Reports something that happened at ``step``: a line, a record of its own kind, its numbers as scalars."""

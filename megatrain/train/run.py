@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 
@@ -10,8 +9,8 @@ from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import set_aside
 from megatrain.config.derive import num_tokens
 from megatrain.config.schema import RunConfig
-from megatrain.data.loader import Loader
-from megatrain.data.reader import TokenDataset
+from megatrain.data.training import TrainingData
+from megatrain.data.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
 from megatrain.train.build import build_engine
 from megatrain.train.loop import Trainer
@@ -24,26 +23,15 @@ def run(config: RunConfig) -> bool:
     Raises:
         DataError, CheckpointError, RunFolderError: before training where it can be known then.
     """
-    dp = config.parallel.dp
-    assert dp is not None, "resolve the config first"
-    train_set = TokenDataset.open(config.data.train, vocab_size=num_tokens(config.model))
-    validation_set = (
-        TokenDataset.open(config.data.validation, vocab_size=num_tokens(config.model))
-        if config.data.validation is not None
-        else None
-    )
+    assert config.parallel.dp is not None, "resolve the config first"
+    training = TrainingData(config, num_tokens(config.model))
+    validation = validation_sets(config, num_tokens(config.model))
     device = start_distributed()
     with _claimed_folder(config) as lock:
         engine = build_engine(config, device)
-        place: dict[str, Any] = {
-            "seq_len": config.data.seq_len,
-            "global_batch_size": config.train.global_batch_size,
-            "dp_rank": engine.mesh.coordinate("dp"),
-            "dp_size": dp,
-        }
-        training = Loader(train_set, seed=config.data.seed, **place)
-        validation = None if validation_set is None else Loader(validation_set, order="sequential", **place)
-        finished = Trainer(config, engine, training, validation, lock).train()
+        place = engine.mesh.coordinate("dp"), config.parallel.dp, device.type == "cuda"
+        loaders = {name: validation_loader(dataset, config, *place) for name, dataset in validation.items()}
+        finished = Trainer(config, engine, training, loaders, lock).train()
         dist.barrier()
     dist.destroy_process_group()
     return finished

@@ -25,7 +25,7 @@ class RunFolder:
     """Places inside a run's folder. Making the object touches nothing; ``prepare`` makes the folder.
 
     ``config``: the resolved config of the latest start; ``versions``: what that start ran on;
-    ``metrics``: one JSON object a line.
+    ``metrics``: one JSON object a line; ``data``: which samples the latest start reads at which step.
     """
 
     def __init__(self, path: str | Path):
@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.config = self.path / "config.yaml"
         self.versions = self.path / "versions.json"
+        self.data = self.path / "data.json"
         self._id_file = self.path / "run_id"
 
     @classmethod

@@ -37,6 +37,39 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "model.rope_scaling=yarn model.rope_beta_slow=32.0", None, "model.rope_beta_fast", 32.0,
         "is not more than model.rope_beta_slow = 32.0", "raise model.rope_beta_fast",
     ),
+    (
+        'data.train={"a":{"path":"x","weight":0}}', None, "data.train", {"a": "0"}, "has weights that sum to 0",
+        "leave the weights out",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{"b":1}}]', None,
+        "data.weight_schedule.0.weights", ["b"], "are no sources", "name sources of data.train: a",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{"a":0}}]', None,
+        "data.weight_schedule.0.weights", {"a": "0"}, "makes all weights 0", "give a source a weight",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{}},{"from_sample":5,"weights":{}}]',
+        None, "data.weight_schedule.1.from_sample", 5, "does not come after sample 5", "in the order of their samples",
+    ),
+    (
+        'train.ramp=[{"until_step":100}]', None, "train.ramp.0.until_step", 100,
+        "does not come after step 0 and before the last", "all before train.steps = 100",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"seq_len":64,"global_batch_size":2}] data.seq_len=256', None,
+        "train.ramp.0.seq_len", 64,
+        "does not cut whole samples of data.seq_len = 256 tokens into 2 sequences", "that divides 2",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"seq_len":64}] data.seq_len=256 data.sequences=pack_documents', None,
+        "train.ramp.0.seq_len", 64, "would cut the documents of data.sequences = pack_documents", "leave it out",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"global_batch_size":3}] train.micro_batch_size=2 data.seq_len=256', None,
+        "train.ramp.0.global_batch_size", 3, "is not divisible by the 2 sequences", "to 2 or 4",
+    ),
     ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
     (
         "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,
@@ -221,6 +254,16 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
 ]  # fmt: skip
 
 ALLOWED = [
+    (
+        'data.train={"a":"x","b":{"path":"y","weight":"1/3"}} data.validation={"a":"z"} train.steps=9 '
+        'data.weight_schedule=[{"from_sample":5,"weights":{"b":0}}]',
+        None,
+    ),
+    (
+        'train.ramp=[{"until_step":5,"global_batch_size":4,"seq_len":64},{"until_step":9,"seq_len":128}] '
+        "data.seq_len=256",
+        None,
+    ),
     ("model.family=gpt model.hidden_size=9 model.num_heads=3", None),
     ("model.head_width=10 model.num_heads=7", None),
     ("model.family=gpt model.head_width=7", None),
@@ -302,7 +345,7 @@ def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
             key, _, text = override.partition("=")
             *outer, name = key.split(".")
             value: Any = int(text) if text.isdigit() else {"true": True}.get(text, text)
-            value = json.loads(text) if text.startswith("[") else value
+            value = json.loads(text) if text.startswith(("[", "{")) else value
             value = float(text) if re.fullmatch(r"\d+\.\d+", text) else value
             values.setdefault(outer[0], {})[name] = value
         config = RunConfig.model_validate(values)

@@ -88,7 +88,7 @@ def test_json_lines_hold_the_record(run: RunFolder) -> None:
         "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False,
         "tokens": 20480, "seconds": 2.0, "tokens_per_second": 10240.0, "mfu": 10240.0 * FLOPS_PER_TOKEN / 4e11,
     }  # fmt: skip
-    assert evaluation == {"kind": "evaluation", "step": 10, "loss": 5.5, "perplexity": 244.69}
+    assert evaluation == {"kind": "evaluation", "step": 10, "set": "validation", "loss": 5.5, "perplexity": 244.69}
 
 
 def test_an_overflow_is_said_and_stays_valid_json(run: RunFolder) -> None:

@@ -1,0 +1,82 @@
+"""The sequences of a rank's step, as arrays to fill and as the batch that comes of them.
+
+Shapes: N sequences, S tokens in a sequence.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE = -100  # label of a position without loss
+
+
+class Batch(NamedTuple):
+    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.
+
+    ``positions`` [N, S]: places of the tokens in their documents; None where each sequence counts as one.
+    ``sources`` [N]: number of the source of each sequence.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    positions: Tensor | None
+    sources: Tensor
+
+    def cu_seqlens(self) -> Tensor:
+        """First place of each document in the flattened batch, and last its size: int32 [documents + 1]."""
+        if self.positions is None:
+            return torch.arange(0, self.tokens.numel() + 1, self.tokens.shape[1], dtype=torch.int32)
+        begins = torch.nonzero(self.positions.flatten() == 0).flatten()
+        return torch.cat([begins, begins.new_tensor([self.tokens.numel()])]).to(torch.int32)
+
+
+class Rows:
+    """Arrays [rows, S] for tokens, labels and, where documents are told apart, positions.
+
+    Args:
+        cut: length of the sequences that the rows will be cut into; a divisor of ``seq_len``.
+        pin: allocate page-locked memory, from which a GPU copies without waiting.
+    """
+
+    def __init__(self, num_rows: int, seq_len: int, cut: int, documents: bool, pin: bool):
+        self.cut = cut
+        self._tensors = [
+            torch.empty(num_rows, seq_len, dtype=torch.int64, pin_memory=pin) for _ in range(2 + documents)
+        ]
+        self.tokens, self.labels, *rest = (tensor.numpy() for tensor in self._tensors)
+        self.positions: NDArray[np.int64] | None = rest[0] if rest else None
+
+    def sequences(self, first: int, count: int) -> list[Tensor]:
+        """Tokens, labels and positions [count, cut] of the sequences from number ``first`` on."""
+        return [tensor.view(-1, self.cut)[first : first + count] for tensor in self._tensors]
+
+    def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.bool_]) -> None:
+        """Positions of the rows ``own``, from 0 where ``begins`` [n, S] and where a sequence is cut off."""
+        if self.positions is None:
+            return
+        begins.reshape(-1, self.cut)[:, 0] = True
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(starts, append=begins.size)
+        self.positions[own] = (np.arange(begins.size) - np.repeat(starts, lengths)).reshape(begins.shape)
+
+
+class Samples(Protocol):
+    """What a source gives out one by one. ``num_samples``: in an epoch, each is given once."""
+
+    num_samples: int
+
+    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the samples [n] of these numbers stand; cheap, and cheaper for many at once."""
+        ...
+
+    def fill(self, places: NDArray[np.int64], rows: Rows, own: slice | NDArray[np.int64]) -> None:
+        """Reads the samples at ``places`` [n] into the rows ``own``.
+
+        Raises:
+            DataError: the files are damaged.
+        """
+        ...

@@ -1,0 +1,109 @@
+"""The .bin file of a shard, read by ``pread`` into the caller's memory, each block checked when it is first touched."""
+
+import os
+import resource
+import weakref
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from megatrain.data.errors import DataError
+from megatrain.data.format import BLOCK_SIZE, read_crcs
+
+
+class TokenFile:
+    """Tokens of one shard. Opened at the first read; safe to read from several threads.
+
+    Args:
+        size: bytes that the file has.
+        crc_path: its block CRCs; None for files of Megatron, which have none.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, size: int, crc_path: Path | None):
+        self.path, self.dtype, self.size = path, dtype, size
+        self.num_tokens = size // dtype.itemsize
+        self._crc_path = crc_path
+        self._descriptor: int | None = None
+        self._crcs: list[int] = []
+        # a file without CRCs counts as checked
+        self._checked = bytearray(b"\1" if crc_path is None else b"\0") * (-(-size // BLOCK_SIZE) + 1)
+
+    def read(self, out: memoryview, first: int) -> None:
+        """Fills ``out`` (bytes of whole tokens) with the tokens from number ``first`` on.
+
+        Raises:
+            DataError: the file can't be read, was cut, or a block is not as it was written.
+        """
+        begin = first * self.dtype.itemsize
+        end = begin + len(out)
+        for block in range(begin // BLOCK_SIZE, (end - 1) // BLOCK_SIZE + 1):
+            if not self._checked[block]:
+                self.check_block(block)
+        self._fill(out, begin)
+
+    def check_block(self, number: int) -> None:
+        """Compares a block with its CRC, now."""
+        begin = number * BLOCK_SIZE
+        end = min(begin + BLOCK_SIZE, self.size)
+        crcs = self._open_crcs()
+        content = bytearray(end - begin)
+        self._fill(memoryview(content), begin)
+        if google_crc32c.value(bytes(content)) != crcs[number]:
+            raise DataError(
+                f"{self.path} is damaged in block {number} (bytes {begin} to {end}): copy or write it again"
+            )
+        self._checked[number] = 1
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.size // BLOCK_SIZE)
+
+    def _fill(self, out: memoryview, at: int) -> None:
+        descriptor = self._descriptor if self._descriptor is not None else self._open()
+        try:
+            count = os.preadv(descriptor, (out,), at)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        if count == len(out):
+            return
+        if count == 0:
+            raise DataError(f"{self.path} ends at byte {at}, expected {self.size} bytes: copy or write it again")
+        self._fill(out[count:], at + count)
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def _open_crcs(self) -> list[int]:
+        if not self._crcs:
+            assert self._crc_path is not None
+            block_size, crcs = read_crcs(self._crc_path)
+            if block_size != BLOCK_SIZE or len(crcs) != self.num_blocks:
+                raise DataError(
+                    f"{self._crc_path} holds {len(crcs)} CRCs of {block_size} bytes, expected {self.num_blocks} of "
+                    f"{BLOCK_SIZE}: copy or write the data set again"
+                )
+            self._crcs = crcs.tolist()
+        return self._crcs
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the process's soft limit where a data set has more shards than it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
+def bytes_of(array: NDArray[np.integer]) -> memoryview:
+    """The memory of a contiguous array, for ``TokenFile.read``."""
+    return array.data.cast("B")

@@ -1,0 +1,108 @@
+"""Samples that cut one long stream: windows of S tokens, whatever documents they hold.
+
+The stream of T tokens has W = (T - 1) // S windows of S inputs and S labels (one token further). An epoch visits each
+once. Shapes: n samples, S tokens of a sample.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatrain.data.errors import DataError
+from megatrain.data.order import Epochs, keyed_number
+from megatrain.data.reader import TokenDataset
+from megatrain.data.rows import IGNORE, Rows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What shuffled and sequential windows share.
+
+    ``seq_len``: S; ``eod_loss``: whether the label after an end of document, another document's first token, has loss.
+    """
+
+    dataset: TokenDataset
+    seq_len: int
+    eod_loss: bool
+
+    def _finish(self, rows: Rows, own: slice | NDArray[np.int64], raw: NDArray[np.integer], starts: NDArray) -> None:
+        """Tokens, labels and positions of the rows ``own`` from ``raw`` [n, S + 1]."""
+        rows.tokens[own] = raw[:, :-1]
+        rows.labels[own] = raw[:, 1:]
+        if rows.positions is None and self.eod_loss:
+            return
+        begins = np.empty(raw.shape, bool)
+        if self.dataset.eod_id is not None:
+            np.equal(raw[:, :-1], self.dataset.eod_id, out=begins[:, 1:])
+        else:
+            for row, start in enumerate(starts.tolist()):
+                begins[row] = self.dataset.document_begins(start, self.seq_len + 1)
+        if not self.eod_loss:
+            rows.labels[own] = np.where(begins[:, 1:], IGNORE, rows.labels[own])
+        rows.restart_positions(own, np.ascontiguousarray(begins[:, :-1]))
+
+
+class ShuffledWindows(Windows):
+    """Endless epochs, each in its own order and with its own shift of the windows on the stream, closed to a ring.
+
+    Args:
+        key: of the order; another one, another order.
+    Raises:
+        DataError: the stream is too short for one window.
+    """
+
+    def __init__(self, dataset: TokenDataset, seq_len: int, key: str, eod_loss: bool = True):
+        super().__init__(dataset, seq_len, eod_loss)
+        self.num_samples = (dataset.num_tokens - 1) // seq_len
+        if self.num_samples < 1:
+            raise DataError(
+                f"{dataset.folder} has {dataset.num_tokens} tokens, a sample needs {seq_len + 1}: "
+                "lower data.seq_len or add data"
+            )
+        self._key, self._epochs, self._buffer = key, Epochs(key, self.num_samples), _Buffer()
+
+    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First tokens [n] of the samples [n]; a window may run over the stream's end."""
+        epochs, windows = self._epochs(indices)
+        kinds, inverse = np.unique(epochs, return_inverse=True)
+        shifts = [keyed_number(f"shift {self._key} {epoch}", self.seq_len) for epoch in kinds.tolist()]
+        return (windows * self.seq_len + np.array(shifts)[inverse]) % self.dataset.num_tokens
+
+    def fill(self, places: NDArray[np.int64], rows: Rows, own: slice | NDArray[np.int64]) -> None:
+        raw = self._buffer.of_shape(len(places), self.seq_len + 1, self.dataset.dtype)
+        self.dataset.read(places, raw)
+        self._finish(rows, own, raw, places)
+
+
+class SequentialWindows(Windows):
+    """The stream from its start to its end, once; the last window may be short. Samples after it are empty."""
+
+    def __init__(self, dataset: TokenDataset, seq_len: int, eod_loss: bool = True):
+        super().__init__(dataset, seq_len, eod_loss)
+        self.num_samples = -(-(dataset.num_tokens - 1) // seq_len)
+
+    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First tokens [n] of the samples [n]; the end of the stream for the empty ones after the last window."""
+        return np.minimum(indices * self.seq_len, self.dataset.num_tokens)
+
+    def fill(self, places: NDArray[np.int64], rows: Rows, own: slice | NDArray[np.int64]) -> None:
+        raw = np.zeros((len(places), self.seq_len + 1), self.dataset.dtype)
+        counts = np.minimum(self.seq_len + 1, self.dataset.num_tokens - places)
+        for row, start, count in zip(raw, places.tolist(), counts.tolist(), strict=True):
+            row[:count] = self.dataset.tokens(start, count)
+        self._finish(rows, own, raw, np.minimum(places, self.dataset.num_tokens - 1))
+        past_end = np.arange(1, self.seq_len + 1) >= counts[:, None]
+        rows.labels[own] = np.where(past_end, IGNORE, rows.labels[own])
+
+
+class _Buffer(threading.local):
+    """Memory that is read into again and again: each thread has its own."""
+
+    raw: NDArray[np.integer] | None = None
+
+    def of_shape(self, rows: int, cols: int, dtype: np.dtype) -> NDArray[np.integer]:
+        if self.raw is None or self.raw.shape != (rows, cols):
+            self.raw = np.empty((rows, cols), dtype)
+        return self.raw
