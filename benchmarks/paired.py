@@ -41,4 +41,4 @@ def random_batch(config: RunConfig, device: torch.device) -> Batch:
     """A global batch of random tokens on ``device``."""
     shape = (config.train.global_batch_size, config.data.seq_len + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, device=device)
-    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(shape[0]))
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(shape[0]), None, torch.zeros(shape[0]).long())
