@@ -218,7 +218,7 @@ def _validation_sets(value: Any) -> Any:
     return {"validation": value} if isinstance(value, str) else {} if value is None else value
 
 
-Weight = Annotated[str, BeforeValidator(_weight, json_schema_input_type=int | float | str)]
+SourceWeight = Annotated[str, BeforeValidator(_weight, json_schema_input_type=int | float | str)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -226,7 +226,7 @@ class SourceConfig(Section):
     """One of several training data sets."""
 
     path: str = Field(min_length=1, description="Folder of the data set.")
-    weight: Weight = Field("1", description="Share of the samples, relative to the other sources: 3, 0.3 or 3/7.")
+    weight: SourceWeight = Field("1", description="Share of the samples, relative to the other sources: 3, 0.3 or 3/7.")
     max_epochs: PositiveFloat | None = Field(
         None, description="The source gives no more samples after so many epochs; the others take its share."
     )
@@ -236,7 +236,7 @@ class WeightChange(Section):
     """Other weights from some sample on."""
 
     from_sample: Positive = Field(description="Number of the first sample that they hold for.")
-    weights: dict[Name, Weight] = Field(description="By source; those that are not named keep their weights.")
+    weights: dict[Name, SourceWeight] = Field(description="By source; those that are not named keep their weights.")
 
 
 class DataConfig(Section):
