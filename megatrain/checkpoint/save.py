@@ -182,9 +182,6 @@ class Saver:
         require_free_space(self.folder, self._shares.total_bytes)
         return [f"removed {stump}, left by a save that was killed" for stump in writer.prepare()]
 
-    def _prune(self) -> list[str]:
-        return [f"removed {path}" for path in prune(self.folder, self.retention, self._damaged)]
-
     def _first_problem(self, problem: str | None) -> str | None:
         texts = self._gathered(problem)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), None)

@@ -150,10 +150,6 @@ class Layers:
         """Shape of a parameter as one rank would hold it."""
         return place(parameter, parameter.shape, self.splits)[1]
 
-    def gather_vocab(self, logits: Tensor) -> Tensor:
-        """Logits with the whole vocabulary in the last dim."""
-        return logits
-
 
 def partition_dim(parameter: Tensor) -> int | None:
     """Dim along which a parameter is split over the tensor axis; None: each rank holds it whole."""

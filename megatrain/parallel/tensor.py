@@ -124,9 +124,6 @@ class TensorParallelLayers(Layers):
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(y_SBD, group=self.group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(y_SBD, group=self.group)
 
-    def gather_vocab(self, logits: Tensor) -> Tensor:
-        return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.group)
-
     def _split_positions(self, num_local: int, device: torch.device) -> Tensor:
         return self.positions(num_local * self.size, device).chunk(self.size)[self.rank]
 

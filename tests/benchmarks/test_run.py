@@ -1,0 +1,29 @@
+"""Every benchmark runs, at a small size; what it measures is nobody's test."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"__init__", "paired"}
+SMALL = {
+    "start": ["--repeats", "1"],
+    "step": ["--repeats", "1"],
+    "throughput": ["--batch", "1", "--steps", "1", "--eager"],
+}
+
+
+def test_every_benchmark_is_here() -> None:
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - SHARED == SMALL.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SMALL)
+def test_it_runs(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
