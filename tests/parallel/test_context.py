@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatrain.config.stages import SCHEDULES
 from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
 from tests.parallel.test_layouts import LOSS, NORM, WEIGHT
 from tests.pool import Pool
@@ -29,7 +30,8 @@ def layouts(family: str) -> list[Layout]:
                 found.append(layout)
                 if tp > 1:
                     found.append(replace(layout, sequence_parallel=True))
-    return found
+    scheduled = [Layout(1, 2, 2, False, 1, schedule, cp=2) for schedule in SCHEDULES if schedule != "1f1b"]
+    return found + scheduled
 
 
 DEFAULT = {
@@ -41,6 +43,7 @@ DEFAULT = {
     ("llama", Layout(1, 2, 2, False, 1, cp=2, cp_method="ulysses")),
     ("llama", Layout(1, 1, 2, False, 2, cp=4)),
     ("llama", Layout(1, 1, 2, False, 3, cp=2)),
+    ("llama", Layout(1, 2, 2, False, 1, "interleaved_zero_bubble", cp=2)),
 }
 
 

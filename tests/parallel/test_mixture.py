@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatrain.config.stages import SCHEDULES
 from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
 from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
@@ -15,7 +16,7 @@ from tests.pool import Pool
 # where lr * g / |g| would turn the rounding of a gradient near zero into a step of full length.
 OPTIMIZER = {"eps": 1e-2}
 WEIGHT = 1e-5  # so the weights follow as closely as the losses
-COMMON: dict[str, Any] = {"num_layers": 3, "num_dense_layers": 1, "expert_hidden_size": 16, "dropout": 0.1}
+COMMON: dict[str, Any] = {"num_layers": 4, "num_dense_layers": 1, "expert_hidden_size": 16, "dropout": 0.1}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON
     | {
@@ -52,7 +53,8 @@ def layouts() -> list[Layout]:
                 found.append(layout)
                 if tp > 1:
                     found.append(replace(layout, sequence_parallel=True))
-    return found + [replace(layout, cp_method="ulysses") for layout in found if layout.cp > 1]
+    found += [replace(layout, cp_method="ulysses") for layout in found if layout.cp > 1]
+    return found + [Layout(2, 2, 2, True, 1, schedule, ep=2) for schedule in SCHEDULES if schedule != "1f1b"]
 
 
 DEFAULT = {
@@ -60,6 +62,7 @@ DEFAULT = {
     ("llama", Layout(1, 1, 4, False, 2, ep=2)),
     ("llama", Layout(2, 2, 2, True, 1, ep=2)),
     ("gpt", Layout(cp=2, ep=2, zero_stage=1)),
+    ("gpt", Layout(2, 2, 2, True, 1, "zbv", ep=2)),
     ("gpt", Layout(1, 2, 2, False, 1, cp=2, ep=4)),
     ("gpt", Layout(2, 1, 2, False, 0, ep=2, cp=2, cp_method="ulysses")),
     ("gpt", Layout(2, 1, 1, True, 3)),
