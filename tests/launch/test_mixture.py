@@ -54,7 +54,7 @@ def train(folder: Path, num_ranks: int, arguments: list[str]) -> list[dict]:
 @pytest.mark.slow  # a run of 8 ranks takes a minute
 def test_three_and_four_axes_follow_one_process(tmp_path: Path, arguments: list[str]) -> None:
     alone = train(tmp_path / "alone", 1, arguments)
-    assert len(alone) == 12 and alone[-1]["loss"] < alone[0]["loss"] - 0.5, "it learns"
+    assert len(alone) == 12 and alone[-1]["loss"] < alone[0]["loss"] - 0.3, "it learns"
     assert set(alone[0]["routing"]) == {"layers.1", "layers.2", "layers.3"}
     for name, layout in LAYOUTS.items():
         rows = train(tmp_path / name, 4 if "tp" not in name else 8, [*arguments, *layout])
