@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -13,22 +14,24 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.folder import fsync_folder
 from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
 
 Array = npt.NDArray[Any]
 _BLOCK = 2**20  # bytes that stay in a core's cache between the disk's copy and the CRC
-_IN_FLIGHT = 4  # files that are written at once: the disk confirms some while others are copied
+_COPIES = 4  # files whose data is being handed to the system
+_IN_FLIGHT = 32  # files that are not yet confirmed: a disk confirms many together nearly as fast as one
 
 
 class Files:
     """Writes files in threads. ``wait`` returns when the disk has confirmed all of them, or raises what went wrong.
 
-    What is written must not change before that. At most four files are under way: ``write`` waits for room.
+    What is written must not change before that. At most four files hold data to be written: ``write`` waits for room.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_IN_FLIGHT, "checkpoint-file")
-        self._room = BoundedSemaphore(_IN_FLIGHT)
+        self._room = BoundedSemaphore(_COPIES)
         self._pending: list[Future[None]] = []
 
     def write(self, path: Path, label: str, data: Array | bytes, crc_written: Callable[[str], None]) -> None:
@@ -40,12 +43,21 @@ class Files:
             done.result()
 
     def _write(self, path: Path, label: str, data: Array | bytes, crc_written: Callable[[str], None]) -> None:
-        try:
-            with explained(f"write {label} to {path}"), open(path, "wb", buffering=0) as file:
+        with ExitStack() as room, explained(f"write {label} to {path}"):
+            room.callback(self._room.release)
+            with open(path, "wb", buffering=0) as file:
                 crc_written(f"{write_with_crc(file, data, trailer=not isinstance(data, bytes)):08x}")
+                room.close()
                 os.fsync(file.fileno())
-        finally:
-            self._room.release()
+
+    def sync_folders(self, folders: Iterable[Path]) -> None:
+        """Waits until the names in ``folders`` are on disk.
+
+        Raises:
+            OSError: one can't be opened or synced.
+        """
+        for _ in self._pool.map(fsync_folder, folders):
+            pass
 
     def wait(self) -> None:
         """

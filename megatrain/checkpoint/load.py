@@ -92,13 +92,14 @@ def _read_state(reader: CheckpointReader, engine: Engine) -> None:
     )
     with ThreadPoolExecutor(_READERS, "checkpoint-read") as pool:
         for kind, fragment, values in _ahead(pool, work, reader):
-            fragment.set(kind, values.to(engine.mesh.device))
+            if values is not None:
+                fragment.set(kind, values.to(engine.mesh.device))
 
 
 def _ahead(
     pool: ThreadPoolExecutor, work: Iterator[tuple[str, Fragment, Placement]], reader: CheckpointReader
-) -> Iterator[tuple[str, Fragment, Tensor]]:
-    queue: list[tuple[str, Fragment, Future[Tensor]]] = []
+) -> Iterator[tuple[str, Fragment, Tensor | None]]:
+    queue: list[tuple[str, Fragment, Future[Tensor | None]]] = []
     while True:
         for kind, fragment, where in work:
             queue.append((kind, fragment, pool.submit(_read_fragment, reader, kind, fragment, where)))
@@ -110,8 +111,8 @@ def _ahead(
         yield kind, fragment, future.result()
 
 
-def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, where: Placement) -> Tensor:
-    """[size] FP32, from the rows that the fragment touches."""
+def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, where: Placement) -> Tensor | None:
+    """[size] FP32, from the rows that the fragment touches; None if they were read into their place at once."""
     row_elements = torch.Size(where.shape[1:]).numel()
     first = fragment.start // row_elements
     last = -(-(fragment.start + fragment.size) // row_elements)
@@ -119,6 +120,10 @@ def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, wher
     if where.shape:
         offset = (where.offset[0] + first, *where.offset[1:])
         shape = (last - first, *where.shape[1:])
+    memory = fragment.memory(kind)
+    if memory is not None and fragment.size == torch.Size(shape).numel():
+        reader.read(kind, fragment.name, offset, shape, out=memory.numpy().reshape(shape))
+        return None
     rows = torch.from_numpy(reader.read(kind, fragment.name, offset, shape)).flatten()
     start = fragment.start - first * row_elements
     return rows[start : start + fragment.size]

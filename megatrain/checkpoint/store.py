@@ -148,8 +148,7 @@ class CheckpointWriter:
             for kind, header in groups.items():
                 (self.partial / TENSORS / kind).mkdir(exist_ok=True)
                 layout.write_durably(self.partial / TENSORS / kind / HEADER, header)
-            for place, _, _ in os.walk(self.partial, topdown=False):
-                layout.fsync_folder(Path(place))
+            self._files.sync_folders(Path(place) for place, _, _ in os.walk(self.partial))
             layout.write_durably(self.partial / layout.MANIFEST, content)
             return layout.publish(self.folder, self.step)
 

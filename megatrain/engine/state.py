@@ -41,6 +41,11 @@ class Fragment:
             return torch.zeros(self.size)
         return self._state(kind).detach()[: self.size]
 
+    def memory(self, kind: str) -> Tensor | None:
+        """[size] FP32 in host memory that may be written instead of a call to ``set``, if there is such."""
+        state = None if _is_zero3(self.parameter) else self._state(kind).detach()
+        return state if state is not None and state.device.type == "cpu" else None
+
     def set(self, kind: str, values: Tensor) -> None:
         """Overwrites the state; moments must have been made (``prepare_import``)."""
         state = self._state(kind).detach()
