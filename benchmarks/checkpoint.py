@@ -83,7 +83,7 @@ class Formats:
         assert outcome is not None and outcome.problem is None, outcome
 
     def load_megatrain(self) -> None:
-        load_checkpoint(self.engine, self.folder / "megatrain/step-00000001", {})
+        load_checkpoint(self.engine, self.folder / "megatrain/step-00000001", lambda data, step: None)
 
     def save_torch(self) -> None:
         torch.save(self.state, self._fresh("torch.save") / "data.pt")
@@ -240,7 +240,7 @@ def rank_main(rank: int, action: str, layout: str, hidden_size: int, repeats: in
     else:
 
         def load(place: Path) -> None:
-            load_checkpoint(engine, place / "step-00000001", {})
+            load_checkpoint(engine, place / "step-00000001", lambda data, step: None)
             dist.barrier()
 
         candidates: dict[str, Callable[[], object]] = {name: partial(load, place) for name, place in places.items()}

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED = {"__init__", "paired"}
 SMALL = {
+    "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "start": ["--repeats", "1"],
     "step": ["--repeats", "1"],
     "throughput": ["--batch", "1", "--steps", "1", "--eager"],
