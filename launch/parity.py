@@ -1,0 +1,71 @@
+"""Runs one step of a config in two layouts on the same batch, and names the first tensor that differs.
+
+    python launch/parity.py --config configs/model/llama_tiny.yaml --layout tp=2,pp=2 --against tp=1
+
+A layout is a list of fields of the section `parallel`; `model`, `train` and the rest come from config files and
+dotted overrides, as for pretrain.py. Without data.train the batch is random. Compared are activations at the borders
+of blocks, loss, gradients, gradient norm and updated weights, in bands that follow precision.dtype
+(docs/parity.md). Exit code: 0 equal, 1 different, 2 a config that cannot run.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatrain.config.load import load_config
+from megatrain.config.problems import ConfigError
+from megatrain.config.schema import RunConfig
+
+
+def main(arguments: list[str]) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
+    parser.add_argument("--layout", required=True, metavar="FIELD=VALUE,…", help="the layout in question")
+    parser.add_argument("--against", default="tp=1", metavar="FIELD=VALUE,…", help="the layout to trust")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument("--all", action="store_true", help="print all that differs, not only the first")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        ours, reference = (
+            layout_config(options.config, overrides, layout) for layout in (options.layout, options.against)
+        )
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return report(ours, reference, options.all)
+
+
+def layout_config(files: list[Path], overrides: list[str], layout: str) -> RunConfig:
+    """The config in a layout, for as many ranks as it takes.
+
+    Raises:
+        ConfigError: as for a run.
+    """
+    fields = [f"--parallel.{entry.strip()}" for entry in layout.split(",") if entry.strip()]
+    base = ["--parallel.dp=1"] if "dp=" not in layout else []
+    every = [*overrides, *base, *fields]
+    parallel = load_config(files, every).config.parallel
+    world_size = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
+    return load_config(files, every, world_size).with_derived(world_size).config
+
+
+def report(ours: RunConfig, reference: RunConfig, everything: bool) -> int:
+    """Runs both, prints what differs; returns the exit code."""
+    from megatrain.train.parity_run import compare_layouts  # imports torch: after the config's mistakes
+
+    result = compare_layouts(ours, reference)
+    if not result.differences:
+        print(f"equal: {result.num_tensors} tensors, loss {result.loss:.6f} on {result.num_ranks} ranks")
+        return 0
+    print(f"first difference: {result.differences[0]}")
+    for difference in result.differences[1:] if everything else []:
+        print(difference)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
