@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import OffloadConfig, RunConfig
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -30,10 +30,19 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             "overlap_comm": False,
             # in one buffer; else ZeRO 1 sums experts as if all ranks held the same
             "contiguous_gradients": zero_stage > 1 or parallel.ep > 1,
+            **_offload(config.offload),
         },
+        "zero_allow_untested_optimizer": True,  # ours are tested here
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also runs on the host, without a compiler
         **_precision(config),
     }
     return _merge(derived, config.deepspeed)
+
+
+def _offload(offload: OffloadConfig) -> dict[str, Any]:
+    sections = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
+    path = {"nvme_path": offload.nvme_path} if offload.nvme_path else {}
+    return {name: {"device": device, **path} for name, device in sections.items() if device != "none"}
 
 
 def _precision(config: RunConfig) -> dict[str, Any]:

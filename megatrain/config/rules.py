@@ -94,6 +94,18 @@ RULES = (
         ("parallel.pp", "parallel.pp_schedule", "train.activation_checkpointing"),
     ),
     Rule(rules_layout.budget_fits_zero, ("parallel.zero_stage", "train.activation_checkpointing")),
+    Rule(rules_layout.optimizer_fits_zero, ("optimizer.name", "parallel.zero_stage")),
+    Rule(
+        rules_layout.offload_fits,
+        (
+            "optimizer.name",
+            "offload.optimizer",
+            "offload.parameters",
+            "offload.nvme_path",
+            "parallel.zero_stage",
+            "parallel.pp",
+        ),
+    ),
     Rule(rules_layout.compile_fits_schedule, ("parallel.pp", "parallel.pp_schedule", "train.compile")),
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),

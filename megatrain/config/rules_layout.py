@@ -237,6 +237,71 @@ def budget_fits_zero(config: RunConfig, world_size: int | None) -> Iterator[Prob
         )
 
 
+def optimizer_fits_zero(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """ZeRO 3 hands out weights piece by piece; Muon needs whole matrices."""
+    if config.optimizer.name == "muon" and config.parallel.zero_stage == 3:
+        yield Problem(
+            "optimizer.name",
+            "muon",
+            "cannot be used with parallel.zero_stage = 3, which updates pieces of matrices, not whole ones",
+            "adamw or lion where parallel.zero_stage is 3",
+            "set optimizer.name to adamw or lion, or parallel.zero_stage to 0, 1 or 2",
+        )
+
+
+def offload_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What DeepSpeed can move away from the GPU depends on what ZeRO shards; a disk needs a path."""
+    offload, stage = config.offload, config.parallel.zero_stage
+    for name, device in (("optimizer", offload.optimizer), ("parameters", offload.parameters)):
+        least = 3 if name == "parameters" or device == "nvme" else 1
+        if device != "none" and stage < least:
+            yield Problem(
+                f"offload.{name}",
+                device,
+                f"needs parallel.zero_stage = {least} or more, and it is {stage}",
+                f"none where parallel.zero_stage is less than {least}",
+                f"set parallel.zero_stage to {least}, or offload.{name} to none",
+            )
+        elif device == "nvme" and offload.nvme_path is None:
+            yield Problem(
+                "offload.nvme_path",
+                None,
+                f"names no folder, and offload.{name} = nvme",
+                "a folder on a local disk",
+                f"set offload.nvme_path, or offload.{name} to cpu",
+            )
+    yield from _optimizer_on_host(config)
+
+
+def _optimizer_on_host(config: RunConfig) -> Iterator[Problem]:
+    name, device, pp = config.optimizer.name, config.offload.optimizer, config.parallel.pp
+    if name == "cpu_adamw" and device == "none":
+        yield Problem(
+            "optimizer.name",
+            name,
+            "updates weights in host memory, and offload.optimizer = none keeps them elsewhere",
+            "adamw, lion or muon where offload.optimizer is none",
+            "set offload.optimizer to cpu, or optimizer.name to adamw",
+        )
+    elif name == "muon" and device != "none":
+        yield Problem(
+            "offload.optimizer",
+            device,
+            "cannot be used with optimizer.name = muon, which gathers matrices between GPUs",
+            "none with muon",
+            "set offload.optimizer to none, or optimizer.name to cpu_adamw",
+        )
+    elif device != "none" and pp > 1:
+        yield Problem(
+            "offload.optimizer",
+            device,
+            f"cannot be used with a pipeline (parallel.pp = {pp}): DeepSpeed then sums gradients on the host inside "
+            "backward hooks, which see a schedule's micro-batches as one",
+            "none where parallel.pp is more than 1",
+            "set offload.optimizer to none, or parallel.pp to 1",
+        )
+
+
 def compile_fits_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A compiled block is one node of the graph, whose backward cannot be split."""
     parallel = config.parallel

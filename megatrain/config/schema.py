@@ -8,19 +8,12 @@ counts, sizes are in elements unless the description gives a unit.
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0)]
+from megatrain.config.schema_optimizer import OffloadConfig, OptimizerConfig, ScheduleConfig
+from megatrain.config.section import Natural, Positive, PositiveFloat, Probability, Section, Weight
 
-
-class Section(BaseModel):
-    """A block of the config file: closed (no unknown keys), strict (no silent casts), frozen, finite numbers only."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+__all__ = ["OffloadConfig", "OptimizerConfig", "ScheduleConfig"]
 
 
 class ModelConfig(Section):
@@ -160,36 +153,6 @@ class PrecisionConfig(Section):
     loss_scale_window: Positive = Field(1000, description="FP16: steps without overflow before the scale doubles.")
     loss_scale_hysteresis: Positive = Field(1, description="FP16: overflows in a row before the scale halves.")
     min_loss_scale: PositiveFloat = Field(1.0, description="FP16: an overflow at this scale ends the run.")
-
-
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019, decoupled weight decay)."""
-
-    lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
-    beta1: Probability = Field(0.9, description="Decay of the first moment.")
-    beta2: Probability = Field(0.95, description="Decay of the second moment.")
-    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        0.1, description="Decay of matrices; norms and biases have none."
-    )
-    grad_clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Largest global gradient norm; 0: no clipping.")
-
-
-class ScheduleConfig(Section):
-    """Learning rate over the steps."""
-
-    name: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = Field(
-        "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
-    )
-    warmup_steps: Natural = Field(0, description="Steps of linear warm-up from 0 to the peak.")
-    decay_steps: Positive | None = Field(
-        None,
-        description="cosine, linear: step at which the minimum is reached (default: train.steps). "
-        "wsd: steps of the final decay (default: a tenth of train.steps).",
-    )
-    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.1, description="Lowest rate as a share of the peak."
-    )
 
 
 def _weight(value: Any) -> Any:
@@ -367,6 +330,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    offload: OffloadConfig = OffloadConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
+from megatrain.engine.base_optimizer import build_base_optimizer
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
 from megatrain.engine.gradients import all_reduce_accumulated, collect_gradients, set_up_buckets
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.start import import_deepspeed
-from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.context import build_context
 from megatrain.parallel.dropout import dropout_keys
@@ -98,10 +98,13 @@ class Engine:
             mark_experts(self.model, mesh)
         else:
             mark_dense_copies((p for _, p in self.parameters), mesh)
+        base = build_base_optimizer(self.parameters, config, mesh)
+        self.moments = {parameter: group["moments"] for group in base.param_groups for parameter in group["params"]}
+        """What the optimizer keeps of each parameter, by kind (engine/state.py)."""
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self._deepspeed, *_ = import_deepspeed().initialize(
                 model=self.model,
-                optimizer=build_optimizer(self.parameters, config.optimizer),
+                optimizer=base,
                 config=deepspeed_config(config),
                 mpu=MeshForDeepSpeed(mesh, shards_data_parallel=config.parallel.zero_stage > 0),
                 dist_init_required=False,
@@ -125,7 +128,7 @@ class Engine:
         """
         lr = learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.model.train()
         scale = self.loss_scale
         inputs = self._inputs(batch)

@@ -19,6 +19,7 @@ from megatrain.engine.start import import_deepspeed
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
+"""Every parameter has all of them in a checkpoint, whatever optimizer made it; those that it lacks are zeros."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,19 @@ class Fragment:
 
     def values(self, kind: str) -> Tensor:
         """[size] FP32, a view of the live state where it lies in memory; zeros for a moment that isn't made yet."""
-        if kind in MOMENTS and not self._has_moments():
+        if not self._has(kind):
             return torch.zeros(self.size)
         return self._state(kind).detach()[: self.size]
 
     def memory(self, kind: str) -> Tensor | None:
         """[size] FP32 in host memory that may be written instead of a call to ``set``, if there is such."""
-        state = None if _is_zero3(self.parameter) else self._state(kind).detach()
+        state = None if _is_zero3(self.parameter) or not self._has(kind) else self._state(kind).detach()
         return state if state is not None and state.device.type == "cpu" else None
 
     def set(self, kind: str, values: Tensor) -> None:
-        """Overwrites the state; moments must have been made (``prepare_import``)."""
+        """Overwrites the state; moments must have been made (``prepare_import``); others are dropped."""
+        if not self._has(kind):
+            return
         state = self._state(kind).detach()
         if not _is_zero3(self.parameter):
             state.copy_(values)
@@ -68,10 +71,8 @@ class Fragment:
             return utils.safe_get_local_fp32_param(parameter)
         return utils.safe_get_local_optimizer_state(parameter, kind)
 
-    def _has_moments(self) -> bool:
-        if _is_zero3(self.parameter):
-            return _moments_exist(self.parameter._z3_optimizer.optimizer)  # type: ignore[attr-defined]
-        return bool(self.parameter._hp_mapping.optim_fragment)  # type: ignore[attr-defined]
+    def _has(self, kind: str) -> bool:
+        return kind == WEIGHT or _has_moment(self.parameter, kind)
 
 
 def local_fragments(engine: Engine) -> list[Fragment]:
@@ -111,8 +112,10 @@ def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
         weight = utils.safe_get_full_fp32_param(parameter).detach().float().cpu()
         yield WEIGHT, name, weight
         for kind in MOMENTS:
-            moment = utils.safe_get_full_optimizer_state(parameter, kind) if made else torch.zeros_like(weight)
-            yield kind, name, moment.detach().float().cpu()
+            moment = None
+            if made and kind in engine.moments[parameter]:
+                moment = utils.safe_get_full_optimizer_state(parameter, kind)
+            yield kind, name, torch.zeros_like(weight) if moment is None else moment.detach().float().cpu()
 
 
 def optimizer_step_count(engine: Engine) -> int:
@@ -144,23 +147,28 @@ def _range(engine: Engine, parameter: nn.Parameter) -> tuple[int, int]:
     return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
 
+def _has_moment(parameter: nn.Parameter, kind: str) -> bool:
+    if _is_zero3(parameter):
+        states = parameter._z3_optimizer.optimizer.state.values()  # type: ignore[attr-defined]
+        return any(kind in state for state in states)
+    return kind in parameter._hp_mapping.optim_fragment  # type: ignore[attr-defined]
+
+
 def _moments_exist(optimizer: Any) -> bool:
     return any("exp_avg" in state for state in optimizer.state.values())
 
 
 def _make_moments(engine: Engine) -> None:
-    """Creates the moments that AdamW would create in its first step, in the flat partitions."""
+    """Creates the moments that the optimizer would create in its first step, in the flat partitions."""
     optimizer, base = engine.optimizer, engine.base_optimizer
-    sharded_weights = engine.config.parallel.zero_stage == 3
-    flats = (
-        optimizer.fp32_partitioned_groups_flat
-        if sharded_weights
-        else [parameter for group in base.param_groups for parameter in group["params"]]
-    )
-    for flat in flats:
+    if engine.config.parallel.zero_stage == 3:  # all groups of such an optimizer have the same moments
+        flats = [(flat, base.param_groups[0]) for flat in optimizer.fp32_partitioned_groups_flat]
+    else:
+        flats = [(flat, group) for group in base.param_groups for flat in group["params"]]
+    for flat, group in flats:
         base.state[flat] = {
             "step": torch.tensor(0.0),
-            **{kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS},
+            **{kind: torch.zeros_like(flat, requires_grad=False) for kind in group["moments"]},
         }
     _link_moments(engine)
 

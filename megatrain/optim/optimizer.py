@@ -1,39 +1,70 @@
 """Optimizers and their parameter groups."""
 
+import fnmatch
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatrain.config.schema import OptimizerConfig
+from megatrain.optim.lion import Lion
+from megatrain.optim.muon import MatrixPart, Muon
+
+_NOT_ORTHOGONAL = ("embedding.*", "head.*", "*.router.*")  # rows are looked up or scored one by one
 
 
-def parameter_groups(parameters: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (norms, biases) do not. ``parameters``: (canonical name, parameter)."""
-    groups = [
-        {"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (norms, biases) do not; the last rule whose pattern fits a name overrides.
+
+    ``parameters``: (canonical name, parameter). Each group says by which factor its learning rate differs
+    (``lr_scale``), with Muon whether its matrices are orthogonalised, and which moments its weights have.
+    Experts that are spread over ranks stand apart, with DeepSpeed's marks (engine/experts.py).
+    """
+    groups: dict[tuple[float, float, bool, str | None], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        decay, lr_scale = (config.weight_decay if parameter.dim() >= 2 else 0.0), 1.0
+        for rule in config.rules:
+            if fnmatch.fnmatchcase(name, rule.pattern):
+                decay = decay if rule.weight_decay is None else rule.weight_decay
+                lr_scale = rule.lr_scale
+        matrix = config.name == "muon" and parameter.dim() == 2 and not _fits_any(name, _NOT_ORTHOGONAL)
+        spread = getattr(parameter, "group_name", None)
+        groups.setdefault((decay, lr_scale, matrix, spread), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": decay,
+            "lr_scale": lr_scale,
+            "orthogonal": matrix,
+            "moments": ("exp_avg",) if matrix or config.name == "lion" else ("exp_avg", "exp_avg_sq"),
+            **({} if spread is None else {"name": spread, "moe": True}),
+        }
+        for (decay, lr_scale, matrix, spread), members in groups.items()
     ]
-    return [part for group in groups for part in _experts_apart(group)]
 
 
-def _experts_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Spread experts in a group of their own, with DeepSpeed's marks of one (engine/experts.py); no empty groups."""
-    names = {getattr(parameter, "group_name", None): None for parameter in group["params"]}  # in their order
-    parts = []
-    for name in names:
-        members = [p for p in group["params"] if getattr(p, "group_name", None) == name]
-        parts.append({**group, "params": members, **({} if name is None else {"name": name, "moe": True})})
-    return parts
+def build_optimizer(
+    parameters: list[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    tp_group: dist.ProcessGroup | None = None,
+    shard_group: dist.ProcessGroup | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of ``config.name``, FP32; AdamW fused where the weights are on a GPU.
+
+    Args:
+        tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both.
+    """
+    groups, betas = parameter_groups(parameters, config), (config.beta1, config.beta2)
+    if config.name == "lion":
+        return Lion(groups, lr=config.lr, betas=betas)
+    if config.name == "muon":
+        for group in groups:
+            group["parts"] = [MatrixPart.of(parameter) for parameter in group["params"]]
+        return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
+    fused = True if parameters[0][1].is_cuda else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 
-def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, fused where the weights are on a GPU."""
-    on_gpu = parameters[0][1].is_cuda
-    return torch.optim.AdamW(
-        parameter_groups(parameters, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True if on_gpu else None,
-    )
+def _fits_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 SHARED = {"__init__", "paired"}
 SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
+    "bubble": ["--pp", "2", "--factors", "2"],
     "start": ["--repeats", "1"],
     "step": ["--repeats", "1"],
     "throughput": ["--batch", "1", "--steps", "1", "--eager"],

@@ -16,7 +16,7 @@ def layout(schedule: str, pp: int) -> ParallelConfig:
     return ParallelConfig.model_validate({"pp": pp, "pp_schedule": schedule, "stages_per_rank": stages})
 
 
-@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("pp", [2, 5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_all_work_is_done_once_where_the_stages_stand(schedule: str, pp: int) -> None:
     parallel, num_micro_batches = layout(schedule, pp), 2 * pp
@@ -30,8 +30,8 @@ def test_all_work_is_done_once_where_the_stages_stand(schedule: str, pp: int) ->
     assert len(done) == 3 * num_stages(parallel) * num_micro_batches
 
 
-@pytest.mark.parametrize("factor", [2, 4, 8])
-@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.parametrize("pp", [2, 5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_idle_share_is_that_of_theory(schedule: str, pp: int, factor: int) -> None:
     drawn = timeline(layout(schedule, pp), factor * pp)

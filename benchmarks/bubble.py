@@ -1,0 +1,128 @@
+"""Idle time of pipeline schedules, with stages that sleep known times, against theory.
+
+    python -m benchmarks.bubble --pp 2 4 --factors 1 2 4 8
+
+Each rank is a process; a stage sleeps for a forward, an input gradient and a weight gradient and computes next to
+nothing, so what is lost is the schedule's own. Theory is the time of the same actions with messages that take none
+(megatrain/plan/schedule.py); printed is what the measured step takes beyond it, as a share.
+"""
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatrain.config.schema import ParallelConfig
+from megatrain.config.stages import SCHEDULES, num_stages, own_stages
+from megatrain.plan.schedule import timeline
+
+UNIT = 0.02  # seconds of each F, I and W
+REPEATS = 3
+
+
+class _Nap(torch.autograd.Function):
+    """x, with a nap for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        time.sleep(UNIT)
+        return gradient
+
+
+class SleepingStage(nn.Module):
+    """A pipeline stage [B, 1] -> [B, 1] that takes UNIT for each kind of work; the last returns losses [B]."""
+
+    def __init__(self, first: bool, last: bool):
+        super().__init__()
+        self.first, self.last = first, last
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        if self.first:
+            x = x.float()
+            x.requires_grad_(torch.is_grad_enabled())  # its input gradient takes as long as any other
+        time.sleep(UNIT)
+        x = _Nap.apply(x) + _Nap.apply(self.weight)  # apart, so that each gradient can be computed without the other
+        return x.sum(1) if self.last else x
+
+
+def step_seconds(parallel: ParallelConfig, num_micro_batches: int) -> float:
+    """Seconds of a step, from a barrier to the end of the last rank; the median of some."""
+    from megatrain.parallel.mesh import build_mesh, topology_of
+    from megatrain.parallel.pipeline import Pipeline, StepInput
+
+    mesh = build_mesh(topology_of(parallel), torch.device("cpu"))
+    total = num_stages(parallel)
+    stages: list[nn.Module] = [
+        SleepingStage(stage == 0, stage == total - 1) for stage in own_stages(parallel, mesh.coordinate("pp"))
+    ]
+    pipeline = Pipeline(stages, parallel, 1, mesh, lambda: None)
+    ones = torch.ones(num_micro_batches, 1)
+    batch = StepInput(ones, ones.long(), ones[:, 0].long(), None)
+    pipeline.forward_backward(batch)
+    times = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        start = time.perf_counter()
+        pipeline.forward_backward(batch)
+        times.append(time.perf_counter() - start)
+    spent = torch.tensor(statistics.median(times))
+    dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+    return float(spent)
+
+
+def run_rank(rank: int, pp: int, port: int, schedules: list[str], factors: list[int]) -> dict[tuple[str, int], float]:
+    """All measurements of one pipeline size, on one rank: seconds by (schedule, micro-batches)."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(pp), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    wanted = [(schedule, factor * pp) for schedule in schedules for factor in factors]
+    wanted = [(schedule, count) for schedule, count in wanted if schedule != "dualpipev" or count >= 2 * pp]
+    found = {key: step_seconds(layout(key[0], pp), key[1]) for key in wanted}
+    dist.destroy_process_group()
+    return found
+
+
+def layout(schedule: str, pp: int) -> ParallelConfig:
+    stages = SCHEDULES[schedule].least_stages
+    return ParallelConfig.model_validate({"pp": pp, "dp": 1, "pp_schedule": schedule, "stages_per_rank": stages})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pp", nargs="+", type=int, default=[2, 4, 8], help="pipeline sizes")
+    parser.add_argument("--factors", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches over pp")
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="which schedules")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {UNIT * 1000:g} ms a unit")
+    print("schedule | pp | micro-batches | idle in theory | measured s | theory s | beyond theory")
+    for pp in options.pp:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with multiprocessing.get_context("spawn").Pool(pp) as pool:
+            tasks = [(rank, pp, port, options.schedules, options.factors) for rank in range(pp)]
+            measured = pool.starmap(run_rank, tasks, chunksize=1)[0]
+        for (schedule, count), seconds in measured.items():
+            ideal = timeline(layout(schedule, pp), count)
+            expected = ideal.duration * UNIT
+            print(
+                f"{schedule} | {pp} | {count} | {100 * ideal.theory:.2f} % | {seconds:.3f} | {expected:.3f} | "
+                f"{100 * (seconds / expected - 1):.2f} %"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""What each rule forbids, and what it then says."""
+
+from typing import Any
+
+# overrides, ranks that were started, key, value, what the message says, what the cure says
+CASES: list[tuple[str, int | None, str, Any, str, str]] = [
+    ("model.num_heads=7", None, "model.num_heads", 7, "does not divide model.hidden_size = 256", "a multiple of 7"),
+    (
+        "model.hidden_size=24 model.num_heads=8", None, "model.num_heads", 8,
+        "heads of width 3 (model.hidden_size = 24 / num_heads); rotary positions turn pairs", "choose one of these",
+    ),
+    ("model.hidden_size=9 model.num_heads=3", None, "model.num_heads", 3, "must be even", "an even model.hidden_size"),
+    ("model.num_kv_heads=3", None, "model.num_kv_heads", 3, "does not divide model.num_heads = 8", "leave it out"),
+    ("model.num_kv_heads=16", None, "model.num_kv_heads", 16, "does not divide model.num_heads = 8", "choose one"),
+    ("model.head_width=7", None, "model.head_width", 7, "is odd; rotary positions turn pairs", "to 8"),
+    (
+        "model.vocab_padding=50 model.vocab_size=50", None, "model.vocab_padding", 50,
+        "leaves no token of model.vocab_size = 50 rows", "count the rows",
+    ),
+    (
+        "model.rope_scaling=llama3 model.rope_low_freq_factor=4.5", None, "model.rope_high_freq_factor", 4.0,
+        "is not more than model.rope_low_freq_factor = 4.5", "lower model.rope_low_freq_factor",
+    ),
+    (
+        "model.rope_scaling=yarn model.rope_beta_slow=32.0", None, "model.rope_beta_fast", 32.0,
+        "is not more than model.rope_beta_slow = 32.0", "raise model.rope_beta_fast",
+    ),
+    (
+        'data.train={"a":{"path":"x","weight":0}}', None, "data.train", {"a": "0"}, "has weights that sum to 0",
+        "leave the weights out",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{"b":1}}]', None,
+        "data.weight_schedule.0.weights", ["b"], "are no sources", "name sources of data.train: a",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{"a":0}}]', None,
+        "data.weight_schedule.0.weights", {"a": "0"}, "makes all weights 0", "give a source a weight",
+    ),
+    (
+        'data.train={"a":"x"} data.weight_schedule=[{"from_sample":5,"weights":{}},{"from_sample":5,"weights":{}}]',
+        None, "data.weight_schedule.1.from_sample", 5, "does not come after sample 5", "in the order of their samples",
+    ),
+    (
+        'train.ramp=[{"until_step":100}]', None, "train.ramp.0.until_step", 100,
+        "does not come after step 0 and before the last", "all before train.steps = 100",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"seq_len":64,"global_batch_size":2}] data.seq_len=256', None,
+        "train.ramp.0.seq_len", 64,
+        "does not cut whole samples of data.seq_len = 256 tokens into 2 sequences", "that divides 2",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"seq_len":64}] data.seq_len=256 data.sequences=pack_documents', None,
+        "train.ramp.0.seq_len", 64, "would cut the documents of data.sequences = pack_documents", "leave it out",
+    ),
+    (
+        'train.ramp=[{"until_step":9,"global_batch_size":3}] train.micro_batch_size=2 data.seq_len=256', None,
+        "train.ramp.0.global_batch_size", 3, "is not divisible by the 2 sequences", "to 2 or 4",
+    ),
+    ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
+    (
+        "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,
+        "more ranks asked for than started: tp 2 × cp 1 × pp 2 × dp 1 = 4 ranks, 2 were started", "--num_gpus 4",
+    ),
+    ("parallel.dp=8", 1, "parallel.dp", 8, "tp 1 × cp 1 × pp 1 × dp 8 = 8 ranks, 1 was started", "start 8 ranks"),
+    ("parallel.dp=2", 4, "parallel.dp", 2, "fewer ranks asked for than started", "leave parallel.dp out"),
+    ("parallel.tp=4", 6, "parallel.tp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
+    ("parallel.tp=2 model.vocab_size=50257", None, "model.vocab_size", 50257, "by parallel.tp = 2", "to 50258"),
+    (
+        "parallel.tp=8 model.num_kv_heads=4", None, "model.num_kv_heads", 4,
+        "is not divisible by parallel.tp = 8", "a size that divides all that it splits: 1, 2, 4",
+    ),
+    ("parallel.tp=2 model.ffn_hidden_size=33", None, "model.ffn_hidden_size", 33, "by parallel.tp = 2", "to 34"),
+    (
+        "parallel.tp=3 model.vocab_size=9 model.ffn_hidden_size=9", None, "model.num_heads", 8,
+        "is not divisible by parallel.tp = 3", "all that it splits: 1",
+    ),
+    (
+        "parallel.sequence_parallel=true", None, "parallel.sequence_parallel", True,
+        "has no ranks to split the sequence over: parallel.tp = 1", "to false, or parallel.tp to 2",
+    ),
+    (
+        "parallel.sequence_parallel=true parallel.tp=2 data.seq_len=31", None, "data.seq_len", 31,
+        "is not divisible by parallel.tp = 2", "set data.seq_len to 30",
+    ),
+    (
+        "parallel.cp=2 data.seq_len=250", None, "data.seq_len", 250,
+        "is not divisible by parallel.cp = 2 × 2 (parallel.cp_method = all_gather)", "set data.seq_len to 248",
+    ),
+    (
+        "parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255", None, "model.num_heads", 8,
+        "is not divisible by parallel.tp = 1 × parallel.cp = 3", "set parallel.cp to one of 1, 2, 4, 8",
+    ),
+    (
+        "parallel.cp=4 parallel.tp=4 parallel.cp_method=ulysses", None, "model.num_heads", 8,
+        "by parallel.tp = 4 × parallel.cp = 4", "one of 1, 2, or parallel.cp_method to all_gather",
+    ),
+    (
+        "parallel.cp=3 parallel.tp=2 parallel.sequence_parallel=true parallel.cp_method=ulysses data.seq_len=255 "
+        "model.num_heads=12 model.hidden_size=48", None, "data.seq_len", 255,
+        "is not divisible by parallel.tp = 2 × parallel.cp = 3, over which", "set data.seq_len to 252",
+    ),
+    (
+        "parallel.ep=3 model.num_experts=6", 4, "parallel.ep", 3,
+        "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these",
+    ),
+    (
+        "model.num_experts=4 model.experts_per_token=5", None, "model.experts_per_token", 5,
+        "more than model.num_experts = 4", "lower model.experts_per_token",
+    ),
+    (
+        "model.num_experts=8 model.router_groups=3", None, "model.router_groups", 3,
+        "does not divide model.num_experts = 8", "choose one of these",
+    ),
+    (
+        "model.num_experts=8 model.router_groups=4 model.experts_per_token=3", None,
+        "model.router_groups_per_token", 1,
+        "groups of 2 experts, of model.router_groups = 4, must hold model.experts_per_token = 3", "set model.router",
+    ),
+    (
+        "model.num_shared_experts=1", None, "model.num_shared_experts", 1,
+        "is of a mixture of experts, and model.num_experts is not set", "set model.num_experts",
+    ),
+    ("model.expert_capacity=1.5", None, "model.expert_capacity", 1.5, "is of a mixture", "leave model.expert_capacity"),
+    (
+        "model.num_experts=4 model.num_dense_layers=4", None, "model.num_dense_layers", 4,
+        "leaves none of model.num_layers = 4 blocks", "a dense model",
+    ),
+    ("parallel.ep=2", None, "parallel.ep", 2, "has no experts to share", "or model.num_experts"),
+    (
+        "parallel.ep=4 model.num_experts=6", None, "model.num_experts", 6,
+        "is not divisible by parallel.ep = 4", "to 8, or parallel.ep to one of 1, 2, 3, 6",
+    ),
+    (
+        "parallel.tp=2 model.num_experts=4 model.expert_hidden_size=33", None, "model.expert_hidden_size", 33,
+        "is not divisible by parallel.tp = 2", "to 34, or parallel.tp to one of 1, 3, 11, 33",
+    ),
+    (
+        "parallel.ep=2 model.num_experts=4 parallel.zero_stage=3", None, "parallel.zero_stage", 3,
+        "ZeRO-3 shards every weight over all data-parallel ranks, and these hold different experts", "to 2, or",
+    ),
+    ("parallel.cp=4", 6, "parallel.cp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
+    ("parallel.pp=5 model.num_layers=4", None, "model.num_layers", 4, "less than the 5 pipeline stages", "use 5"),
+    (
+        "parallel.pp=2 parallel.zero_stage=2", None, "parallel.zero_stage", 2,
+        "ZeRO-2 and ZeRO-3 partition gradients inside backward hooks", "set parallel.zero_stage to 0 or 1",
+    ),
+    (
+        "parallel.pp=2 parallel.zero_stage=3", None, "parallel.zero_stage", 3,
+        "a pipeline schedule's backward for several micro-batches does not go through", "or parallel.pp to 1",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2", None, "parallel.stages_per_rank", 2,
+        "does not fit parallel.pp_schedule = 1f1b", "or parallel.pp_schedule to interleaved_1f1b",
+    ),
+    (
+        "parallel.pp=2 parallel.pp_schedule=interleaved_1f1b", None, "parallel.stages_per_rank", 1,
+        "does not fit parallel.pp_schedule = interleaved_1f1b", "set parallel.stages_per_rank to 2",
+    ),
+    (
+        "parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b", None, "parallel.stages_per_rank", 2,
+        "needs a pipeline, and parallel.pp = 1", "set parallel.pp to 2 or more",
+    ),
+    (
+        "train.global_batch_size=10 train.micro_batch_size=4", None, "train.global_batch_size", 10,
+        "by the 4 sequences that are computed at once: train.micro_batch_size = 4",
+        "to 8 or 12, or train.micro_batch_size to one of 1, 2, 5, 10",
+    ),
+    (
+        "train.global_batch_size=10 train.micro_batch_size=2", 4, "train.global_batch_size", 10,
+        "× dp = 4", "set train.global_batch_size to 8 or 16",
+    ),
+    ("train.global_batch_size=1", 2, "train.global_batch_size", 1, "× dp = 2", "set train.global_batch_size to 2"),
+    (
+        "parallel.pp=4 train.global_batch_size=2", None, "train.global_batch_size", 2,
+        "makes 2 micro-batches of a rank in a step: too few for 1f1b with parallel.pp = 4",
+        "set train.global_batch_size to 4, lower",
+    ),
+    (
+        "parallel.pp=2 train.global_batch_size=4", 8, "train.global_batch_size", 4,
+        "makes 1 micro-batches", "set train.global_batch_size to 8, lower",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=10",
+        4, "train.global_batch_size", 10,
+        "makes 5 micro-batches of a rank in a step; interleaved_1f1b runs them in 2 equal rounds", "to 8 or 12",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_zero_bubble "
+        "train.global_batch_size=5", 2, "train.global_batch_size", 5,
+        "makes 5 micro-batches of a rank in a step; interleaved_zero_bubble runs them in 2 equal rounds", "to 4 or 6",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=dualpipev train.global_batch_size=3", 2,
+        "train.global_batch_size", 3, "too few for dualpipev with parallel.pp = 2, which keeps 4", "to 4, lower",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=3 parallel.pp_schedule=zbv model.num_layers=6", None,
+        "parallel.stages_per_rank", 3, "does not fit parallel.pp_schedule = zbv", "set parallel.stages_per_rank to 2",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=gpipe", None,
+        "parallel.stages_per_rank", 2, "does not fit parallel.pp_schedule = gpipe", "set parallel.stages_per_rank to 1",
+    ),
+    (
+        "parallel.pp=2 parallel.stage_layers=[3,2]", None, "parallel.stage_layers", [3, 2],
+        "names 2 stages with 5 blocks together; there are 2 stages", "or leave it out",
+    ),
+    (
+        "parallel.stage_layers=[2,2]", None, "parallel.stage_layers", [2, 2], "there are 1 stages", "correct the list",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=zbv train.activation_checkpointing=full", None,
+        "train.activation_checkpointing", "full", "cannot be used with parallel.pp_schedule = zbv", "to none or",
+    ),
+    (
+        "parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=dualpipev train.compile=true", None,
+        "train.compile", True, "cannot be used with parallel.pp_schedule = dualpipev", "set train.compile to false",
+    ),
+    (
+        "parallel.zero_stage=3 train.activation_checkpointing=budget", None, "train.activation_checkpointing", "budget",
+        "cannot be used with parallel.zero_stage = 3", "to full, or parallel.zero_stage to 2",
+    ),
+    (
+        "optimizer.name=muon parallel.zero_stage=3", None, "optimizer.name", "muon",
+        "cannot be used with parallel.zero_stage = 3", "to adamw or lion, or parallel.zero_stage to 0",
+    ),
+    (
+        "offload.parameters=cpu", None, "offload.parameters", "cpu",
+        "needs parallel.zero_stage = 3 or more, and it is 1", "set parallel.zero_stage to 3",
+    ),
+    (
+        "offload.optimizer=nvme parallel.zero_stage=3", None, "offload.nvme_path", None,
+        "names no folder, and offload.optimizer = nvme", "set offload.nvme_path",
+    ),
+    (
+        "optimizer.name=cpu_adamw", None, "optimizer.name", "cpu_adamw", "updates weights in host memory",
+        "set offload.optimizer to cpu",
+    ),
+    (
+        "optimizer.name=muon offload.optimizer=cpu", None, "offload.optimizer", "cpu",
+        "cannot be used with optimizer.name = muon", "set offload.optimizer to none",
+    ),
+    (
+        "offload.optimizer=cpu parallel.pp=2", None, "offload.optimizer", "cpu",
+        "cannot be used with a pipeline (parallel.pp = 2)", "or parallel.pp to 1",
+    ),
+    ("schedule.warmup_steps=101", None, "schedule.warmup_steps", 101, "more than train.steps = 100", "more than 101"),
+    (
+        "schedule.warmup_steps=20 schedule.decay_steps=20", None, "schedule.decay_steps", 20,
+        "the warm-up lasts until schedule.warmup_steps = 20", "leave it out (train.steps = 100)",
+    ),
+    (
+        "schedule.name=wsd schedule.warmup_steps=50 schedule.decay_steps=60", None, "schedule.decay_steps", 60,
+        "does not fit behind schedule.warmup_steps = 50 into train.steps = 100", "to 50 or less",
+    ),
+    ("schedule.name=wsd schedule.warmup_steps=100", None, "schedule.decay_steps", 10, "does not fit", "raise train"),
+    ("precision.initial_loss_scale=1000", None, "precision.initial_loss_scale", 1000, "power of 2", "to 512 or 1024"),
+    ("precision.min_loss_scale=3", None, "precision.min_loss_scale", 3, "power of 2", "to 2 or 4"),
+    (
+        "precision.min_loss_scale=131072", None, "precision.min_loss_scale", 131072,
+        "more than precision.initial_loss_scale = 65536", "lower precision.min_loss_scale",
+    ),
+    ("deepspeed.train_batch_size=8", None, "deepspeed.train_batch_size", 8, "decided by", "train.global_batch_size"),
+]  # fmt: skip

@@ -1,0 +1,95 @@
+"""Lion and Muon against their papers' formulas, and which parameters fall into which group."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from megatrain.config.schema import OptimizerConfig
+from megatrain.models.build import build_model
+from megatrain.optim.lion import Lion
+from megatrain.optim.muon import orthogonalize
+from megatrain.optim.optimizer import build_optimizer, parameter_groups
+from tests.layouts import ONE_PROCESS, run_config
+
+
+def test_lion_is_algorithm_2() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Lion([weight], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    expected, momentum = weight.detach().clone(), torch.zeros(3)
+    for step in range(3):
+        gradient = torch.tensor([0.3, -0.1, 0.0]) * (-1.0) ** step
+        weight.grad = gradient.clone()
+        optimizer.step()
+        direction = torch.sign(0.9 * momentum + 0.1 * gradient)
+        expected = expected - 0.1 * (direction + 0.5 * expected)
+        momentum = 0.99 * momentum + 0.01 * gradient
+    torch.testing.assert_close(weight.detach(), expected)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], momentum)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrix) / (0.2 * math.sqrt(max(shape)))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = (left.T @ result @ right.T).diagonal()
+    assert ((values > 0.6) & (values < 1.3)).all(), "five iterations bring singular values so near to 1"
+    off = left.T @ result @ right.T - torch.diag(values)
+    assert off.abs().max() < 1e-4, "singular vectors stay"
+
+
+def test_an_update_of_muon_is_as_large_as_adamws() -> None:
+    update = orthogonalize(torch.randn(32, 96, generator=torch.Generator().manual_seed(1)))
+    assert 0.1 < float(update.pow(2).mean().sqrt()) < 0.3
+
+
+def test_muons_adamw_is_torchs() -> None:
+    config = OptimizerConfig(name="muon", lr=1e-2)
+    torch.manual_seed(0)
+    mine, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    a = build_optimizer([("final_norm.weight", mine)], config)
+    b = torch.optim.AdamW([theirs], lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0)
+    for _ in range(4):
+        mine.grad = torch.randn(5)
+        theirs.grad = mine.grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(mine, theirs)
+
+
+def groups_of(**options: object) -> dict[str, dict]:
+    model = build_model(run_config("llama", ONE_PROCESS).model, seed=1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    config = OptimizerConfig.model_validate(options)
+    groups = parameter_groups(list(model.named_parameters()), config)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return {names[parameter]: group for group in groups for parameter in group["params"]}
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    groups = groups_of(weight_decay=0.2)
+    assert groups["layers.0.attention.output.weight"]["weight_decay"] == 0.2
+    assert groups["layers.0.attention_norm.weight"]["weight_decay"] == 0.0
+
+
+def test_the_last_rule_that_fits_counts() -> None:
+    rules = [
+        {"pattern": "layers.*", "lr_scale": 0.5},
+        {"pattern": "layers.0.*", "lr_scale": 0.1, "weight_decay": 0.0},
+        {"pattern": "*norm.weight", "weight_decay": 0.3},
+    ]
+    groups = groups_of(weight_decay=0.2, rules=rules)
+    assert (groups["layers.1.feed_forward.up.weight"]["lr_scale"], groups["head.weight"]["lr_scale"]) == (0.5, 1.0)
+    first = groups["layers.0.feed_forward.up.weight"]
+    assert (first["lr_scale"], first["weight_decay"]) == (0.1, 0.0)
+    assert groups["final_norm.weight"]["weight_decay"] == 0.3
+
+
+def test_muon_takes_the_matrices_of_blocks() -> None:
+    groups = groups_of(name="muon")
+    orthogonal = {name for name, group in groups.items() if group["orthogonal"]}
+    assert "layers.3.attention.query_key_value.weight" in orthogonal
+    assert not orthogonal & {"embedding.word.weight", "head.weight", "final_norm.weight"}
+    assert groups["layers.3.attention.output.weight"]["moments"] == ("exp_avg",)
