@@ -39,6 +39,8 @@ def converted(options: argparse.Namespace) -> str:
         shard_bytes=int(options.shard_gb * 10**9),
         vocab_multiple=options.vocab_multiple,
         tokenizer=options.tokenizer,
+        model_file=options.model,
+        trust_pickle=options.trust_pickle,
     )
     request = Request(options.source, options.target, options.to, not options.no_verify, options.proof_tokens, choices)
     record = convert(request)
@@ -56,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder in any of the formats")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--to", required=True, choices=["megatrain", "huggingface"], help="format of the target")
+    parser.add_argument(
+        "--to", required=True, choices=["megatrain", "huggingface", "megatron"], help="format of the target"
+    )
     add = parser.add_argument
     about = "of the weights for Hugging Face; training states are always float32"
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help=about)
@@ -65,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-multiple", type=int, default=1, metavar="N", help=about)
     about = "tokenizer.json or a folder with a tokenizer; default: what lies beside the source"
     add("--tokenizer", type=Path, help=about)
+    about = "config file that says what model the source is, where its format does not (default: its model.yaml)"
+    add("--model", type=Path, help=about)
+    about = "open a source that is a pickle, which can run any code; only for files from people you trust"
+    add("--trust-pickle", action="store_true", help=about)
     about = "longest sequence of the proof, which both models run in FP32"
     add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")

@@ -8,6 +8,7 @@ import torch
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
+from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter, iteration_folder
 from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
 from megatrain.checkpoint.convert.runners import Runner, hugging_face_runner, own_runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
@@ -22,13 +23,16 @@ class Choices:
     """What a person may choose.
 
     ``dtype``: of the weights in Hugging Face's files; ``vocab_multiple``: pad an imported vocabulary to a multiple;
-    ``tokenizer``: a file or folder, by default what lies beside the source.
+    ``tokenizer``: a file or folder, by default what lies beside the source; ``model_file``: a config that says what
+    model the source is, where its format does not; ``trust_pickle``: the source may be opened though it is a pickle.
     """
 
     dtype: torch.dtype = torch.float32
     shard_bytes: int = 5 * 10**9
     vocab_multiple: int = 1
     tokenizer: Path | None = None
+    model_file: Path | None = None
+    trust_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,16 @@ def _run_here(reader: Reader, dtype: torch.dtype) -> Runner:
     return own_runner(Weights(reader), dtype)
 
 
+def _read_megatron(path: Path, choices: Choices) -> Reader:
+    folder = iteration_folder(path)
+    assert folder is not None
+    return MegatronReader(folder, choices.model_file, choices.trust_pickle)
+
+
+def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
+    return MegatronWriter(folder, reader.model, choices.dtype, choices.shard_bytes, reader.step)
+
+
 FORMATS = {
     "megatrain": Format(
         lambda path: _native_checkpoint(path) is not None, _read_native, _write_native, _run_here
@@ -105,5 +119,8 @@ FORMATS = {
         lambda path, choices: HuggingFaceReader(path, choices.vocab_multiple),
         _write_hugging_face,
         _run_hugging_face,
+    ),
+    "megatron": Format(
+        lambda path: iteration_folder(path) is not None, _read_megatron, _write_megatron, _run_here
     ),
 }  # fmt: skip

@@ -4,10 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import Line, canonical_shapes
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
@@ -60,8 +60,7 @@ class NativeWriter:
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Makes room, and writes the model's part of a config that goes on from the checkpoint."""
         self._writer.prepare()
-        values = {"model": self.model.model_dump(mode="json")}
-        (self._writer.folder / "model.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_model(self._writer.folder, self.model)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """A tensor, whole."""

@@ -1,0 +1,34 @@
+"""``model.yaml``: the model's part of a config, beside weights in formats that do not say what model they are."""
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.config.derive import resolve_model
+from megatrain.config.schema import ModelConfig
+
+NAME = "model.yaml"
+
+
+def write_model(folder: Path, model: ModelConfig) -> None:
+    """Writes ``folder/model.yaml``."""
+    text = yaml.safe_dump({"model": model.model_dump(mode="json")}, sort_keys=False)
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def read_model(folder: Path, given: Path | None) -> ModelConfig:
+    """The resolved model of a config file that was given, or else of ``folder/model.yaml``.
+
+    Raises:
+        ConversionError: there is neither, or it holds no valid model.
+    """
+    path = given or folder / NAME
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        return resolve_model(ModelConfig.model_validate(values))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} is missing: --model names a config file that says what model it is") from error
+    except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path} holds no valid section `model`: {error}") from error
