@@ -41,6 +41,7 @@ def converted(options: argparse.Namespace) -> str:
         tokenizer=options.tokenizer,
         model_file=options.model,
         trust_pickle=options.trust_pickle,
+        zero_ranks=options.zero_ranks,
     )
     request = Request(options.source, options.target, options.to, not options.no_verify, options.proof_tokens, choices)
     record = convert(request)
@@ -59,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="a folder in any of the formats")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
     parser.add_argument(
-        "--to", required=True, choices=["megatrain", "huggingface", "megatron"], help="format of the target"
+        "--to",
+        required=True,
+        choices=["megatrain", "huggingface", "megatron", "deepspeed", "universal"],
+        help="format of the target",
     )
     add = parser.add_argument
     about = "of the weights for Hugging Face; training states are always float32"
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trust-pickle", action="store_true", help=about)
     about = "longest sequence of the proof, which both models run in FP32"
     add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
+    add("--zero-ranks", type=int, default=1, metavar="N", help="data-parallel ranks of a DeepSpeed checkpoint to write")
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
     add("--debug", action="store_true", help="show tracebacks")
     return parser

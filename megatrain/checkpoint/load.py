@@ -113,6 +113,8 @@ def _ahead(
 
 def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, where: Placement) -> Tensor | None:
     """[size] FP32, from the rows that the fragment touches; None if they were read into their place at once."""
+    if kind not in {there for there, _ in reader.arrays}:  # moments, which a converted model does not have
+        return torch.zeros(fragment.size)
     row_elements = torch.Size(where.shape[1:]).numel()
     first = fragment.start // row_elements
     last = -(-(fragment.start + fragment.size) // row_elements)

@@ -33,7 +33,7 @@ def resume_and_train(layout: Layout, folder: str) -> tuple[Trained, list[list[fl
     from megatrain.checkpoint.load import load_checkpoint
 
     engine = build_engine(run_config("gpt", layout, model=MODELS["gpt"], optimizer=OPTIMIZER))
-    load_checkpoint(engine, Path(folder) / "step-00000003", {})
+    load_checkpoint(engine, Path(folder) / "step-00000003", lambda data, step: None)
     biases = engine.routers.biases.tolist()
     return train_steps(engine, 4, 6), biases
 

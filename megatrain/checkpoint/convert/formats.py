@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from megatrain.checkpoint.convert.deepspeed_read import UniversalReader, ZeroReader, is_universal, is_zero
+from megatrain.checkpoint.convert.deepspeed_write import UniversalWriter, ZeroWriter
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
 from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter, iteration_folder
@@ -22,9 +24,10 @@ EXTRAS = "huggingface"
 class Choices:
     """What a person may choose.
 
-    ``dtype``: of the weights in Hugging Face's files; ``vocab_multiple``: pad an imported vocabulary to a multiple;
-    ``tokenizer``: a file or folder, by default what lies beside the source; ``model_file``: a config that says what
-    model the source is, where its format does not; ``trust_pickle``: the source may be opened though it is a pickle.
+    ``dtype``: of the weights in Hugging Face's and Megatron-core's files; ``vocab_multiple``: pad an imported
+    vocabulary to a multiple; ``tokenizer``: a file or folder, by default what lies beside the source;
+    ``model_file``: a config that says what model the source is, where its format does not; ``trust_pickle``: the
+    source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write.
     """
 
     dtype: torch.dtype = torch.float32
@@ -33,6 +36,7 @@ class Choices:
     tokenizer: Path | None = None
     model_file: Path | None = None
     trust_pickle: bool = False
+    zero_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,24 @@ def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
 
 
 FORMATS = {
-    "megatrain": Format(
-        lambda path: _native_checkpoint(path) is not None, _read_native, _write_native, _run_here
-    ),
+    "megatrain": Format(lambda path: _native_checkpoint(path) is not None, _read_native, _write_native, _run_here),
     "huggingface": Format(
         lambda path: (path / CONFIG).is_file(),
         lambda path, choices: HuggingFaceReader(path, choices.vocab_multiple),
         _write_hugging_face,
         _run_hugging_face,
     ),
-    "megatron": Format(
-        lambda path: iteration_folder(path) is not None, _read_megatron, _write_megatron, _run_here
+    "megatron": Format(lambda path: iteration_folder(path) is not None, _read_megatron, _write_megatron, _run_here),
+    "deepspeed": Format(
+        is_zero,
+        lambda path, choices: ZeroReader(path, choices.model_file, choices.trust_pickle),
+        lambda folder, reader, choices: ZeroWriter(folder, reader.model, reader.step, choices.zero_ranks),
+        _run_here,
     ),
-}  # fmt: skip
+    "universal": Format(
+        is_universal,
+        lambda path, choices: UniversalReader(path, choices.model_file, choices.trust_pickle),
+        lambda folder, reader, choices: UniversalWriter(folder, reader.model, reader.step),
+        _run_here,
+    ),
+}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import Line, canonical_shapes
+from megatrain.checkpoint.convert.table import identity
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.config.derive import resolve_model
@@ -27,7 +27,7 @@ class NativeReader:
     def __init__(self, path: Path):
         self.path, self._reader = path, CheckpointReader(path)
         self.model = resolve_model(ModelConfig.model_validate(self._reader.state["model"]))
-        self.table = _identity(self.model)
+        self.table = identity(self.model)
         self.kinds = tuple(dict.fromkeys(kind for kind, _ in self._reader.arrays))
         self.step = self._reader.step
 
@@ -54,7 +54,7 @@ class NativeWriter:
     kinds: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
     def __init__(self, folder: Path, model: ModelConfig, step: int):
-        self.model, self.table = model, _identity(model)
+        self.model, self.table = model, identity(model)
         self._writer = CheckpointWriter(folder, step, RUN_ID)
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
@@ -78,10 +78,7 @@ class NativeWriter:
             "router_biases": {},
             "seeds": {},
             "data": {},
+            "tokens": 0,
             "model": self.model.model_dump(mode="json"),
         }
         self._writer.commit(self._writer.records(), state, {"torch": torch.__version__})
-
-
-def _identity(model: ModelConfig) -> tuple[Line, ...]:
-    return tuple(Line(name, name) for name in canonical_shapes(model))

@@ -162,6 +162,11 @@ def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
 
 
+def identity(model: ModelConfig) -> tuple[Line, ...]:
+    """The table of formats that use the names here."""
+    return tuple(Line(name, name) for name in canonical_shapes(model))
+
+
 def their_shapes(table: tuple[Line, ...], model: ModelConfig) -> Iterator[tuple[Entry, list[torch.Size]]]:
     """Each entry with the shapes of its tensors elsewhere."""
     shapes = canonical_shapes(model)

@@ -1,0 +1,204 @@
+"""DeepSpeed's checkpoints: ZeRO 1 to 3 in the ranks' flat partitions, universal ones in a folder for each parameter.
+
+The files are pickles. They are opened as numbers only, with stand-ins for the few classes of DeepSpeed in them.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.hf_config import family_of_model
+from megatrain.checkpoint.convert.model_file import read_model
+from megatrain.checkpoint.convert.pickles import load_trusted, require_trust, stand_in
+from megatrain.checkpoint.convert.table import WEIGHT, Line, identity, their_shapes
+from megatrain.config.schema import ModelConfig
+
+MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
+UNIVERSAL_NAMES = {WEIGHT: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_STAND_INS: dict[str, Any] = {
+    name: stand_in(name)
+    for name in (
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    )
+}
+_STAND_INS["types.SimpleNamespace"] = SimpleNamespace
+_RANKS = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
+
+
+def tag_folder(path: Path) -> Path:
+    """``path`` itself, or the checkpoint in it that ``latest`` (or ``latest_universal``) names."""
+    for name in (LATEST, f"{LATEST}_universal"):
+        if (path / name).is_file():
+            tag = (path / name).read_text(encoding="utf-8").strip()
+            if Path(tag).name == tag and (path / tag).is_dir():
+                return path / tag
+    return path
+
+
+def is_universal(path: Path) -> bool:
+    """Whether the folder holds a universal checkpoint."""
+    return (tag_folder(path) / "zero").is_dir()
+
+
+def is_zero(path: Path) -> bool:
+    """Whether the folder holds a ZeRO checkpoint."""
+    return any(tag_folder(path).glob(f"*{OPTIMIZER_STATES}")) and not is_universal(path)
+
+
+def names_of(model: ModelConfig, names: Collection[str]) -> tuple[Line, ...]:
+    """The name table of a model that DeepSpeed trained: Hugging Face's modules, or the ones here."""
+    return identity(model) if "embedding.word.weight" in names else family_of_model(model).lines
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Where a parameter stands in the flat partitions of a group."""
+
+    group: int
+    start: int
+    shape: torch.Size
+
+
+class ZeroReader:
+    """A ZeRO checkpoint of any number of data-parallel ranks, and of one tensor and pipeline rank.
+
+    Raises:
+        ConversionError: not trusted, incomplete, damaged, or of several model-parallel ranks.
+    """
+
+    def __init__(self, path: Path, model_file: Path | None, trust: bool):
+        self.path = folder = tag_folder(path)
+        files = {_ranks(file): file for file in folder.glob(f"*{OPTIMIZER_STATES}")}
+        states = sorted(folder.glob(f"*{MODEL_STATES}"))
+        if any(model_rank for _, model_rank in files) or not states:
+            raise ConversionError(
+                f"{folder} is not of one tensor and pipeline rank: DeepSpeed's ds_to_universal merges it"
+            )
+        if [rank for rank, _ in sorted(files)] != list(range(len(files))):
+            raise ConversionError(f"{folder}: optimizer states of ranks are missing; there are {sorted(files)}")
+        require_trust(states[0], trust)
+        head = load_trusted(states[0], _STAND_INS)
+        self._ranks = [load_trusted(files[key], _STAND_INS)["optimizer_state_dict"] for key in sorted(files)]
+        self._stage3 = "fp32_flat_groups" in self._ranks[0]
+        self._places = self._find_places(head["param_shapes"])
+        self.model = read_model(folder.parent, model_file)
+        self.table = names_of(self.model, self._places)
+        base = self._base_state(0)
+        self.kinds: tuple[str, ...] = (
+            WEIGHT,
+            *(kind for kind in ("exp_avg", "exp_avg_sq") if base and kind in base[0]),
+        )
+        self.step = int(head.get("global_steps") or 0)
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A tensor, FP32, put together from the ranks' parts."""
+        place = self._places[name]
+        parts = [self._flat(rank, kind, place.group) for rank in range(len(self._ranks))]
+        try:
+            whole = (
+                self._from_stage3(parts, place) if self._stage3 else _region(parts, place.start, place.shape.numel())
+            )
+            return whole.view(place.shape)
+        except RuntimeError as error:
+            raise ConversionError(f"{self.path}: {kind} of {name}: {error}") from error
+
+    def names(self) -> Collection[str]:
+        """Of the trained parameters."""
+        return self._places.keys()
+
+    def _flat(self, rank: int, kind: str, group: int) -> Tensor:
+        if kind != WEIGHT:
+            return self._base_state(rank)[group][kind]
+        groups = self._ranks[rank]["fp32_flat_groups" if self._stage3 else "single_partition_of_fp32_groups"]
+        return groups[group].detach()
+
+    def _base_state(self, rank: int) -> dict[int, Any]:
+        return self._ranks[rank]["optimizer_state_dict" if self._stage3 else "base_optimizer_state"]["state"]
+
+    def _find_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, _Flat]:
+        places, num_ranks = {}, len(self._ranks)
+        for number, shapes in enumerate(groups):
+            start = 0
+            paddings = (self._ranks[0].get("param_alignment_paddings") or {number: [0] * len(shapes)})[number]
+            for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+                places[name] = _Flat(number, start, torch.Size(shape))
+                size = torch.Size(shape).numel()
+                start += math.ceil(size / num_ranks) if self._stage3 else size + padding
+        return places
+
+    def _from_stage3(self, parts: list[Tensor], place: _Flat) -> Tensor:
+        """ZeRO 3 splits each parameter by itself, the last part padded."""
+        size = place.shape.numel()
+        length = math.ceil(size / len(parts))
+        return torch.cat([part.narrow(0, place.start, length) for part in parts])[:size]
+
+
+class UniversalReader:
+    """A universal checkpoint.
+
+    Raises:
+        ConversionError: not trusted or incomplete.
+    """
+
+    def __init__(self, path: Path, model_file: Path | None, trust: bool):
+        self.path = folder = tag_folder(path)
+        self._names = {
+            file.parent.relative_to(folder / "zero").as_posix() for file in (folder / "zero").rglob("fp32.pt")
+        }
+        require_trust(folder / "zero", trust)
+        self.model = read_model(folder.parent, model_file)
+        self.table = names_of(self.model, self._names)
+        self._shapes = {
+            name: shape
+            for entry, shapes in their_shapes(self.table, self.model)
+            for name, shape in zip(entry.theirs, shapes, strict=True)
+        }
+        first = folder / "zero" / next(iter(self._names), "")
+        self.kinds: tuple[str, ...] = tuple(
+            kind for kind, file in UNIVERSAL_NAMES.items() if (first / f"{file}.pt").is_file()
+        )
+        self.step = int(load_trusted(first / "step.pt", _STAND_INS)) if (first / "step.pt").is_file() else 0
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A tensor, FP32."""
+        file = self.path / "zero" / name / f"{UNIVERSAL_NAMES[kind]}.pt"
+        if not file.is_file():
+            raise ConversionError(f"{file} is missing")
+        value = load_trusted(file, _STAND_INS)
+        tensor = value["param"] if isinstance(value, dict) else value
+        try:
+            return tensor.view(self._shapes[name])
+        except RuntimeError as error:
+            raise ConversionError(f"{file}: {error}") from error
+
+    def names(self) -> Collection[str]:
+        """Of the parameters; a tied head that has a copy does not count."""
+        return self._names - ({"lm_head.weight"} if self.model.tie_embeddings else set())
+
+
+def _ranks(file: Path) -> tuple[int, int]:
+    """(data-parallel rank, model-parallel rank) in a file's name."""
+    found = _RANKS.search(file.name)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _region(parts: list[Tensor], start: int, size: int) -> Tensor:
+    """``size`` elements from ``start`` on of the parts behind one another."""
+    found, begin = [], 0
+    for part in parts:
+        first, last = max(start, begin), min(start + size, begin + part.numel())
+        if first < last:
+            found.append(part[first - begin : last - begin])
+        begin += part.numel()
+    return torch.cat(found)

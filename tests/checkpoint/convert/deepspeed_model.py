@@ -1,0 +1,98 @@
+"""A Hugging Face model in DeepSpeed's own engine, as any user trains it, on the ranks of the pool."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Tensors = dict[tuple[str, str], torch.Tensor]
+
+
+def engine_of(folder: str, zero_stage: int, load_universal: bool = False) -> Any:
+    """The model of a Hugging Face folder in an engine with AdamW, decay only for matrices."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": load_universal},
+    }
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def state_of(engine: Any) -> Tensors:
+    """(kind, name) -> weight or moment, whole, as DeepSpeed gives them."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # it looked before there were moments
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        found["weight", name] = safe_get_full_fp32_param(parameter).clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found[kind, name] = safe_get_full_optimizer_state(parameter, kind).clone()
+    return found
+
+
+def train_and_save(folder: str, target: str, zero_stage: int) -> Tensors:
+    """Two steps, then DeepSpeed's checkpoint."""
+    linear = torch.nn.functional.linear
+    engine = engine_of(folder, zero_stage)
+    try:
+        _step(engine)
+        _step(engine)
+        engine.save_checkpoint(target)
+        return state_of(engine)
+    finally:
+        engine.destroy()
+        torch.nn.functional.linear = linear  # ZeRO 3 leaves its own behind
+
+
+def load_universal(folder: str, source: str) -> Tensors:
+    """What an engine holds after it loaded a universal checkpoint."""
+    engine = engine_of(folder, 1, load_universal=True)
+    tag = (Path(source) / "latest_universal").read_text()
+    engine.load_checkpoint(source, tag=tag)
+    return state_of(engine)
+
+
+def to_universal(source: str, target: str) -> None:
+    """DeepSpeed's own tool, ZeRO -> universal, in this process."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        Namespace(
+            input_folder=source,
+            output_folder=target,
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+    )
+
+
+def to_fp32(source: str) -> dict[str, torch.Tensor]:
+    """DeepSpeed's own tool, ZeRO -> whole weights."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return {name: tensor.clone() for name, tensor in get_fp32_state_dict_from_zero_checkpoint(source).items()}
+
+
+def _step(engine: Any) -> None:
+    tokens = torch.arange(1, 17)[None] + torch.distributed.get_rank()
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()

@@ -1,0 +1,109 @@
+"""DeepSpeed's ZeRO and universal checkpoints both ways: its engine and tools take ours, we take theirs, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.formats import FORMATS, Choices
+from megatrain.checkpoint.convert.run import Request, convert
+from megatrain.checkpoint.convert.table import Reader
+from tests.checkpoint.convert.deepspeed_model import Tensors, load_universal, to_fp32, to_universal, train_and_save
+from tests.checkpoint.convert.models import save_model
+from tests.pool import Pool
+
+TRUST = Choices(trust_pickle=True)
+
+
+def equal(reader: Reader, tensors: Tensors) -> bool:
+    """Whether a reader, under its own names, gives these weights and moments."""
+    names = {name for kind, name in tensors if kind == "weight"}
+    assert set(reader.names()) == names and set(reader.kinds) == {kind for kind, _ in tensors}
+    return all(torch.equal(reader.read(*key), tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_what_deepspeed_saved_is_read_and_given_back(pool: Pool, tmp_path: Path, zero_stage: int) -> None:
+    """Weights and moments: DeepSpeed -> here -> both of its formats -> its engine."""
+    source = save_model("llama-tied-linear", tmp_path / "source")
+    trained = pool.run(train_and_save, 2, str(source), str(tmp_path / "ds"), zero_stage)[0]
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))  # for its model.yaml
+    choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml", zero_ranks=3)
+    assert equal(FORMATS["deepspeed"].read(tmp_path / "ds", choices), trained)
+    record = convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    assert record["status"] == "verified" and record["proof"]["num_tensors"] == 3 * 23
+    for to in ("deepspeed", "universal"):
+        assert (
+            convert(Request(tmp_path / "run", tmp_path / to, to, longest=32, choices=choices))["status"] == "verified"
+        )
+        assert equal(FORMATS[to].read(tmp_path / to, TRUST), trained)
+    loaded = pool.run(load_universal, 2, str(source), str(tmp_path / "universal"))[0]
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in trained.items())
+
+
+def test_deepspeeds_tools_take_ours(pool: Pool, tmp_path: Path) -> None:
+    source = save_model("qwen3", tmp_path / "source")
+    convert(Request(source, tmp_path / "run", "megatrain", verify=False))
+    choices = Choices(zero_ranks=3)
+    convert(Request(tmp_path / "run", tmp_path / "ds", "deepspeed", longest=32, choices=choices))
+    reader = FORMATS["huggingface"].read(source, Choices())
+    merged = pool.run(to_fp32, 1, str(tmp_path / "ds"))[0]
+    assert merged.keys() == set(reader.names())
+    assert all(torch.equal(tensor, reader.read("weight", name)) for name, tensor in merged.items())
+    (tmp_path / "theirs").mkdir()
+    pool.run(
+        to_universal, 1, str(tmp_path / "ds" / "global_step0"), str(tmp_path / "theirs" / "global_step0_universal")
+    )
+    theirs = FORMATS["universal"].read(
+        tmp_path / "theirs", Choices(trust_pickle=True, model_file=tmp_path / "ds" / "model.yaml")
+    )
+    assert all(torch.equal(theirs.read("weight", name), reader.read("weight", name)) for name in reader.names())
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    source = save_model("llama2", tmp_path / "source")
+    convert(Request(source, tmp_path / "ds", "deepspeed", verify=False, choices=Choices(zero_ranks=2)))
+    return tmp_path / "ds"
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def test_pickles_are_opened_only_on_request(tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = exported / "global_step0" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(states, weights_only=True), "extra": Payload(tmp_path / "ran")}, states)
+    with pytest.raises(ConversionError, match=r"is a pickle, which can run any code .* --trust-pickle"):
+        convert(Request(exported, tmp_path / "run", "megatrain", longest=32))
+    assert not (tmp_path / "ran").exists(), "nothing ran unasked"
+    convert(Request(exported, tmp_path / "run", "megatrain", longest=32, choices=TRUST))
+    assert (tmp_path / "ran").exists() and "opened as a full pickle" in capsys.readouterr().out
+
+
+def test_a_missing_rank_and_a_torn_file_are_named(tmp_path: Path, exported: Path) -> None:
+    file = exported / "global_step0" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConversionError, match="zero_pp_rank_0_mp_rank_00"):
+        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
+    file.unlink()
+    with pytest.raises(ConversionError, match="ranks are missing"):
+        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
+
+
+def test_stand_ins_suffice_for_what_deepspeed_writes(
+    pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_model("llama2", tmp_path / "source")
+    pool.run(train_and_save, 1, str(source), str(tmp_path / "ds"), 1)
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))
+    FORMATS["deepspeed"].read(tmp_path / "ds", Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml"))
+    assert "full pickle" not in capsys.readouterr().out
