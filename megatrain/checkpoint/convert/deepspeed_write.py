@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
+from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.hf_config import config_from_model, family_of_model
 from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import WEIGHT
@@ -94,6 +95,10 @@ class _DeepSpeedWriter:
         self.folder, self._scratch = root / tag, root / tag / "scratch"
         self.table = family_of_model(model).lines
         config_from_model(model)  # refuses what Hugging Face's modules cannot be
+        if model.num_experts:
+            raise ConversionError(
+                "mixtures of experts are not written for DeepSpeed, which has no common names for them"
+            )
 
     def _begin(self, shapes: dict[str, torch.Size], num_ranks: int, latest: str) -> dict[str, torch.Size]:
         self.folder.mkdir(parents=True)

@@ -73,9 +73,19 @@ def _stacked(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
     return [torch.cat(list(tensors))]
 
 
+def _experts_stacked(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
+    """E matrices [F, D] -> [E, D, F]."""
+    return [torch.stack([tensor.t() for tensor in tensors])]
+
+
+def _experts_apart(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
+    return [matrix.t() for matrix in tensors[0]]
+
+
 SAME = Form(_same, _same)
 TRANSPOSED = Form(_transposed, _transposed)
 VOCABULARY = Form(_padded, _unpadded)
 QUERY_KEY_VALUE = Form(_grouped, _ungrouped)
 GPT2_THIRDS = Form(_grouped_thirds, _thirds)
+EXPERTS = Form(_experts_stacked, _experts_apart)
 GATE_UP = Form(_halves, _stacked)

@@ -9,11 +9,13 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.family import Family
 from megatrain.checkpoint.convert.families.gpt2 import GPT2
 from megatrain.checkpoint.convert.families.llama import LLAMA
+from megatrain.checkpoint.convert.families.mixtral import MIXTRAL
 from megatrain.checkpoint.convert.families.qwen3 import QWEN3
-from megatrain.config.derive import num_tokens, resolve_model
+from megatrain.checkpoint.convert.families.qwen3_moe import QWEN3_MOE
+from megatrain.config.derive import expert_hidden_size, num_tokens, resolve_model
 from megatrain.config.schema import ModelConfig
 
-FAMILIES = (GPT2, LLAMA, QWEN3)
+FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
 
 # kind of RoPE scaling -> its field elsewhere -> (field here, what holds where it is left out)
 ROPE: dict[str, dict[str, tuple[str, Any]]] = {
@@ -32,7 +34,7 @@ ROPE: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 _ROPE_NAMES = ("rope_theta", "rope_type", "type")
-NOT_COMPARED = ("dropout", "attention_dropout", "vocab_size", "vocab_padding")
+NOT_COMPARED = ("dropout", "attention_dropout", "vocab_size", "vocab_padding", "router_balance_loss", "router_z_loss")
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
@@ -50,8 +52,15 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 
 
 def family_of_model(model: ModelConfig) -> Family:
-    """The family elsewhere of a model here."""
-    return next(family for family in FAMILIES if family.ours == model.family)
+    """The family elsewhere of a model here.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for family in FAMILIES:
+        if family.ours == model.family and family.experts == bool(model.num_experts):
+            return family
+    raise ConversionError(f"no family elsewhere is a mixture of experts of the family {model.family}")
 
 
 def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> ModelConfig:
@@ -70,9 +79,12 @@ def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> Mod
     ]
     if problems:
         raise ConversionError("config.json: " + "; ".join(problems))
-    values = {ours: config.get(theirs, default) for theirs, (ours, default) in family.fields.items()}
+    values = {
+        ours: config.get(theirs, config.get(family.aliases.get(theirs, theirs), default))
+        for theirs, (ours, default) in family.fields.items()
+    }
     if family.ours != "gpt":
-        values |= _rope_from_config(config)
+        values |= _rope_from_config(config, family.rope_theta)
     values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
     values["vocab_size"] += values["vocab_padding"]
     try:
@@ -87,7 +99,7 @@ def config_from_model(model: ModelConfig) -> dict[str, Any]:
     Raises:
         ConversionError: the family elsewhere has no such model; every field in the way is named.
     """
-    family = family_of_model(model)
+    family, model = family_of_model(model), _with_expert_size(model)
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {theirs: getattr(model, ours) for theirs, (ours, _) in family.fields.items()}
     config["vocab_size"] = num_tokens(model)
@@ -101,20 +113,28 @@ def config_from_model(model: ModelConfig) -> dict[str, Any]:
 
 def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
     """Fields in which two models compute differently; padding and dropout are not part of that."""
+    one, other = _with_expert_size(one), _with_expert_size(other)
     if num_tokens(one) != num_tokens(other):
         yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
     unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
     unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
+    if one.num_experts and not one.num_dense_layers:
+        unused.add("ffn_hidden_size")
     for name, value in one.model_dump().items():
         if name not in (*NOT_COMPARED, *unused) and value != getattr(other, name):
             yield f"{name}: {value!r} and {getattr(other, name)!r}"
 
 
-def _rope_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _with_expert_size(model: ModelConfig) -> ModelConfig:
+    size = expert_hidden_size(model) if model.num_experts else None
+    return model.model_copy(update={"expert_hidden_size": size})
+
+
+def _rope_from_config(config: Mapping[str, Any], default: float) -> dict[str, Any]:
     """Both spellings: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5)."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
-    values = {"rope_theta": given.get("rope_theta", config.get("rope_theta", 10000.0))}
+    values = {"rope_theta": given.get("rope_theta", config.get("rope_theta", default))}
     if kind == "default":
         return values
     if kind not in ROPE:

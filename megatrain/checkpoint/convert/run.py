@@ -17,7 +17,7 @@ from megatrain.checkpoint.convert.proof import (
     require_equal_logits,
     require_equal_weights,
 )
-from megatrain.checkpoint.convert.table import Reader, Weights, Writer, canonical_shapes, their_shapes
+from megatrain.checkpoint.convert.table import Reader, Weights, Writer, canonical_shapes, require_lines, their_shapes
 
 RECORD = "conversion.json"
 VERIFIED, NOT_VERIFIED, FAILED = "verified", "not verified (--no-verify)", "failed"
@@ -88,6 +88,7 @@ def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -
 def _copy(reader: Reader, writer: Writer) -> None:
     """Writes all tensors in the writer's order; a few are in memory at a time."""
     source = Weights(reader)
+    require_lines(writer.table, reader.model)
     plan = list(their_shapes(writer.table, reader.model))
     writer.begin({name: shape for entry, shapes in plan for name, shape in zip(entry.theirs, shapes, strict=True)})
     kinds = [kind for kind in reader.kinds if kind in writer.kinds]

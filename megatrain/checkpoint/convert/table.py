@@ -36,7 +36,7 @@ def untied(model: ModelConfig) -> bool:
 class Line:
     """Canonical names here, names elsewhere, how the tensors are arranged, and which models have them.
 
-    ``{}`` in a name stands for the number of a layer.
+    ``{}`` in a name stands for the number of a layer, ``{expert}`` for that of each expert in turn.
     """
 
     ours: str | tuple[str, ...]
@@ -61,7 +61,7 @@ def entries(table: tuple[Line, ...], model: ModelConfig) -> list[Entry]:
         for line in table:
             ours, theirs = _tuple(line.ours), _tuple(line.theirs)
             if ("{}" in ours[0]) == (layer is not None) and line.when(model):
-                found.append(Entry(_of_layer(ours, layer), _of_layer(theirs, layer), line.form))
+                found.append(Entry(_of_layer(ours, layer), _of_experts(_of_layer(theirs, layer), model), line.form))
     return found
 
 
@@ -144,6 +144,7 @@ class Weights:
         Raises:
             ConversionError: names what is missing and what nobody knows.
         """
+        require_lines(self.reader.table, self.model)
         there = set(self.reader.names())
         wanted = {name for entry in self._entry_of.values() for name in entry.theirs}
         problems = [f"missing: {name}" for name in sorted(wanted - there)]
@@ -154,6 +155,17 @@ class Weights:
             raise ConversionError(
                 f"the tensors are not those of the model that its config describes:\n  {listed}{more}"
             )
+
+
+def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
+    """Checks that a table has a line for each parameter of the model, none of which may get lost.
+
+    Raises:
+        ConversionError: names those that have none.
+    """
+    known = {name for entry in entries(table, model) for name in entry.ours}
+    if lost := sorted(canonical_shapes(model).keys() - known):
+        raise ConversionError(f"the format has no place for {len(lost)} of the model's parameters, like {lost[0]}")
 
 
 def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -177,6 +189,12 @@ def their_shapes(table: tuple[Line, ...], model: ModelConfig) -> Iterator[tuple[
 
 def _of_layer(names: tuple[str, ...], layer: int | None) -> tuple[str, ...]:
     return tuple(name.replace("{}", str(layer)) for name in names)
+
+
+def _of_experts(names: tuple[str, ...], model: ModelConfig) -> tuple[str, ...]:
+    if "{expert}" not in names[0]:
+        return names
+    return tuple(name.replace("{expert}", str(e)) for name in names for e in range(model.num_experts or 0))
 
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

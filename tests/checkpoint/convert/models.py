@@ -40,6 +40,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-linear": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "llama-biases-yarn": ("LlamaConfig", {"attention_bias": True, "head_dim": 12, "rope_parameters": YARN}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "norm_topk_prob": False},
+    ),
     "qwen3-tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN}),
 }  # fmt: skip
 

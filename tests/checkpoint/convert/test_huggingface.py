@@ -112,6 +112,16 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path, cha
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is left behind"
 
 
+@pytest.mark.parametrize(
+    ("to", "message"), [("megatron", "no place for 12 of"), ("universal", "not written for DeepSpeed")]
+)
+def test_a_format_without_room_for_experts_refuses_them(tmp_path: Path, to: str, message: str) -> None:
+    source = save_model("mixtral", tmp_path / "source")
+    with pytest.raises(ConversionError, match=message):
+        convert(Request(source, tmp_path / "out", to, longest=TINY))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_target_that_is_there_is_left_alone(tmp_path: Path) -> None:
     source = save_model("llama2", tmp_path / "source")
     (tmp_path / "run").mkdir()

@@ -19,6 +19,9 @@ class Family:
         blocks: the module that lists the blocks.
         fields: field of ``config.json`` -> (field of ``ModelConfig``, what holds where the file leaves it out).
         fixed: fields that change the arithmetic, with the values that are computed here; the first is written.
+        aliases: other spellings of fields.
+        experts: whether its blocks are mixtures of experts.
+        rope_theta: what holds where the file leaves it out.
     """
 
     model_type: str
@@ -29,3 +32,6 @@ class Family:
     blocks: str
     fields: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    experts: bool = False
+    rope_theta: float = 10000.0
