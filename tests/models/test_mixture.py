@@ -205,3 +205,17 @@ def test_recomputed_routing_is_identical() -> None:
     for again, recomputed in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(loads, again, strict=True))
         assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
+
+
+@pytest.mark.slow  # the compiler takes most of a minute
+def test_a_compiled_block_leaves_its_mixture_alone() -> None:
+    losses = []
+    for compiled in (False, True):
+        model = build_model(config(), seed=1)
+        if compiled:
+            for block in model.layers.values():
+                block.compile()
+        batch = torch.randint(0, 32, (B, S), generator=torch.Generator().manual_seed(3))
+        losses.append(model(batch, batch.roll(-1, 1), torch.arange(B)))
+        losses[-1].sum().backward()
+    torch.testing.assert_close(losses[0], losses[1])
