@@ -26,6 +26,14 @@ setup(
     extras_require={
         "plan": ["pillow>=10"],
         "mpi": ["mpi4py>=4"],
+        "data": [
+            "gigatoken>=0.10",
+            "sentencepiece>=0.2",
+            "pyarrow>=18",
+            "zstandard>=0.23",
+            "datasketch>=1.6",
+            "pillow>=10",
+        ],
         "convert": ["safetensors>=0.4", "transformers>=4.51"],
         "dev": [
             "pytest>=8",

@@ -1,88 +1,28 @@
-"""Text -> token shards: text files, folders and JSON lines in, a data-set folder out (docs/data_format.md).
+"""Text -> token shards: text files, JSON lines, tables, folders of them or standard input in, a data-set folder out.
 
 The output is a function of the documents, the tokenizer and the options; the number of workers doesn't change a byte.
+A run that was killed goes on where it was when it is started again. Under mpirun, rank 0 reads and writes and the
+other ranks encode. docs/data_format.md tells more.
 """
 
 import argparse
-import collections
-import concurrent.futures.process
-import contextlib
-import functools
 import hashlib
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from tqdm import tqdm  # type: ignore[import-untyped]
-
-from megatrain.data.console import add_input_options, run_tool
-from megatrain.data.documents import Document, DocumentReader, digest_files, find_files
+from megatrain.data.console import add_input_options, lineage_of, print_problems, run_tool, sources_of
+from megatrain.data.encode import EncoderSpec, encoder_of
 from megatrain.data.errors import DataError
-from megatrain.data.manifest import MANIFEST
-from megatrain.data.reader import TokenDataset
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.inputs import STDIN, InputDigest, Source, digest_of_all, digest_sources
+from megatrain.data.manifest import MANIFEST, Manifest
+from megatrain.data.pool import Pool, num_cores, open_mpi_pool, open_pool, runs_under_mpi
+from megatrain.data.shuffle import shuffle_documents
+from megatrain.data.tokenizer_files import load_tokenizer
+from megatrain.data.tokenizing import Output, TokenizeRun
 
-_BATCH_BYTES = 1 << 20  # of input in one task of a worker
 _BYTES_PER_WORKER = 4 << 20  # less input than this is encoded faster than a worker starts
-_BAD_RECORDS_SHOWN = 10
-
-
-class Encoder:
-    """Documents -> token ids, each document ended by the end-of-document token, whatever its text says.
-
-    Raises:
-        DataError: no tokenizer.json, or it has no token ``eod``.
-    """
-
-    def __init__(self, tokenizer_json: bytes, eod: str):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores are used
-        try:
-            self.tokenizer: Any = Tokenizer.from_buffer(tokenizer_json)
-        except Exception as error:  # the library raises this class itself
-            raise DataError(f"not a tokenizer.json: {error}") from error
-        eod_id = self.tokenizer.token_to_id(eod)
-        if eod_id is None:
-            added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
-            raise DataError(f"the tokenizer has no token {eod!r}: name its end-of-document token by --eod, of {added}")
-        self.eod_id: int = eod_id
-        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-        # Files made for fine-tuning may cut and pad; and a "<|endoftext|>" in the text must stay text.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.add_special_tokens([eod])
-        self.tokenizer.encode_special_tokens = True
-
-    def encode(self, documents: Sequence[Document]) -> list[NDArray[np.int32]]:
-        """Token ids [tokens] of each document.
-
-        Raises:
-            DataError: a text became the end-of-document token (the tokenizer's own merges make it).
-        """
-        encodings = self.tokenizer.encode_batch_fast(
-            [document.text for document in documents], add_special_tokens=False
-        )
-        arrays = [np.array([*encoding.ids, self.eod_id], np.int32) for encoding in encodings]
-        for document, ids in zip(documents, arrays, strict=True):
-            if (ids[:-1] == self.eod_id).any():
-                raise DataError(
-                    f"{document.origin}: ordinary text became the end-of-document token: choose another --eod"
-                )
-        return arrays
-
-
-class Output(NamedTuple):
-    """One data set to write, and what its content is a function of."""
-
-    folder: Path
-    made_from: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
-    parser.add_argument("--eod", default="<|endoftext|>", help="end-of-document token (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="a tokenizer.json, SentencePiece .model, tiktoken file or WordPiece vocab.txt, or a folder with one",
+    )
+    parser.add_argument(
+        "--eod",
+        help="end-of-document token (default: the first that it has of <|endoftext|>, <|end_of_text|>, </s>, …)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "tokenizers", "gigatoken"],
+        default="auto",
+        help="what encodes; auto takes gigatoken where it is installed and gives the tokens of tokenizers",
+    )
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens that fill a shard")
+    parser.add_argument("--shuffle-seed", type=int, help="shuffle the documents, by this seed (default: input order)")
     parser.add_argument("--validation-output", type=Path, help="folder of a second data set, of held-out documents")
     parser.add_argument(
         "--validation-share", type=float, default=0.02, help="documents held out, by their hash (default: %(default)s)"
@@ -108,150 +63,101 @@ def tokenize(arguments: argparse.Namespace) -> None:
     Raises:
         DataError: bad input or options, or other data sets in the way.
     """
-    files = find_files(arguments.input, arguments.suffix, arguments.exclude)
-    tokenizer_json = arguments.tokenizer.read_bytes()
-    encoder = Encoder(tokenizer_json, arguments.eod)
-    outputs = _outputs(arguments, files, hashlib.sha256(tokenizer_json).hexdigest())
-    if not arguments.overwrite and all([_is_written(output) for output in outputs]):
+    if runs_under_mpi():
+        with open_mpi_pool() as pool:
+            if pool is not None:
+                _tokenize(arguments, pool)
+        return
+    _tokenize(arguments, None)
+
+
+def _tokenize(arguments: argparse.Namespace, pool: Pool | None) -> None:
+    begun_at = time.monotonic()
+    _check_options(arguments)
+    sources = sources_of(arguments)
+    tokenizer_json = load_tokenizer(arguments.tokenizer)
+    spec = EncoderSpec(
+        tokenizer=arguments.tokenizer,
+        tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
+        eod=arguments.eod,
+        backend=arguments.backend,
+        bad=arguments.bad,
+        empty=arguments.empty,
+        validation_share=arguments.validation_share if arguments.validation_output else 0.0,
+    )
+    eod = encoder_of(spec).eod
+    digests = digest_sources(sources)
+    outputs = _outputs(arguments, digests, spec, eod)
+    if not arguments.overwrite and all([_is_reusable(output, sources) for output in outputs]):
         print(f"{', '.join(str(output.folder) for output in outputs)}: already there with this content, reused")
         return
-    reader = DocumentReader(arguments.field, arguments.bad)
-    total = sum(path.stat().st_size for path in files)
-    num_cores = len(os.sched_getaffinity(0))
-    workers = arguments.workers or max(1, min(num_cores, total // _BYTES_PER_WORKER))
-    start_encoder = functools.partial(Encoder, tokenizer_json, arguments.eod)
-    with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                DatasetWriter(
-                    output.folder,
-                    tokenizer=tokenizer_json,
-                    tokenizer_name=arguments.tokenizer.name,
-                    vocab_size=encoder.vocab_size,
-                    eod_id=encoder.eod_id,
-                    shard_tokens=arguments.shard_tokens,
-                    made_from=output.made_from,
-                )
-            )
-            for output in outputs
-        ]
-        # on a terminal only: a log file has no use for a bar
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None))
-        for documents, arrays in encode_all(_batches(reader.read(files)), start_encoder, workers):
-            for document, ids in zip(documents, arrays, strict=True):
-                held_out = len(writers) > 1 and is_held_out(document.text, arguments.validation_share)
-                writers[held_out].add(ids)
-            bar.update(sum(document.num_bytes for document in documents))
-        # validation first: if it has no documents, neither data set comes into being
-        manifests = [writer.finish() for writer in reversed(writers)]
-    for output, manifest in zip(outputs, reversed(manifests), strict=True):
-        print(
-            f"{output.folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens in "
-            f"{len(manifest.shards)} shards, vocabulary {manifest.vocab_size}"
-        )
-    _report(reader, total, sum(manifest.num_tokens for manifest in manifests))
+    lineage = lineage_of("tokenize_text", arguments, digests, encoder=encoder_of(spec).backend)
+    # shuffling is a second pass over what the first has written
+    first = outputs if arguments.shuffle_seed is None else [_unshuffled(output) for output in outputs]
+    run = TokenizeRun(sources, spec, first, tokenizer_json, arguments.shard_tokens, lineage)
+    if first == outputs or not all(output.is_written() for output in first):
+        with open_pool(_num_workers(arguments, digests)) as local:
+            run.run(pool or local)
+    if arguments.shuffle_seed is not None:
+        for output, unshuffled in zip(outputs, first, strict=True):
+            shuffle_documents(unshuffled.folder, output.folder, arguments.shuffle_seed, output.made_from)
+    _report(outputs, run, sum(digest.num_bytes for digest in digests), time.monotonic() - begun_at)
 
 
-def encode_all(
-    batches: Iterator[list[Document]], start_encoder: "functools.partial[Encoder]", workers: int
-) -> Iterator[tuple[list[Document], list[NDArray[np.int32]]]]:
-    """Each batch with its token ids, in order; with several workers, two batches each are under way."""
-    if workers == 1:
-        encoder = start_encoder()
-        yield from ((batch, encoder.encode(batch)) for batch in batches)
-        return
-    spawn = multiprocessing.get_context("spawn")  # threads (the progress bar's) don't survive a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (start_encoder,)) as pool:
-        pending: collections.deque[tuple[list[Document], concurrent.futures.Future[list[NDArray[np.int32]]]]]
-        pending = collections.deque()
-        try:
-            for batch in batches:
-                pending.append((batch, pool.submit(_encode_in_worker, batch)))
-                if len(pending) == 2 * workers:
-                    oldest, future = pending.popleft()
-                    yield oldest, future.result()
-            for oldest, future in pending:
-                yield oldest, future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise DataError("a worker process died (out of memory?): try fewer --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the validation set: by its content alone, so copies of it stay together."""
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return number < share * 2**64
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(start_encoder: "functools.partial[Encoder]") -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_encoder = start_encoder()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: list[Document]) -> list[NDArray[np.int32]]:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(batch)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.num_bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _outputs(arguments: argparse.Namespace, files: Sequence[Path], tokenizer_sha256: str) -> list[Output]:
-    share = arguments.validation_share if arguments.validation_output else 0.0
-    if arguments.validation_output and not 0 < share < 1:
-        raise DataError(f"--validation-share is {share}: choose a number between 0 and 1")
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.validation_output and not 0 < arguments.validation_share < 1:
+        raise DataError(f"--validation-share is {arguments.validation_share}: choose a number between 0 and 1")
     if arguments.shard_tokens < 1 or (arguments.workers is not None and arguments.workers < 1):
         raise DataError("--shard-tokens and --workers must be at least 1")
+    if arguments.validation_output and arguments.validation_output.absolute() == arguments.output.absolute():
+        raise DataError("--output and --validation-output are the same folder: choose two")
+
+
+def _num_workers(arguments: argparse.Namespace, digests: Sequence[InputDigest]) -> int:
+    if runs_under_mpi():
+        return 1
+    total = sum(digest.num_bytes for digest in digests)
+    endless = any(digest.path == str(STDIN) for digest in digests)
+    wanted = num_cores() if endless else min(num_cores(), total // _BYTES_PER_WORKER)
+    return arguments.workers or max(1, wanted)
+
+
+def _outputs(
+    arguments: argparse.Namespace, digests: Sequence[InputDigest], spec: EncoderSpec, eod: str
+) -> list[Output]:
     made_from = {
-        "inputs_sha256": digest_files(files),
-        "tokenizer_sha256": tokenizer_sha256,
-        "eod": arguments.eod,
+        "inputs_sha256": digest_of_all(digests),
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "eod": eod,
         "field": arguments.field,
-        "bad": arguments.bad,
+        "bad": spec.bad,
+        "empty": spec.empty,
         "shard_tokens": arguments.shard_tokens,
-        "validation_share": share,
+        "shuffle_seed": arguments.shuffle_seed,
+        "validation_share": spec.validation_share,
     }
     outputs = [Output(arguments.output, {**made_from, "split": "train"})]
     if arguments.validation_output:
-        if arguments.validation_output.absolute() == arguments.output.absolute():
-            raise DataError("--output and --validation-output are the same folder: choose two")
         outputs.append(Output(arguments.validation_output, {**made_from, "split": "validation"}))
     return outputs
 
 
-def _is_written(output: Output) -> bool:
+def _unshuffled(output: Output) -> Output:
+    folder = output.folder.absolute()
+    return Output(folder.with_name(f".{folder.name}.unshuffled"), output.made_from)
+
+
+def _is_reusable(output: Output, sources: Sequence[Source]) -> bool:
     """Whether the data set is there; raises DataError where another, or a damaged one, is."""
     if not (output.folder / MANIFEST).is_file():
         return False
     try:
-        found = TokenDataset.open(output.folder).manifest
+        found = Manifest.read(output.folder).made_from
     except DataError as error:
         raise DataError(f"{error} (--overwrite writes it again)") from error
-    there = found.made_from if found else {}
-    differing = [key for key in output.made_from if there.get(key) != output.made_from[key]]
+    differing = [key for key in output.made_from if found.get(key) != output.made_from[key]]
+    if any(source.path == STDIN for source in sources):
+        differing.append("standard input may")
     if differing:
         raise DataError(
             f"{output.folder} holds other data ({', '.join(differing)} differ): "
@@ -260,17 +166,20 @@ def _is_written(output: Output) -> bool:
     return True
 
 
-def _report(reader: DocumentReader, num_bytes: int, num_tokens: int) -> None:
-    print(f"{num_bytes} bytes of input, {num_bytes / num_tokens:.2f} bytes per token")
-    if reader.num_empty:
-        print(f"{reader.num_empty} empty documents left out")
-    if reader.bad_records:
-        done = "repaired or left out" if reader.bad == "replace" else "left out"
-        print(f"{len(reader.bad_records)} bad records {done}:")
-        for record in reader.bad_records[:_BAD_RECORDS_SHOWN]:
-            print(f"  {record}")
-        if len(reader.bad_records) > _BAD_RECORDS_SHOWN:
-            print(f"  … and {len(reader.bad_records) - _BAD_RECORDS_SHOWN} more")
+def _report(outputs: Sequence[Output], run: TokenizeRun, num_bytes: int, seconds: float) -> None:
+    num_tokens = 0
+    for output in outputs:
+        manifest = Manifest.read(output.folder)
+        num_tokens += manifest.num_tokens
+        print(
+            f"{output.folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens in "
+            f"{len(manifest.shards)} shards, vocabulary {manifest.vocab_size}"
+        )
+    print(
+        f"{num_bytes} bytes of input, {num_bytes / num_tokens:.2f} bytes per token, "
+        f"{seconds:.1f} s, {num_bytes / seconds / 1e6:.1f} MB/s"
+    )
+    print_problems(run.first_problems, run.num_problems)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ NOT_RUN = {
     "python -m megatrain.config.reference": "writes into the checkout; tests/config/test_configs.py checks its output",
     "deepspeed --hostfile": "needs several hosts",
     "srun": "needs a Slurm cluster",
+    "mpirun": "needs an MPI; tests/data/test_tokenize.py runs it where there is one",
     "scontrol": "needs a Slurm cluster",
     "export MASTER": "needs a Slurm cluster",
     "pkill": "would end runs that are not the test's",

@@ -1,89 +1,104 @@
-"""Text files, folders and JSON lines -> documents, one after the other, in an order that depends on nothing else."""
+"""Chunks of input -> documents: decoded, taken out of their JSON, the bad ones told apart."""
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from megatrain.data.chunks import Chunk, Part, read_chunks
 from megatrain.data.errors import DataError
+from megatrain.data.inputs import Source
 
-JSON_LINES = ".jsonl"
-DEFAULT_SUFFIXES = (".txt", JSON_LINES)
 BadPolicy = Literal["fail", "skip", "replace"]
+EmptyPolicy = Literal["fail", "skip"]
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Document:
-    """``text``, never empty; ``origin``: file, or file:line; ``num_bytes`` of the input that it stands for."""
+class Document(NamedTuple):
+    """``text``, never empty but in a piece; ``origin``: file, file:line or file:row."""
 
     text: str
     origin: str
-    num_bytes: int
+
+
+class BadRecord(Exception):
+    """A record that is no document; the text says why."""
 
 
 @dataclass
-class DocumentReader:
-    """Reads documents and keeps account of what it left out.
+class RecordReader:
+    """Takes documents out of chunks and keeps account of what it left out or repaired.
 
     Args:
-        text_field: key of the text in JSON lines.
-        bad: what invalid UTF-8 and broken JSON lines get. "fail": a DataError; "skip": left out; "replace":
-            invalid characters become U+FFFD, broken JSON is left out.
-    ``bad_records`` says "origin: reason" of each; ``num_empty`` counts documents without text.
+        bad: what invalid UTF-8, broken JSON and values that are no text get. "fail": a DataError; "skip": left out;
+            "replace": invalid characters become U+FFFD, the others are left out.
+        empty: what documents without a character get.
+    ``problems`` says "origin: reason" of each such record.
     """
 
-    text_field: str = "text"
     bad: BadPolicy = "fail"
-    bad_records: list[str] = field(default_factory=list)
-    num_empty: int = 0
+    empty: EmptyPolicy = "skip"
+    problems: list[str] = field(default_factory=list)
 
-    def read(self, files: Iterable[Path]) -> Iterator[Document]:
-        """The documents of ``files``: .jsonl files hold one per line, all others are one each.
+    def read(self, chunk: Chunk) -> list[Document]:
+        """The documents of a chunk. A bad piece of a large document gives none.
 
         Raises:
-            DataError: a bad record under "fail" (names file and line), or a file that can't be read.
+            DataError: a bad record under "fail" (names file and line).
         """
-        for path in files:
-            try:
-                yield from self._lines(path) if path.suffix == JSON_LINES else self._whole(path)
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror}") from error
+        return [document for part in chunk.parts for document in self._part(part, chunk.begins)]
 
-    def _whole(self, path: Path) -> Iterator[Document]:
-        content = path.read_bytes()
-        yield from self._document(self._decode(content, str(path)), str(path), len(content))
+    def read_all(self, sources: Sequence[Source]) -> Iterator[Document]:
+        """All documents of ``sources``, each whole."""
+        pieces: list[Document] = []
+        bad = False
+        for chunk in read_chunks(sources):
+            documents = self.read(chunk)
+            if chunk.begins and chunk.ends:
+                yield from documents
+                continue
+            pieces, bad = ([], False) if chunk.begins else (pieces, bad)
+            pieces += documents
+            bad = bad or not documents
+            if chunk.ends and not bad:
+                yield Document("".join(piece.text for piece in pieces), pieces[0].origin)
 
-    def _lines(self, path: Path) -> Iterator[Document]:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    origin = f"{path}:{number}"
-                    yield from self._document(self._field_of(line, origin), origin, len(line))
+    def _part(self, part: Part, begins: bool) -> Iterator[Document]:
+        source, content = part.source, part.content
+        if begins and part.record <= 1 and source.kind != "table":
+            content = content.removeprefix(_BYTE_ORDER_MARK)
+        if part.problem or source.kind in ("text", "table"):
+            origin = f"{source.path}:{part.record}" if part.record else str(source.path)
+            if part.problem:
+                self._leave_out(origin, part.problem)
+            else:
+                yield from self._document(content, origin)
+            return
+        for number, line in enumerate(content.split(b"\n"), part.record):
+            if line.strip():
+                origin = f"{source.path}:{number}"
+                if source.kind == "jsonl":
+                    yield from self._json(line, origin, source.field)
+                else:
+                    yield from self._document(line.removesuffix(b"\r"), origin)
 
-    def _document(self, text: str | None, origin: str, num_bytes: int) -> Iterator[Document]:
-        if text:
-            yield Document(text, origin, num_bytes)
-        elif text is not None:
-            self.num_empty += 1
-
-    def _field_of(self, line: bytes, origin: str) -> str | None:
+    def _json(self, line: bytes, origin: str, field: str) -> Iterator[Document]:
         decoded = self._decode(line, origin)
         if decoded is None:
-            return None
+            return
         try:
-            record = json.loads(decoded)
-        except (ValueError, RecursionError) as error:
-            self._leave_out(origin, f"broken JSON: {error}")
-            return None
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            self._leave_out(origin, f"no text under the key {self.text_field!r}")
-            return None
+            text = text_under(parse_json(decoded), field)
+        except BadRecord as error:
+            self._leave_out(origin, str(error))
+            return
         # JSON can spell half a surrogate pair ("\ud800"), which is no text in any encoding.
-        return self._decode(text.encode("utf-8", "surrogatepass"), origin)
+        yield from self._document(text.encode("utf-8", "surrogatepass"), origin)
+
+    def _document(self, content: bytes, origin: str) -> Iterator[Document]:
+        if text := self._decode(content, origin):
+            yield Document(text, origin)
+        elif text is not None:
+            self._leave_out_empty(origin)
 
     def _decode(self, content: bytes, origin: str) -> str | None:
         try:
@@ -91,7 +106,7 @@ class DocumentReader:
         except UnicodeDecodeError as error:
             reason = f"invalid UTF-8 at byte {error.start}"
             if self.bad == "replace":
-                self.bad_records.append(f"{origin}: {reason}")
+                self.problems.append(f"{origin}: {reason}, replaced")
                 return content.decode(errors="replace")
             self._leave_out(origin, reason)
             return None
@@ -99,42 +114,37 @@ class DocumentReader:
     def _leave_out(self, origin: str, reason: str) -> None:
         if self.bad == "fail":
             raise DataError(f"{origin}: {reason}. --bad skip leaves such records out, --bad replace repairs text")
-        self.bad_records.append(f"{origin}: {reason}")
+        self.problems.append(f"{origin}: {reason}, left out")
+
+    def _leave_out_empty(self, origin: str) -> None:
+        if self.empty == "fail":
+            raise DataError(f"{origin}: an empty document. --empty skip leaves such records out")
+        self.problems.append(f"{origin}: empty, left out")
 
 
-def find_files(inputs: Sequence[Path], suffixes: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
-    """The files to read: files as they are named, folders with all below that ends in one of ``suffixes``, sorted.
+def parse_json(line: str | bytes) -> Any:
+    """The value of one JSON line.
 
-    Args:
-        exclude: names of files and folders to leave out of folders.
     Raises:
-        DataError: an input is not there, or nothing was found.
+        BadRecord: it is none.
     """
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            files += sorted(_below(path, tuple(suffixes), set(exclude)), key=lambda file: file.parts)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"no such input: {path}")
-    if not files:
-        raise DataError(f"no files that end in {', '.join(suffixes)} below {', '.join(map(str, inputs))}: see --suffix")
-    return files
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"broken JSON: {error}") from error
 
 
-def _below(folder: Path, suffixes: tuple[str, ...], exclude: set[str]) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = set(folders) - exclude  # os.walk goes into what is left in this list
-        paths = (Path(place, name) for name in set(names) - exclude if name.endswith(suffixes))
-        yield from (path for path in paths if path.is_file())
+def text_under(record: Any, key: str) -> str:
+    """The text under ``key`` of a JSON object; "a.b" also means key b of the object under a.
 
-
-def digest_files(files: Iterable[Path]) -> str:
-    """Names the content of ``files`` in their order: equal where the documents are, wherever the files stand."""
-    total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            kind = "lines" if path.suffix == JSON_LINES else "whole"
-            total.update(f"{kind} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    Raises:
+        BadRecord: there is none.
+    """
+    value = record.get(key) if isinstance(record, dict) else None
+    if value is None and "." in key:
+        value = record
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise BadRecord(f"no text under the key {key!r}")
+    return value

@@ -12,7 +12,7 @@ from megatrain.data.errors import DataError
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = "megatrain-tokens"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole data set. ``made_from``: the settings and input digest that it is a function of."""
+    """A whole data set.
+
+    ``bad_records_sha256``: digest of the list of records that were left out, or "". ``made_from``: the settings and
+    input digest that it is a function of. ``lineage``: inputs, command, versions and counts, for people.
+    """
 
     tokenizer: str
     tokenizer_sha256: str
@@ -37,7 +41,9 @@ class Manifest:
     dtype: str
     eod_id: int
     shards: tuple[Shard, ...]
+    bad_records_sha256: str
     made_from: dict[str, Any]
+    lineage: dict[str, Any]
 
     @property
     def num_tokens(self) -> int:
@@ -49,8 +55,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the file durably; from then on the folder is a data set."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_durably(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+        write_durably(folder / MANIFEST, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file. Its last key is the digest of all that stands before."""
+        body = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
+        return _seal(body.removesuffix("\n}"))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -60,7 +70,8 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            raw = path.read_bytes()
+            content = json.loads(raw)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except ValueError as error:
@@ -68,15 +79,26 @@ class Manifest:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not the manifest of a data set: its format is not {FORMAT!r}")
         if (version := content.pop("version", None)) != VERSION:
-            raise DataError(f"{path} has version {version}, this megatrain reads {VERSION}: use one that reads both")
+            cure = "write the data set again" if isinstance(version, int) and version < VERSION else "use a newer one"
+            raise DataError(f"{path} has version {version}, this megatrain reads {VERSION}: {cure}")
+        content.pop("sha256", None)
         try:
             shards = tuple(_checked(Shard, shard) for shard in content.pop("shards"))
-            return _checked(Manifest, {**content, "shards": shards})
+            manifest = _checked(Manifest, {**content, "shards": shards})
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}): copy or write the data set again") from error
+        if not shards:
+            raise DataError(f"{path} lists no shards")
+        if _seal(raw.rpartition(b",\n")[0].decode(errors="replace")) != raw:
+            raise DataError(f"{path} was changed after it was written: its digest does not fit. Copy it again")
+        return manifest
 
 
 T = TypeVar("T", Shard, Manifest)
+
+
+def _seal(body: str) -> bytes:
+    return f'{body},\n  "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
 
 
 def digest_of(shard_digests: list[str]) -> str:

@@ -63,8 +63,6 @@ class TokenDataset:
                 f"the data set {folder} has a vocabulary of {manifest.vocab_size} tokens ({manifest.tokenizer}), the "
                 f"model has {vocab_size}: set model.vocab_size to at least {manifest.vocab_size}, or tokenize anew"
             )
-        if not manifest.shards:
-            raise DataError(f"{folder / MANIFEST} lists no shards")
         shards = [_open_shard(folder / shard.name, shard, manifest.dtype) for shard in manifest.shards]
         return cls(folder, shards, manifest, vocab_size)
 

@@ -92,7 +92,7 @@ def test_a_larger_vocabulary_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "has version 2, this megatrain reads 1"),
+        (lambda m: m.update(version=3), "has version 3, this megatrain reads 2: use a newer"),
         (lambda m: m.update(format="x"), "not the manifest of a data set"),
         (lambda m: m.pop("eod_id"), "damaged .*eod_id"),
         (lambda m: m.update(vocab_size="300"), "damaged .*vocab_size is '300'"),

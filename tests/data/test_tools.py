@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from data_tools import inspect_shards, tokenize_text, train_tokenizer
+from megatrain.data import chunks
 from megatrain.data.errors import DataError
 from megatrain.data.reader import TokenDataset
 from tests.data.factory import byte_tokenizer, make_dataset
@@ -97,7 +98,7 @@ def test_bad_records(tmp_path, tokenizer, capsys):
 
 def test_the_number_of_workers_changes_nothing(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(500)))
-    monkeypatch.setattr(tokenize_text, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     for workers in (1, 2, 3):
         folders = [tmp_path / f"{name}{workers}" for name in ("train", "validation")]
         options = ("--output", folders[0], "--validation-output", folders[1], "--validation-share", 0.1)
@@ -132,12 +133,16 @@ def test_finished_output_is_reused_and_other_content_refused(tmp_path, tokenizer
 def test_errors_are_one_line(tmp_path, tokenizer, capsys):
     text = tmp_path / "in.txt"
     text.write_text("text")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
     good = {"--input": text, "--tokenizer": tokenizer, "--output": tmp_path / "set"}
     cases = [
         ({"--input": tmp_path / "nowhere"}, "no such input"),
         ({"--input": tmp_path, "--suffix": ".xyz"}, "no files that end in .xyz"),
         ({"--tokenizer": tmp_path / "nowhere"}, "No such file"),
-        ({"--tokenizer": text}, "not a tokenizer.json"),
+        ({"--tokenizer": text}, "is no WordPiece vocabulary"),
+        ({"--tokenizer": broken}, "not a tokenizer.json"),
+        ({"--backend": "gigatoken", "--tokenizer": broken}, "not a tokenizer.json"),
         ({"--eod": "<end>"}, "has no token '<end>': name its end-of-document token by --eod, of ['<|endoftext|>']"),
         ({"--validation-output": tmp_path / "set"}, "are the same folder"),
         ({"--validation-output": tmp_path / "v", "--validation-share": 1.5}, "between 0 and 1"),

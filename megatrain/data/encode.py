@@ -1,0 +1,241 @@
+"""Documents -> token ids, by ``tokenizers`` or, where it is installed and gives the same, ``gigatoken``."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from megatrain.data.chunks import PIECE_BYTES, Chunk, cut_before
+from megatrain.data.documents import BadPolicy, Document, EmptyPolicy, RecordReader
+from megatrain.data.errors import DataError
+from megatrain.data.format import token_dtype
+from megatrain.data.tokenizer_files import load_tokenizer
+
+Backend = Literal["auto", "tokenizers", "gigatoken"]
+_USUAL_EODS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_CHECKED_FIRST = 1 << 18  # characters of the first documents that gigatoken is compared on
+_CHECKED_LATER = 1 << 14  # and of one in sixteen of the later chunks
+_HELD_OUT_BYTES = 1 << 16
+# texts with a cut between two letters, at the space
+_PROBES = (
+    "the quick brown fox jumps",
+    "a b",
+    "Tokens are many.\n\nHello world, it is 1 x y",
+    "naïve cafe au lait Zz top",
+)
+
+
+class BackendMismatch(DataError):
+    """gigatoken gives other ids than tokenizers."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an encoder is made from; every process makes its own, once."""
+
+    tokenizer: Path
+    tokenizer_sha256: str
+    eod: str | None
+    backend: Backend
+    bad: BadPolicy
+    empty: EmptyPolicy
+    validation_share: float
+
+
+class Encoded(NamedTuple):
+    """The documents of a chunk.
+
+    ``ids`` [tokens]: in the type of the shards; ``lengths`` [documents]: tokens of each, its end-of-document token
+    included; ``held_out`` [documents]; ``problems``: bad records, as "origin: reason".
+    """
+
+    ids: NDArray[np.integer]
+    lengths: NDArray[np.int32]
+    held_out: NDArray[np.bool_]
+    problems: list[str]
+
+
+class Encoder:
+    """Texts -> token ids. Special tokens that a text spells stay text.
+
+    Args:
+        tokenizer_json: content of a tokenizer.json.
+        eod: the end-of-document token; None: the first of the usual ones that the tokenizer has.
+    Raises:
+        DataError: no tokenizer.json, or it has no such token; a backend that is not installed or can't read it.
+    """
+
+    def __init__(self, tokenizer_json: bytes, eod: str | None = None, backend: Backend = "tokenizers"):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes use the cores
+        try:
+            self.tokenizer: Any = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises this class itself
+            raise DataError(f"not a tokenizer.json: {error}") from error
+        self.eod, self.eod_id = self._find_eod(eod)
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
+        # Files made for fine-tuning may cut and pad; and a "<|endoftext|>" in the text must stay text.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.add_special_tokens([self.eod])
+        self.tokenizer.encode_special_tokens = True
+        self._fast = None if backend == "tokenizers" else _gigatoken(tokenizer_json, self.eod, backend)
+        self.drops_space = self._drops_space()
+
+    @property
+    def backend(self) -> str:
+        """Name and version of what encodes."""
+        name = "tokenizers" if self._fast is None else "gigatoken"
+        return f"{name} {metadata.version(name)}"
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Token ids [tokens] of each text; long ones are encoded in pieces."""
+        if max(map(len, texts), default=0) <= PIECE_BYTES:
+            return self._encode_whole(texts)
+        return [np.concatenate(self._encode_whole(self.pieces(text))) for text in texts]
+
+    def pieces(self, text: str) -> list[str]:
+        """``text``, cut where its tokens are."""
+        if len(text) <= PIECE_BYTES:
+            return [text]
+        content, begin, found = text.encode(), 0, []
+        while len(content) - begin > PIECE_BYTES:
+            cut = begin + cut_before(content[begin : begin + 2 * PIECE_BYTES], PIECE_BYTES)
+            found.append(content[begin:cut].decode())
+            begin = cut + (self.drops_space and content[cut : cut + 1] == b" ")
+        return [*found, content[begin:].decode()]
+
+    def check(self, texts: Iterable[str], num_characters: int) -> None:
+        """Compares gigatoken's ids with those of tokenizers on about so many characters.
+
+        Raises:
+            BackendMismatch: they differ.
+        """
+        if self._fast is None:
+            return
+        for text in texts:
+            text = text[:num_characters]
+            expected = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if (found := self._fast.encode(text).tolist()) != expected:
+                at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), -1)
+                raise BackendMismatch(
+                    f"gigatoken gives other tokens than tokenizers (from token {at} of {text[:60]!r}…): "
+                    "use --backend tokenizers"
+                )
+            num_characters -= len(text)
+            if num_characters <= 0:
+                return
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        if self._fast is not None:
+            return [self._fast.encode(text) for text in texts]
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _find_eod(self, eod: str | None) -> tuple[str, int]:
+        for token in (eod,) if eod is not None else _USUAL_EODS:
+            if (number := self.tokenizer.token_to_id(token)) is not None:
+                return token, number
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+        missing = repr(eod) if eod is not None else "that usually ends documents"
+        raise DataError(f"the tokenizer has no token {missing}: name its end-of-document token by --eod, of {added}")
+
+    def _drops_space(self) -> bool:
+        """Whether the space at a cut must go: a tokenizer that begins each text with one adds it again."""
+        for drop in (False, True):
+            if all(self._joins(text, drop) for text in _PROBES):
+                return drop
+        return False
+
+    def _joins(self, text: str, drop: bool) -> bool:
+        cut = cut_before(text.encode(), 1)
+        first, second = text.encode()[:cut].decode(), text.encode()[cut + drop :].decode()
+        whole, *parts = (
+            encoding.ids for encoding in self.tokenizer.encode_batch([text, first, second], add_special_tokens=False)
+        )
+        return whole == [*parts[0], *parts[1]]
+
+
+def encode_chunk(spec: EncoderSpec, chunk: Chunk) -> Encoded:
+    """The work of one process: takes the documents out of a chunk and encodes them.
+
+    Raises:
+        DataError: a bad record under "fail", or a text that became the end-of-document token.
+    """
+    encoder = encoder_of(spec)
+    reader = RecordReader(spec.bad, spec.empty)
+    documents = reader.read(chunk)
+    texts = [document.text for document in documents]
+    if not chunk.begins and encoder.drops_space:
+        texts = [text.removeprefix(" ") for text in texts]
+    _check_sample(encoder, chunk, texts)
+    arrays = encoder.encode(texts)
+    eod = np.array([encoder.eod_id] if chunk.ends else [], np.int32)
+    flat = itertools.chain.from_iterable((ids, eod) for ids in arrays)
+    ids = np.concatenate([np.empty(0, np.int32), *flat], dtype=encoder.dtype, casting="unsafe")
+    if np.count_nonzero(ids == encoder.eod_id) != len(eod) * len(arrays):
+        _refuse_eod(encoder, documents, arrays)
+    lengths = np.array([len(array) + len(eod) for array in arrays], np.int32)
+    share = spec.validation_share
+    held_out = np.array([share > 0 and is_held_out(text, share) for text in texts], bool)
+    return Encoded(ids, lengths, held_out, reader.problems)
+
+
+@functools.lru_cache(maxsize=1)
+def encoder_of(spec: EncoderSpec) -> Encoder:
+    """This process's encoder.
+
+    Raises:
+        DataError: the tokenizer is another than the one whose digest is expected.
+    """
+    tokenizer_json = load_tokenizer(spec.tokenizer)
+    if hashlib.sha256(tokenizer_json).hexdigest() != spec.tokenizer_sha256:
+        raise DataError(f"{spec.tokenizer} has changed since the start: start again")
+    return Encoder(tokenizer_json, spec.eod, spec.backend)
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the validation set: by its first 64 KiB alone, so copies of it stay together."""
+    begin = text[:_HELD_OUT_BYTES].encode()[:_HELD_OUT_BYTES]
+    return int.from_bytes(hashlib.blake2b(begin, digest_size=8).digest(), "little") < share * 2**64
+
+
+def _check_sample(encoder: Encoder, chunk: Chunk, texts: Sequence[str]) -> None:
+    if chunk.number == 0:
+        encoder.check(texts, _CHECKED_FIRST)
+    elif texts and (number := hashlib.blake2b(b"%d" % chunk.number, digest_size=4).digest())[0] < 16:
+        encoder.check(texts[int.from_bytes(number[1:]) % len(texts) :], _CHECKED_LATER)
+
+
+def _refuse_eod(encoder: Encoder, documents: Sequence[Document], arrays: Sequence[NDArray[np.integer]]) -> None:
+    for document, ids in zip(documents, arrays, strict=True):
+        if (ids == encoder.eod_id).any():
+            raise DataError(f"{document.origin}: ordinary text became the end-of-document token: choose another --eod")
+
+
+def _gigatoken(tokenizer_json: bytes, eod: str, backend: Backend) -> Any:
+    """gigatoken's tokenizer; None where it is not installed or can't take this one, and need not."""
+    content = json.loads(tokenizer_json)
+    # a special token that it does not know is text to it
+    content["added_tokens"] = [
+        token for token in content.get("added_tokens") or [] if not token.get("special") and token["content"] != eod
+    ]
+    try:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        return load_hf_json(json.dumps(content))
+    except Exception as error:  # not installed, or whatever its parser raises
+        if backend == "auto":
+            return None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--backend gigatoken: {reason}. --backend tokenizers takes every tokenizer") from error

@@ -1,0 +1,209 @@
+"""Any tokenizer file (SentencePiece, tiktoken, WordPiece) -> the content of a tokenizer.json."""
+
+import base64
+import binascii
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from megatrain.data.errors import DataError
+
+_SPACE = "▁"  # how SentencePiece writes a space
+
+# How each published encoding splits text before it merges bytes, and its end-of-document token.
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_CAPITAL, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITAL}*{_SMALL}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_CAPITAL}+{_SMALL}*{_SUFFIX}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# name -> (pattern, {special token: id}); Llama 3's file has tiktoken's format and no name of its own
+_TIKTOKEN: dict[str, tuple[str, dict[str, int]]] = {
+    "gpt2": (_GPT2, {"<|endoftext|>": 50256}),
+    "r50k_base": (_GPT2, {"<|endoftext|>": 50256}),
+    "p50k_base": (_GPT2, {"<|endoftext|>": 50256}),
+    "cl100k_base": (_CL100K, {"<|endoftext|>": 100257}),
+    "o200k_base": (_O200K, {"<|endoftext|>": 199999}),
+    "llama3": (_CL100K, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}),
+}
+
+
+def load_tokenizer(path: Path) -> bytes:
+    """The tokenizer.json that stands in ``path``, or that says the same as it.
+
+    Knows tokenizer.json and the folder of one, SentencePiece models (.model), tiktoken ranks (.tiktoken, or any
+    name with lines of base64 and number) and WordPiece vocabularies (vocab.txt).
+
+    Raises:
+        DataError: none of these, or a kind of SentencePiece model that can't be expressed.
+    """
+    if path.is_dir():
+        return load_tokenizer(_in_folder(path))
+    content = path.read_bytes()
+    if content.lstrip()[:1] == b"{":
+        return content
+    if _looks_like_ranks(content):
+        return _from_tiktoken(path, content)
+    if path.suffix == ".txt":
+        return _from_wordpiece(path)
+    if path.suffix in (".model", ".spm") or content.startswith(b"\n"):
+        return _from_sentencepiece(path, content)
+    raise DataError(f"{path} is no tokenizer.json, SentencePiece model, tiktoken file or WordPiece vocab.txt")
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} holds no tokenizer.json, tokenizer.model or vocab.txt")
+
+
+def _from_wordpiece(path: Path) -> bytes:
+    """BERT's: lower case unless tokenizer_config.json beside it or the vocabulary itself says otherwise."""
+    words = path.read_text(encoding="utf-8").splitlines()
+    if missing := {"[UNK]", "[CLS]", "[SEP]"}.difference(words):
+        raise DataError(f"{path} is no WordPiece vocabulary: it has no {', '.join(sorted(missing))}")
+    config = path.with_name("tokenizer_config.json")
+    lower = all(word == word.lower() for word in words if not word.startswith("["))
+    if config.is_file():
+        lower = bool(json.loads(config.read_bytes()).get("do_lower_case", lower))
+    made = BertWordPieceTokenizer({word: number for number, word in enumerate(words)}, lowercase=lower)
+    return made.to_str(pretty=True).encode()
+
+
+def _looks_like_ranks(content: bytes) -> bool:
+    words = content[:4096].split(b"\n", 1)[0].split()
+    try:
+        return len(words) == 2 and words[1].isdigit() and bool(base64.b64decode(words[0], validate=True))
+    except binascii.Error:
+        return False
+
+
+def _from_tiktoken(path: Path, content: bytes) -> bytes:
+    lines = (line.split() for line in content.splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    name = path.name.split(".")[0]
+    if name not in _TIKTOKEN:
+        name = "llama3" if len(ranks) == 128_000 else name
+    if name not in _TIKTOKEN:
+        raise DataError(
+            f"{path}: a tiktoken file doesn't say how text is split; name it after its encoding, one of "
+            f"{', '.join(_TIKTOKEN)}"
+        )
+    pattern, specials = _TIKTOKEN[name]
+    spell = _byte_letters()
+    vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
+    halves = (_halves(ranks, token) for token in ranks if len(token) > 1)
+    merges = [tuple("".join(spell[byte] for byte in half) for half in pair) for pair in halves if pair]
+    # tiktoken takes a word that is a token as it is, whether or not its merges lead there
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # type: ignore[arg-type]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return _with_specials(tokenizer, specials)
+
+
+def _halves(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
+    """The two tokens whose merge gives ``token``: its bytes, merged by all lower ranks. Empty: no merges lead there."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        rank, at = min(pairs)
+        if rank >= ranks[token]:
+            return []
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter by which byte-level tokenizers write each byte."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def _with_specials(tokenizer: Tokenizer, specials: dict[str, int]) -> bytes:
+    """The tokenizer with special tokens of given ids, which its library numbers by itself only."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [
+        {
+            "id": number,
+            "content": token,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for token, number in specials.items()
+    ]
+    content["model"]["vocab"] |= specials
+    return json.dumps(content, ensure_ascii=False, indent=1).encode()
+
+
+def _from_sentencepiece(path: Path, content: bytes) -> bytes:
+    """A Unigram or BPE model; its control tokens become special tokens."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise DataError(f"{path}: reading SentencePiece needs the package sentencepiece") from error
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except Exception as error:  # whatever the protobuf library of the day raises
+        raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+    spec, pieces = proto.trainer_spec, [(piece.piece, piece.score) for piece in proto.pieces]
+    if spec.model_type == spec.UNIGRAM:
+        model: Any = models.Unigram(pieces, spec.unk_id, spec.byte_fallback)
+    elif spec.model_type == spec.BPE:
+        vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
+        unknown = pieces[spec.unk_id][0]
+        merges = _merges(proto, vocab)
+        model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=spec.byte_fallback)
+    else:
+        raise DataError(f"{path}: SentencePiece models of words or characters can't be read, only Unigram and BPE")
+    tokenizer = Tokenizer(model)
+    _set_spaces(tokenizer, proto)
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+    tokenizer.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)])
+    tokenizer.add_tokens([piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED])
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, best score first."""
+    kind = proto.SentencePiece
+    found = []
+    for number, piece in enumerate(proto.pieces):
+        if piece.type not in (kind.NORMAL, kind.UNUSED):
+            continue
+        halves = [(piece.piece[:at], piece.piece[at:]) for at in range(1, len(piece.piece))]
+        known = [(vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab]
+        found += [(-piece.score, number, a, b) for *_, a, b in sorted(known)]
+    return [(a, b) for *_, a, b in sorted(found, key=lambda merge: merge[:2])]
+
+
+def _set_spaces(tokenizer: Tokenizer, proto: Any) -> None:
+    spec = proto.normalizer_spec
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])  # type: ignore[assignment]
+    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        undo.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(undo)  # type: ignore[assignment]
