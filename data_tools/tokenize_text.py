@@ -7,6 +7,7 @@ other ranks encode. docs/data_format.md tells more.
 
 import argparse
 import hashlib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from megatrain.data.manifest import MANIFEST, Manifest
 from megatrain.data.pool import Pool, num_cores, open_mpi_pool, open_pool, runs_under_mpi
 from megatrain.data.shuffle import shuffle_documents
 from megatrain.data.tokenizer_files import load_tokenizer
-from megatrain.data.tokenizing import Output, TokenizeRun
+from megatrain.data.tokenizing import Output, TokenizeRun, note_path
 
 _BYTES_PER_WORKER = 4 << 20  # less input than this is encoded faster than a worker starts
 
@@ -90,17 +91,21 @@ def _tokenize(arguments: argparse.Namespace, pool: Pool | None) -> None:
     outputs = _outputs(arguments, digests, spec, eod)
     if not arguments.overwrite and all([_is_reusable(output, sources) for output in outputs]):
         print(f"{', '.join(str(output.folder) for output in outputs)}: already there with this content, reused")
+        _clear_up(outputs)
         return
     lineage = lineage_of("tokenize_text", arguments, digests, encoder=encoder_of(spec).backend)
     # shuffling is a second pass over what the first has written
     first = outputs if arguments.shuffle_seed is None else [_unshuffled(output) for output in outputs]
     run = TokenizeRun(sources, spec, first, tokenizer_json, arguments.shard_tokens, lineage)
-    if first == outputs or not all(output.is_written() for output in first):
+    if first == outputs or not all(
+        unshuffled.is_written() or output.is_written() for unshuffled, output in zip(first, outputs, strict=True)
+    ):
         with open_pool(_num_workers(arguments, digests)) as local:
             run.run(pool or local)
     if arguments.shuffle_seed is not None:
         for output, unshuffled in zip(outputs, first, strict=True):
-            shuffle_documents(unshuffled.folder, output.folder, arguments.shuffle_seed, output.made_from)
+            if unshuffled.is_written():  # a killed run may have been at the second one
+                shuffle_documents(unshuffled.folder, output.folder, arguments.shuffle_seed, arguments.shard_tokens)
     _report(outputs, run, sum(digest.num_bytes for digest in digests), time.monotonic() - begun_at)
 
 
@@ -145,6 +150,14 @@ def _outputs(
 def _unshuffled(output: Output) -> Output:
     folder = output.folder.absolute()
     return Output(folder.with_name(f".{folder.name}.unshuffled"), output.made_from)
+
+
+def _clear_up(outputs: Sequence[Output]) -> None:
+    """Removes what a run left that was killed after its data sets had got their names."""
+    note_path(outputs[0].folder).unlink(missing_ok=True)
+    for unshuffled in (_unshuffled(output).folder for output in outputs):
+        note_path(unshuffled).unlink(missing_ok=True)
+        shutil.rmtree(unshuffled, ignore_errors=True)
 
 
 def _is_reusable(output: Output, sources: Sequence[Source]) -> bool:

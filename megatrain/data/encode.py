@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatrain.data.chunks import PIECE_BYTES, Chunk, cut_before
 from megatrain.data.documents import BadPolicy, Document, EmptyPolicy, RecordReader
@@ -89,6 +90,7 @@ class Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.add_special_tokens([self.eod])
         self.tokenizer.encode_special_tokens = True
+        _split_literals(self.tokenizer)
         self._fast = None if backend == "tokenizers" else _gigatoken(tokenizer_json, self.eod, backend)
         self.drops_space = self._drops_space()
 
@@ -221,6 +223,22 @@ def _refuse_eod(encoder: Encoder, documents: Sequence[Document], arrays: Sequenc
     for document, ids in zip(documents, arrays, strict=True):
         if (ids == encoder.eod_id).any():
             raise DataError(f"{document.origin}: ordinary text became the end-of-document token: choose another --eod")
+
+
+def _split_literals(tokenizer: Any) -> None:
+    """Cuts the names of special tokens in a text in two, for models that would find them in their vocabulary.
+
+    A BPE spells them by its merges, which don't lead there; Unigram, WordPiece and word models look words up.
+    """
+    if isinstance(tokenizer.model, models.BPE):
+        return
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    patterns = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    if tokenizer.token_to_id("<0x00>") is not None:  # pieces for bytes
+        patterns.append("<(?=0x[0-9A-F]{2}>)")
+    split = pre_tokenizers.Split(Regex("|".join(patterns)), "isolated")
+    before = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
 
 
 def _gigatoken(tokenizer_json: bytes, eod: str, backend: Backend) -> Any:

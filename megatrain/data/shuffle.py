@@ -7,7 +7,6 @@ by one: a uniformly random order, given by the seed. Memory: one bucket, and 12 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,10 @@ from megatrain.data.writer import BAD_RECORDS, DatasetWriter
 _BUCKET_TOKENS = 16 << 20
 
 
-def shuffle_documents(source: Path, target: Path, seed: int, made_from: dict[str, Any]) -> Manifest:
+def shuffle_documents(source: Path, target: Path, seed: int, shard_tokens: int) -> Manifest:
     """Writes ``target`` from the data set ``source``, and removes ``source``.
+
+    The manifests say the same of where the documents come from.
 
     Raises:
         DataError: ``target`` is in use or is something else than a data set.
@@ -38,8 +39,8 @@ def shuffle_documents(source: Path, target: Path, seed: int, made_from: dict[str
         tokenizer_name=manifest.tokenizer,
         vocab_size=manifest.vocab_size,
         eod_id=manifest.eod_id,
-        shard_tokens=int(made_from["shard_tokens"]),
-        made_from={**manifest.made_from, **made_from},
+        shard_tokens=shard_tokens,
+        made_from=manifest.made_from,
     ) as writer:
         _deal(stems, buckets, dealt)
         for bucket in range(num_buckets):

@@ -47,6 +47,11 @@ class Output(NamedTuple):
         return {**Manifest.read(self.folder).made_from, **_NO_STDIN} == {**self.made_from, **_NO_STDIN}
 
 
+def note_path(folder: Path) -> Path:
+    """Where a run notes how far it is."""
+    return folder.absolute().with_name(f".{folder.absolute().name}.progress.json")
+
+
 @dataclass
 class ProblemLog:
     """The list of bad records, in a file."""
@@ -112,7 +117,7 @@ class TokenizeRun:
         self.num_problems = 0
         self._tokenizer_json = tokenizer_json
         self._shard_tokens = shard_tokens
-        self._note_path = outputs[0].folder.absolute().with_name(f".{outputs[0].folder.absolute().name}.progress.json")
+        self._note_path = note_path(outputs[0].folder)
         self._problems = ProblemLog(partial_of(outputs[0].folder) / BAD_RECORDS)
         self._stdin_sha256 = hashlib.sha256()
         self._held_out = self._dropped = False  # of the document that has begun and not ended

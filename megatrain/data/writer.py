@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -127,6 +127,25 @@ class DatasetWriter:
         """Takes the pieces of a document back that has not ended."""
         if self._open is not None:
             self._open.drop_pieces()
+
+    def add_shard(self, folder: Path, shard: Shard) -> None:
+        """Appends a copy of a finished shard of another data set in ``folder``.
+
+        Raises:
+            DataError: it is not as its manifest says.
+        """
+        self.close_shard()
+        copied = replace(shard, name=self._stem().name)
+        for suffix, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256), ("crc", None)):
+            source = folder / f"{shard.name}.{suffix}"
+            with open(source, "rb") as file, open(self.partial / f"{copied.name}.{suffix}", "w+b") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+                copy.flush()
+                os.fsync(copy.fileno())
+                copy.seek(0)
+                if expected and hashlib.file_digest(copy, "sha256").hexdigest() != expected:
+                    raise DataError(f"{source} is damaged: its SHA-256 is not {expected}")
+        self._shards.append(copied)
 
     def checkpoint(self) -> dict[str, Any]:
         """Brings everything to disk; returns, for JSON, what ``resume`` needs to go on here."""

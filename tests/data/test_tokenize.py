@@ -33,7 +33,7 @@ def make_inputs(folder: Path, num_documents: int = 2000) -> None:
         for number in range(num_documents):
             text = " ".join(generator.choices(words, k=generator.randrange(60)))
             file.write(json.dumps({"text": text}) + "\n" if number % 100 else "broken\n")
-    (folder / "b.txt").write_text(" ".join(generator.choices(words, k=15_000)))
+    (folder / "b.txt").write_text(" ".join(generator.choices(words, k=25_000)))
     (folder / "c.txt").write_text("last of all")
     (folder / "t.json").write_bytes(byte_tokenizer())
 
@@ -136,7 +136,7 @@ def test_what_is_written_is_what_was_read(inputs, expected, tmp_path):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_number_of_processes_changes_no_byte(inputs, expected, tmp_path, monkeypatch, workers):
-    for name, value in (("CHUNK_BYTES", 50_000), ("PIECE_BYTES", 50_000), ("_CUT_SEARCH", 1000)):
+    for name, value in (("CHUNK_BYTES", 50_000), ("PIECE_BYTES", 70_000), ("_CUT_SEARCH", 1000)):
         monkeypatch.setattr(chunks, name, value)  # nor does the size of what is read at once
     assert tokenize_text.main(options(inputs, tmp_path, "--workers", workers)) == 0
     assert content_of(tmp_path) == expected
