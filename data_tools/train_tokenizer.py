@@ -1,8 +1,10 @@
 """Text -> tokenizer.json.
 
 bpe: byte-level, can spell any text. wordpiece: BERT's, for encoders. unigram: SentencePiece's, by likelihood; what
-its pieces can't spell it spells in bytes. The same text gives the same file; but the scores of unigram's pieces vary
-in the fourth digit, since its trainer adds up numbers in varying order.
+its pieces can't spell it spells in bytes.
+
+bpe: the same text gives the same file. The library's trainers of the other two go through words in varying order: where
+counts tie, wordpiece may choose otherwise, and unigram's scores vary in the fourth digit.
 """
 
 import argparse
@@ -118,15 +120,13 @@ def _unigram(arguments: argparse.Namespace) -> tuple[Any, Any, list[str]]:
 
 
 def _numbered(tokenizer: Tokenizer) -> Tokenizer:
-    """The WordPiece tokenizer with its single letters in order, which the trainer numbers as it likes."""
+    """The WordPiece tokenizer with its pieces by length and letters: the trainer numbers them as it likes."""
     content = json.loads(tokenizer.to_str())
     specials = {token["content"] for token in content["added_tokens"]}
     vocab: dict[str, int] = content["model"]["vocab"]
 
-    def place(token: str) -> tuple[int, str | int]:
-        if token in specials:
-            return 0, vocab[token]
-        return (1, token) if len(token.removeprefix("##")) == 1 else (2, vocab[token])
+    def place(token: str) -> tuple[int, int, str]:
+        return (0, vocab[token], "") if token in specials else (1, len(token), token)
 
     content["model"]["vocab"] = {token: number for number, token in enumerate(sorted(vocab, key=place))}
     made: Any = Tokenizer.from_str(json.dumps(content))

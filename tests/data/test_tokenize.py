@@ -143,7 +143,7 @@ def test_the_number_of_processes_changes_no_byte(inputs, expected, tmp_path, mon
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun (Debian: openmpi-bin)")
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_the_number_of_mpi_ranks_changes_no_byte(inputs, expected, tmp_path, ranks):
     ran = mpirun(ranks, options(inputs, tmp_path))
     assert ran.returncode == 0, ran.stderr

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatrain.config.load import load_config
 from megatrain.data.errors import DataError
+from megatrain.data.manifest import Manifest
 from megatrain.data.validation import validation_sets
 from tests.data.factory import make_dataset, random_documents, write_documents
 from tests.data.reading import SEQ, make_sources, run_config, training_data
@@ -169,8 +171,7 @@ def test_a_weight_schedule_and_caps(sources):
 
 def test_sources_of_different_tokenizers_are_refused(tmp_path, sources):
     other = write_documents(tmp_path / "other", random_documents(500, 300, 1), 300)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "0" * 64}))
+    replace(Manifest.read(other), tokenizer_sha256="0" * 64).write(other)
     with pytest.raises(DataError, match=r"other was written with another tokenizer \(bytes\) than .*: their token ids"):
         training_data({**sources, "other": {"path": str(other)}})
     with pytest.raises(DataError, match="another tokenizer"):

@@ -1,0 +1,84 @@
+"""clean_text: normalisation, each rule, duplicates."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from data_tools import clean_text
+from megatrain.data.quality import DEFAULT_RULES, RULES, broken_rule, normalize
+
+WORDS = ["the", "of", "and", "to", "language", "model", "reads", "many", "pages", "with", "care", "because", "data"]
+
+
+def prose(seed: int, num_words: int = 120) -> str:
+    generator = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    own = ["".join(generator.choices(letters, k=generator.randrange(3, 9))) for _ in range(num_words)]
+    words = [generator.choice((word, generator.choice(WORDS))) for word in own]
+    return "".join(word + ("\n" if at % 12 == 11 else " ") for at, word in enumerate(words)).strip()
+
+
+BREAKS = {
+    "empty": " \n ",
+    "short": "Only a few words.",
+    "long": "word " * 100_001,
+    "word-length": "a b c d e f " * 40,
+    "symbols": "# heading with marks " * 30,
+    "bullets": "\n".join(f"- another entry number {number} within some lengthy list" for number in range(20)),
+    "ellipses": "\n".join(f"line {number} goes on and on …" for number in range(20)),
+    "letters": "1234 5678 word " * 30,
+    "repeated-lines": "\n".join([prose(1, 12)] * 10),
+    "repeated-pairs": "buy now " * 20 + prose(2, 60),
+    "stop-words": "Der schnelle braune Fuchs springt über den faulen Hund hinweg und freut sich darüber sehr. " * 3,
+}
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_each_rule_takes_its_own(rule):
+    assert set(BREAKS) == {"empty", *RULES}
+    assert broken_rule(BREAKS[rule], [rule] if rule in RULES else []) == rule
+    assert broken_rule(prose(3) + " the of", list(RULES)) is None
+
+
+def test_normalisation():
+    text = "\ufeffcafe\u0301 \r\nx\u200b\x00\ty  \rz\n\n\n\nend\n"
+    assert normalize(text) == "café\nx\ty\nz\n\nend"
+    assert normalize("ﬁ ①", "NFKC") == "fi 1"
+    assert normalize("e\u0301", "none") == "e\u0301"
+    assert normalize(normalize(text)) == normalize(text)
+
+
+def near_copy(text: str) -> str:
+    words = text.split(" ")
+    words[50] = "changed"
+    return " ".join(words)
+
+
+def test_what_stays_and_what_is_counted(tmp_path, capsys):
+    good = [prose(seed, 300) for seed in range(30)]
+    texts = [*good[:20], good[3].upper(), near_copy(good[5]), *good[20:], "", BREAKS["short"], BREAKS["bullets"]]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "broken"]))
+    options = ["--input", str(tmp_path / "in.jsonl"), "--bad", "skip", "--report", str(tmp_path / "r.json")]
+    options += ["--rules", *DEFAULT_RULES]
+    for workers in ("1", "2"):
+        output = tmp_path / f"out{workers}.jsonl.gz"
+        assert clean_text.main([*options, "--output", str(output), "--workers", workers]) == 0
+        records = [json.loads(line) for line in gzip.decompress(output.read_bytes()).splitlines()]
+        assert [record["text"] for record in records] == good
+        assert records[0]["origin"].endswith("in.jsonl:1")
+        report = json.loads((tmp_path / "r.json").read_text())
+        counts = {name: fate["documents"] for name, fate in report.items() if isinstance(fate, dict)}
+        wanted = {"kept": 30, "exact-duplicate": 1, "near-duplicate": 1, "short": 1, "bullets": 1}
+        assert {name: count for name, count in counts.items() if count} == wanted
+        assert report["bad_records"] == 2
+    assert (tmp_path / "out1.jsonl.gz").read_bytes() == (tmp_path / "out2.jsonl.gz").read_bytes()
+    printed = capsys.readouterr().out
+    assert "near-duplicate            1 documents" in printed
+    assert clean_text.main([*options, "--output", str(tmp_path / "out1.jsonl.gz")]) == 2
+    options += ["--output", str(tmp_path / "k.jsonl"), "--duplicates", "keep", "--workers", "1"]
+    assert clean_text.main(options) == 0
+
+    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 32
