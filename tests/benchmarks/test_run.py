@@ -11,6 +11,7 @@ SHARED = {"__init__", "paired"}
 SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "bubble": ["--pp", "2", "--factors", "2"],
+    "data_write": ["--repeats", "1", "--megabytes", "1"],
     "start": ["--repeats", "1"],
     "step": ["--repeats", "1"],
     "throughput": ["--batch", "1", "--steps", "1", "--eager"],
