@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from benchmarks.paired import describe_machine, median_ratio
-from data_tools import train_tokenizer
+from megatrain.data.pool import num_cores
 
 _BATCH = 1000
 _tokenizer: Any = None
@@ -47,7 +46,7 @@ class Job(NamedTuple):
     input: str
     tokenizer: str
     output: str
-    workers: int
+    workers: int | None
 
 
 def ours(job: Job, backend: str) -> int:
@@ -55,7 +54,8 @@ def ours(job: Job, backend: str) -> int:
     from data_tools import tokenize_text
     from megatrain.data.manifest import Manifest
 
-    words = ["--input", job.input, "--tokenizer", job.tokenizer, "--output", job.output, "--workers", str(job.workers)]
+    words = ["--input", job.input, "--tokenizer", job.tokenizer, "--output", job.output]
+    words += ["--workers", str(job.workers)] if job.workers else []
     assert tokenize_text.main([*words, "--backend", backend]) == 0
     return Manifest.read(Path(job.output)).num_tokens
 
@@ -67,7 +67,10 @@ def megatron(job: Job) -> int:
 
     builder = IndexedDatasetBuilder(f"{job.output}.bin", dtype=np.uint16)
     num_tokens = 0
-    with multiprocessing.Pool(job.workers, _start_megatron_worker, (job.tokenizer,)) as pool, open(job.input) as lines:
+    with (
+        multiprocessing.Pool(job.workers or num_cores(), _start_megatron_worker, (job.tokenizer,)) as pool,
+        open(job.input) as lines,
+    ):
         for ids in pool.imap(_encode_line, lines, 32):
             builder.add_document(torch.IntTensor(ids), [len(ids)])
             num_tokens += len(ids)
@@ -174,13 +177,16 @@ def run_apart(name: str, options: argparse.Namespace) -> Cost:
     """The cost of a candidate in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         job = Job(str(options.input), str(options.tokenizer), f"{folder}/out", options.workers)
-        program = [sys.executable, "-m", "benchmarks.data_write", "--candidate", name, "--job", json.dumps(job)]
-        printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+        # not by -m: workers that are spawned would import this module, and what it imports, too
+        program = f"from benchmarks.data_write import *; run_here({name!r}, {job!r})"
+        printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
         return Cost(*json.loads(printed.splitlines()[-1]))
 
 
 def lines_of(costs: dict[str, list[Cost]]) -> Iterator[str]:
     """A table of medians, then the ratios of pairs."""
+    from benchmarks.paired import median_ratio  # imports torch, which candidates need not hold
+
     for name, runs in costs.items():
         seconds, cpu, tokens, peak = (float(np.median([run[field] for run in runs])) for field in range(4))
         yield (
@@ -211,6 +217,8 @@ def library_sources(path: Path, megabytes: float) -> Path:
 
 def trained_tokenizer(path: Path, text: Path) -> Path:
     """A byte-level BPE of 16,384 tokens, trained on the first 4 MB."""
+    from data_tools import train_tokenizer
+
     words = ["--input", str(text), "--output", str(path), "--vocab-size", "16384", "--max-bytes", "4000000"]
     assert train_tokenizer.main(words) == 0
     return path
@@ -221,19 +229,18 @@ def main() -> None:
     parser.add_argument("--input", type=Path, help='JSON lines with "text"')
     parser.add_argument("--tokenizer", type=Path, help="a byte-level BPE's tokenizer.json of at most 65,536 tokens")
     parser.add_argument("--megabytes", type=float, default=50, help="of text without --input (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--workers", type=int, help="(default: each candidate's own: ours by the input, Megatron's a core)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--candidate", help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.candidate:
-        run_here(options.candidate, Job(*json.loads(options.job)))
-        return
+    from benchmarks.paired import describe_machine
+
     with tempfile.TemporaryDirectory() as folder:
         options.input = options.input or library_sources(Path(folder) / "text.jsonl", options.megabytes)
         options.tokenizer = options.tokenizer or trained_tokenizer(Path(folder) / "tokenizer.json", options.input)
         print(describe_machine("tokenizers", "gigatoken", "megatron-core"))
-        print(f"{options.input.stat().st_size / 1e6:.0f} MB, {options.workers} workers")
+        print(f"{options.input.stat().st_size / 1e6:.0f} MB, {num_cores()} cores")
         for line in lines_of(measure(options)):
             print(line)
 

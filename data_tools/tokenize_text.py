@@ -23,7 +23,8 @@ from megatrain.data.shuffle import shuffle_documents
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.tokenizing import Output, TokenizeRun, note_path
 
-_BYTES_PER_WORKER = 4 << 20  # less input than this is encoded faster than a worker starts
+# less input than this is encoded faster than a worker starts
+_BYTES_PER_WORKER = {"tokenizers": 4 << 20, "gigatoken": 64 << 20}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def _tokenize(arguments: argparse.Namespace, pool: Pool | None) -> None:
     if first == outputs or not all(
         unshuffled.is_written() or output.is_written() for unshuffled, output in zip(first, outputs, strict=True)
     ):
-        with open_pool(_num_workers(arguments, digests)) as local:
+        with open_pool(_num_workers(arguments, digests, encoder_of(spec).backend)) as local:
             run.run(pool or local)
     if arguments.shuffle_seed is not None:
         for output, unshuffled in zip(outputs, first, strict=True):
@@ -118,12 +119,12 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise DataError("--output and --validation-output are the same folder: choose two")
 
 
-def _num_workers(arguments: argparse.Namespace, digests: Sequence[InputDigest]) -> int:
+def _num_workers(arguments: argparse.Namespace, digests: Sequence[InputDigest], backend: str) -> int:
     if runs_under_mpi():
         return 1
     total = sum(digest.num_bytes for digest in digests)
     endless = any(digest.path == str(STDIN) for digest in digests)
-    wanted = num_cores() if endless else min(num_cores(), total // _BYTES_PER_WORKER)
+    wanted = num_cores() if endless else min(num_cores(), total // _BYTES_PER_WORKER[backend.split()[0]])
     return arguments.workers or max(1, wanted)
 
 
