@@ -6,7 +6,7 @@ V vocabulary, S sequence.
 
 import math
 
-from megatrain.config.schema import ModelConfig, RunConfig
+from megatrain.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 _FFN_MULTIPLE = 64  # whole tiles of a matrix unit, and room for tensor parallelism
 
@@ -60,6 +60,11 @@ def decay_steps(config: RunConfig) -> int | None:
     if schedule.name in ("cosine", "linear"):
         return config.train.steps
     return math.ceil(config.train.steps / 10) if schedule.name == "wsd" else None
+
+
+def data_parallel_rank(parallel: ParallelConfig, rank: int) -> int:
+    """Place of a rank among those that read different sequences: ranks count tp first, then cp, dp and pp."""
+    return rank // (parallel.tp * parallel.cp) % (parallel.dp or 1)
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:

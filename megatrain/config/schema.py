@@ -238,7 +238,7 @@ class DataConfig(Section):
     eod_loss: bool | None = Field(
         None,
         description="Whether the first token of a document has a loss as the label of the end of the one before; "
-        "default: only in concatenate. Padding never has.",
+        "default: only in concatenate. Whole documents never do, and padding neither.",
     )
     tokenizer: str | None = Field(
         None, description="tokenizer.json for generated samples; default: the one named in the data set's manifest."

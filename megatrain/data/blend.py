@@ -91,6 +91,16 @@ class Blend:
             done |= own
         return sources, indices
 
+    def sample_of(self, source: int, index: int) -> int:
+        """The global sample that is sample ``index`` of ``source``: the one after which it has given index + 1."""
+        low, high = -1, 1
+        while self.counts(high)[source] <= index:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.counts(middle)[source] > index else (middle, high)
+        return high - 1
+
     def counts(self, samples: int) -> list[int]:
         """Samples of each source among the first ``samples``."""
         at = int(np.searchsorted(self._starts, samples, side="right")) - 1

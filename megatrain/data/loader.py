@@ -15,6 +15,9 @@ from megatrain.data.prefetch import prefetch
 from megatrain.data.rows import Batch, Rows, Samples
 from megatrain.data.steps import Stage, Steps
 
+SAMPLE_BITS = (1 << 48) - 1
+"""The bits of a sequence's id that are its sample's number; those above tell the parts of a sample apart."""
+
 _PLANNED = 4096  # samples whose places are computed at once: numpy's calls cost more than the arithmetic of a few
 
 
@@ -81,8 +84,7 @@ class Loader:
         cuts = self.steps.window // stage.seq_len
         tokens, labels, *positions = rows.sequences(first, count)
         numbers = np.arange(first, first + count)
-        # a sample's own number where it is whole; parts of it differ in the bits that no sample's number has
-        ids = np.asarray(samples)[numbers // cuts] + ((numbers % cuts) << 48)
+        ids = np.asarray(samples)[numbers // cuts] + (numbers % cuts) * (SAMPLE_BITS + 1)
         return Batch(
             tokens,
             labels,

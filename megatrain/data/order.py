@@ -41,6 +41,21 @@ class Permutation:
             images[outside] = self._walk(images[outside])
         return images.astype(np.int64).reshape(indices.shape)
 
+    def inverse(self, image: int) -> int:
+        """The index whose image this is."""
+        index = self._walk_back(image)
+        while index >= self.n:
+            index = self._walk_back(index)
+        return index
+
+    def _walk_back(self, number: int) -> int:
+        sizes = int(self._left_size), int(self._right_size)
+        left, right = divmod(number, sizes[1])
+        for left_key, right_key in self._keys.reshape(-1, 2)[::-1]:
+            right = (right - int(_hash(np.array([left], np.uint64) ^ right_key)[0]) % sizes[1]) % sizes[1]
+            left = (left - int(_hash(np.array([right], np.uint64) ^ left_key)[0]) % sizes[0]) % sizes[0]
+        return left * sizes[1] + right
+
     def _walk(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = np.divmod(numbers, self._right_size)
         for left_key, right_key in self._keys.reshape(-1, 2):
@@ -64,6 +79,10 @@ class Epochs:
             own = epochs == epoch
             numbers[own] = self._permutation(epoch)(places[own])
         return epochs, numbers
+
+    def index_of(self, number: int, epoch: int) -> int:
+        """The index that stands for ``number`` in an epoch."""
+        return epoch * self.n + self._permutation(epoch).inverse(number)
 
 
 def keyed_number(key: str, n: int) -> int:

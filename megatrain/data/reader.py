@@ -163,23 +163,23 @@ class TokenDataset:
             at, document = at + end - first, (document + 1) % self.num_documents
         return begins
 
-    def document_lengths(self) -> NDArray[np.int32]:
-        """Tokens of every document [documents], read into memory: 4 bytes each. Checks the indexes' digests once.
-
-        Raises:
-            DataError: an index is not as it was written.
-        """
-        if not self._checked_indexes:
-            self.check_indexes()
-        return np.concatenate([shard.document_lengths() for shard in self._shards])
+    def document_lengths(self, first: int, end: int) -> NDArray[np.int32]:
+        """Tokens of the documents ``first`` to ``end - 1``."""
+        parts = []
+        for shard, last in zip(self._shards, self._document_ends.tolist(), strict=True):
+            begin = last - shard.index.num_documents
+            if begin < end and first < last:
+                parts.append(shard.document_lengths(max(first, begin) - begin, min(end, last) - begin))
+        return np.concatenate(parts)
 
     def check_indexes(self) -> None:
-        """Compares the .idx files with the manifest's digests.
+        """Compares the .idx files with the manifest's digests, once.
 
         Raises:
             DataError: names the file that differs.
         """
-        assert self.manifest is not None
+        if self._checked_indexes or self.manifest is None:
+            return
         for shard, files in zip(self.manifest.shards, self._shards, strict=True):
             _compare(files.index.path, shard.idx_sha256)
         self._checked_indexes = True
@@ -196,6 +196,7 @@ class TokenDataset:
             for block in range(files.tokens.num_blocks):
                 files.tokens.check_block(block)
             _compare(files.tokens.path, shard.bin_sha256)
+        self._checked_indexes = False
         self.check_indexes()
         tokenizer = self.folder / TOKENIZER
         if not tokenizer.is_file() or _sha256(tokenizer) != self.manifest.tokenizer_sha256:
@@ -230,12 +231,12 @@ class _ShardFiles:
         ends = [int(pointers[i]) if i < len(pointers) else self.tokens.size for i in (first, last)]
         return ends[0] // self.tokens.dtype.itemsize, ends[1] // self.tokens.dtype.itemsize
 
-    def document_lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document [documents]: of all its sequences."""
-        lengths = np.asarray(self.index.lengths())
+    def document_lengths(self, first: int, end: int) -> NDArray[np.int32]:
+        """Tokens of some documents: of all sequences of each."""
         if self.index.sequences == self.index.num_documents:
-            return lengths.copy()
-        return np.add.reduceat(lengths, self.index.document_marks()[:-1]).astype(np.int32)
+            return np.array(self.index.lengths()[first:end])
+        marks = np.array(self.index.document_marks()[first : end + 1])
+        return np.add.reduceat(self.index.lengths()[marks[0] : marks[-1]], marks[:-1] - marks[0]).astype(np.int32)
 
 
 def _open_shard(stem: Path, listed: Shard | None = None, dtype: str | None = None) -> _ShardFiles:

@@ -80,3 +80,11 @@ class Samples(Protocol):
             DataError: the files are damaged.
         """
         ...
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """(first token, tokens) of the parts of the stream that a sample's inputs are."""
+        ...
+
+    def holding(self, begin: int, end: int, epoch: int) -> list[int]:
+        """Numbers of an epoch's samples that have any of the tokens ``begin`` to ``end - 1`` of the stream."""
+        ...

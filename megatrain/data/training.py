@@ -100,19 +100,27 @@ class TrainingData:
         """
         if not saved:  # weights that were converted from elsewhere: nothing was read yet
             return
+        self.replay(saved)
+        samples = self.steps.first_sample(step)
+        if self._plan != saved["plan"]:
+            segments, end = self._segments(samples, self.blend.counts(samples))
+            past = [segment for segment in self.blend.segments if segment.start < samples]
+            self.blend = Blend([*past, *segments], str(self.config.data.seed), end)
+        self.steps = Steps(continued(self.steps.stages, wanted_stages(self.config), step), self.steps.window)
+
+    def replay(self, saved: dict[str, Any]) -> None:
+        """Reads what the run whose ``state`` was ``saved`` has read and was going to read.
+
+        Raises:
+            DataError: the data or what makes samples of it is not the same (all that differs).
+        """
         self._require_same(saved)
         self.names = [*saved["sources"], *(name for name in self.samples if name not in saved["sources"])]
         self._plan = self._wanted_plan()
         new = len(self.names) - len(saved["sources"])
-        old = [_segment(fields, new) for fields in saved["segments"]]
-        key, end = str(self.config.data.seed), saved["num_samples"]
-        blend, steps = Blend(old, key, end), Steps([Stage(**fields) for fields in saved["stages"]], saved["seq_len"])
-        samples = steps.first_sample(step)
-        if self._plan != saved["plan"]:
-            segments, end = self._segments(samples, blend.counts(samples))
-            blend = Blend([*(s for s in old if s.start < samples), *segments], key, end)
-        self.blend = blend
-        self.steps = Steps(continued(steps.stages, wanted_stages(self.config), step), steps.window)
+        segments = [_segment(fields, new) for fields in saved["segments"]]
+        self.blend = Blend(segments, str(self.config.data.seed), saved["num_samples"])
+        self.steps = Steps([Stage(**fields) for fields in saved["stages"]], saved["seq_len"])
 
     def _require_same(self, saved: dict[str, Any]) -> None:
         different = [

@@ -75,6 +75,17 @@ class ShuffledWindows(Windows):
         self.dataset.read(places, raw)
         self._finish(rows, own, raw, places)
 
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        start = int(self.places(np.array([index]))[0])
+        before_end = min(self.seq_len, self.dataset.num_tokens - start)
+        return [(start, before_end), (0, self.seq_len - before_end)][: 1 + (before_end < self.seq_len)]
+
+    def holding(self, begin: int, end: int, epoch: int) -> list[int]:
+        ring, shift = self.dataset.num_tokens, keyed_number(f"shift {self._key} {epoch}", self.seq_len)
+        tokens = {begin, *range(begin, end, self.seq_len), end - 1}  # one at least in each window between
+        windows = {(token - shift) % ring // self.seq_len for token in tokens}
+        return sorted(self._epochs.index_of(w, epoch) for w in windows if w < self.num_samples)
+
 
 class SequentialWindows(Windows):
     """The stream from its start to its end, once; the last window may be short. Samples after it are empty."""
@@ -95,6 +106,13 @@ class SequentialWindows(Windows):
         self._finish(rows, own, raw, np.minimum(places, self.dataset.num_tokens - 1))
         past_end = np.arange(1, self.seq_len + 1) >= counts[:, None]
         rows.labels[own] = np.where(past_end, IGNORE, rows.labels[own])
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        start = index * self.seq_len
+        return [(start, min(self.seq_len, self.dataset.num_tokens - start))] if index < self.num_samples else []
+
+    def holding(self, begin: int, end: int, epoch: int) -> list[int]:
+        return [] if epoch else list(range(begin // self.seq_len, (end - 1) // self.seq_len + 1))
 
 
 class _Buffer(threading.local):

@@ -105,6 +105,7 @@ def test_any_sample_at_once_in_any_order():
         one = blend(np.array([sample]))
         assert (one[0][0], one[1][0]) == (sources[i], indices[i])
         assert indices[i] == blend.counts(sample)[sources[i]]
+        assert blend.sample_of(int(sources[i]), int(indices[i])) == sample
 
 
 def test_a_tiny_share_is_exact_or_refused():

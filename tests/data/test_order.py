@@ -13,6 +13,7 @@ from megatrain.data.order import Epochs, Permutation
 def test_a_permutation_is_a_bijection(key, n):
     images = Permutation(key, n)(np.arange(n))
     assert np.array_equal(np.sort(images), np.arange(n))
+    assert [Permutation(key, n).inverse(image) for image in images[:5].tolist()] == list(range(min(n, 5)))
 
 
 @settings(max_examples=60, deadline=None)

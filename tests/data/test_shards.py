@@ -63,7 +63,7 @@ def test_a_file_that_is_cut_while_it_is_read(folder):
 def test_a_damaged_index_is_found_where_it_is_used(folder):
     flip(folder / "tokens-00000.idx", 40)
     with pytest.raises(DataError, match=r"idx is damaged: SHA-256"):
-        TokenDataset.open(folder).document_lengths()
+        TokenDataset.open(folder).check_indexes()
 
 
 def test_reads_run_over_shards_and_over_the_end(tmp_path):
