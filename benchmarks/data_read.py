@@ -6,7 +6,7 @@ Writes synthetic data sets below --folder (about 5 GB with --documents 100000000
 """
 
 import argparse
-import resource
+import functools
 import subprocess
 import sys
 import time
@@ -45,11 +45,9 @@ def main() -> None:
     candidates = {name: make(text) for name, make in READERS.items()}
     for read in candidates.values():
         read(64)  # warm: what each builds, and the page cache
-    rounds: dict[str, Callable[[], object]] = {
-        # the slow ones read less, so that all take about as long
-        name: (lambda read=read, part=PARTS.get(name, 1): read(options.steps // part))
-        for name, read in candidates.items()
-    }
+    # the slow ones read less, so that all take about as long
+    rounds: dict[str, Callable[[], object]]
+    rounds = {name: functools.partial(read, options.steps // PARTS.get(name, 1)) for name, read in candidates.items()}
     seconds = interleaved(rounds, options.repeats)
     each = {name: [s * PARTS.get(name, 1) for s in times] for name, times in seconds.items()}
     tokens = options.steps * BATCH * SEQ_LEN
@@ -68,20 +66,26 @@ def main() -> None:
 
 def print_first_batch(folder: str) -> None:
     """In a process of its own: opening, the first batch, a far one, and the memory."""
-    begin = time.perf_counter()
+    imported = peak_memory()
+    begin = time.process_time()
     data = training_data(folder, "concatenate")
     loader = data.loader(0, 1)
     loader.batch(0)
-    first = time.perf_counter()
+    first = time.process_time()
     again = training_data(folder, "concatenate").loader(0, 1)
-    far = time.perf_counter()
+    far = time.process_time()
     again.batch(10**12 // BATCH)
-    end = time.perf_counter()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    end = time.process_time()
+    memory = peak_memory()
     print(
-        f"first batch after {1e3 * (first - begin):.1f} ms, sample 10^12 after {1e3 * (end - far):.1f} ms, "
-        f"peak memory {memory:.0f} MiB with torch"
+        f"first batch after {1e3 * (first - begin):.1f} CPU-ms, sample 10^12 after {1e3 * (end - far):.1f} CPU-ms, "
+        f"peak memory {memory:.0f} MiB, {imported:.0f} of them torch and other imports"
     )
+
+
+def peak_memory() -> float:
+    """MiB that this process has had in memory at most."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def training_data(folder: str, sequences: str) -> TrainingData:

@@ -64,19 +64,19 @@ class DocumentRows:
         """Puts the rows ``numbers`` [n] into the rows ``own`` of a batch; from ``num_rows`` on they are empty."""
         shape = len(numbers), self.seq_len
         tokens, labels = np.full(shape, self.dataset.eod_id or 0, np.int64), np.full(shape, IGNORE, np.int64)
-        begins = np.zeros(shape, bool)
+        begins = []
         for row, number in enumerate(numbers.tolist()):
             at = 0
             for start, length, goes_on in self._row(number):
                 found = self.dataset.tokens(start, length + goes_on)
                 tokens[row, at : at + length] = found[:length]
                 labels[row, at : at + len(found) - 1] = found[1:]
-                begins[row, at] = True
+                begins.append(row * self.seq_len + at)
                 at += length
             if at < self.seq_len:
-                begins[row, at] = True  # padding sees only itself
+                begins.append(row * self.seq_len + at)  # padding sees only itself
         rows.tokens[own], rows.labels[own] = tokens, labels
-        rows.restart_positions(own, begins)
+        rows.restart_positions(own, np.array(begins), len(numbers))
 
     def spans(self, number: int) -> list[tuple[int, int]]:
         """(first token, tokens) of each piece of a row."""

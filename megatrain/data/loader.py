@@ -77,10 +77,12 @@ class Loader:
         stage = self.steps.stage(step)
         samples, first, count = self._own(step)
         rows = Rows(len(samples), self.steps.window, stage.seq_len, self._documents, self._pin)
-        for number in np.unique(sources).tolist():
-            own = np.flatnonzero(sources == number)
-            whole = len(own) == len(sources)
-            self.sources[number].fill(places[own], rows, slice(None) if whole else own)
+        if len(self.sources) == 1:
+            self.sources[0].fill(places, rows, slice(None))
+        else:
+            for number in np.unique(sources).tolist():
+                own = np.flatnonzero(sources == number)
+                self.sources[number].fill(places[own], rows, own)
         cuts = self.steps.window // stage.seq_len
         tokens, labels, *positions = rows.sequences(first, count)
         numbers = np.arange(first, first + count)

@@ -3,6 +3,7 @@
 Shapes: N sequences, S tokens in a sequence.
 """
 
+import functools
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -54,14 +55,23 @@ class Rows:
         """Tokens, labels and positions [count, cut] of the sequences from number ``first`` on."""
         return [tensor.view(-1, self.cut)[first : first + count] for tensor in self._tensors]
 
-    def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.bool_]) -> None:
-        """Positions of the rows ``own``, from 0 where ``begins`` [n, S] and where a sequence is cut off."""
+    def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.int64], count: int) -> None:
+        """Positions of the ``count`` rows ``own``, from 0 at the places ``begins`` of them all and at each cut."""
         if self.positions is None:
             return
-        begins.reshape(-1, self.cut)[:, 0] = True
-        starts = np.flatnonzero(begins)
-        lengths = np.diff(starts, append=begins.size)
-        self.positions[own] = (np.arange(begins.size) - np.repeat(starts, lengths)).reshape(begins.shape)
+        size = count * self.positions.shape[1]
+        starts = np.unique(np.concatenate([np.arange(0, size, self.cut), begins]))
+        lengths = np.append(starts[1:], size) - starts
+        before = np.repeat(starts, lengths)
+        if isinstance(own, slice):
+            np.subtract(_places(size), before, out=self.positions[own].reshape(-1))
+        else:
+            self.positions[own] = (_places(size) - before).reshape(count, -1)
+
+
+@functools.lru_cache(8)
+def _places(size: int) -> NDArray[np.int64]:
+    return np.arange(size)
 
 
 class Samples(Protocol):

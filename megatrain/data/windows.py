@@ -33,15 +33,16 @@ class Windows:
         rows.labels[own] = raw[:, 1:]
         if rows.positions is None and self.eod_loss:
             return
-        begins = np.empty(raw.shape, bool)
         if self.dataset.eod_id is not None:
-            np.equal(raw[:, :-1], self.dataset.eod_id, out=begins[:, 1:])
-        else:
-            for row, start in enumerate(starts.tolist()):
-                begins[row] = self.dataset.document_begins(start, self.seq_len + 1)
+            ends = np.flatnonzero(raw[:, :-1] == self.dataset.eod_id)
+        else:  # the places before those where the index has a document begin
+            begins = [self.dataset.document_begins(start, self.seq_len + 1)[1:] for start in starts.tolist()]
+            ends = np.flatnonzero(np.array(begins))
         if not self.eod_loss:
-            rows.labels[own] = np.where(begins[:, 1:], IGNORE, rows.labels[own])
-        rows.restart_positions(own, np.ascontiguousarray(begins[:, :-1]))
+            row, col = np.divmod(ends, self.seq_len)
+            rows.labels[row if isinstance(own, slice) else own[row], col] = IGNORE
+        # what follows a row's last token begins the next row, as every row does
+        rows.restart_positions(own, ends[ends < len(raw) * self.seq_len - 1] + 1, len(raw))
 
 
 class ShuffledWindows(Windows):
