@@ -225,7 +225,7 @@ def write_rest(folder: Path, lengths: np.ndarray, crcs: list[int]) -> str:
     (folder / "tokens-00000.idx").write_bytes(index_bytes(lengths, np.dtype("<u2")))
     (folder / "tokens-00000.crc").write_bytes(crc_bytes(crcs))
     shard = Shard("tokens-00000", len(lengths), int(lengths.sum()), VOCAB_SIZE - 1, "0" * 64, "0" * 64)
-    Manifest("none", "0" * 64, VOCAB_SIZE, "uint16", EOD_ID, (shard,), {}).write(folder)
+    Manifest("none", "0" * 64, VOCAB_SIZE, "uint16", EOD_ID, (shard,), "", {}, {}).write(folder)
     return str(folder)
 
 
