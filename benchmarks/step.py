@@ -48,7 +48,7 @@ class BareLoop:
             lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
-            fused=True if decay[0].is_cuda else None,
+            fused=True,
         )
 
     def step(self, batch: Batch) -> float:
