@@ -108,6 +108,9 @@ def test_trained_tokenizers(tmp_path, model):
     if model == "unigram":  # its scores vary a little
         pieces = [{piece: score for piece, score in content.pop("vocab")} for content in made]
         assert pieces[0] == pytest.approx(pieces[1], abs=0.1)
+    if model == "wordpiece":  # where counts tie, its trainer chooses as it likes
+        vocabularies = [set(content.pop("vocab")) for content in made]
+        assert len(vocabularies[0] & vocabularies[1]) > 0.8 * len(vocabularies[0])
     assert made[0] == made[1]
     encoder = Encoder((tmp_path / "a.json").read_bytes())
     assert encoder.tokenizer.token_to_id("<|user|>") is not None
