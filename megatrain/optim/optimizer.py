@@ -50,7 +50,7 @@ def build_optimizer(
     tp_group: dist.ProcessGroup | None = None,
     shard_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``config.name``, FP32; AdamW fused where the weights are on a GPU.
+    """The optimizer of ``config.name``, FP32.
 
     Args:
         tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both.
@@ -62,8 +62,7 @@ def build_optimizer(
         for group in groups:
             group["parts"] = [MatrixPart.of(parameter) for parameter in group["params"]]
         return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
-    fused = True if parameters[0][1].is_cuda else None
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def _fits_any(name: str, patterns: tuple[str, ...]) -> bool:
