@@ -15,7 +15,7 @@ from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.base_optimizer import build_base_optimizer
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
-from megatrain.engine.gradients import all_reduce_accumulated, collect_gradients, set_up_buckets
+from megatrain.engine.gradients import align_norms, all_reduce_accumulated, collect_gradients, set_up_buckets
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.start import import_deepspeed
@@ -110,6 +110,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.optimizer = self._deepspeed.optimizer
+        if config.parallel.pp > 1:
+            align_norms(self.optimizer)
         if config.precision.dtype == "fp16":
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -38,3 +39,29 @@ def collect_gradients(optimizer: Any) -> None:
                 optimizer.accumulate_hp_grads_and_remove_lp(parameter, i, j)
     elif optimizer.use_grad_accum_attribute:
         optimizer.fill_grad_accum_attribute()
+
+
+def align_norms(optimizer: Any) -> None:
+    """Lets stages with different parameter groups agree on the gradient norm. Collective over the model's ranks.
+
+    ZeRO 1 sums one norm for each parameter group over the ranks of a model. A stage that lacks some groups (it has no
+    embedding, or no experts) would leave the others waiting: it adds zeros in their place.
+    """
+    if not hasattr(optimizer, "bit16_groups"):
+        return
+    own = len(optimizer.bit16_groups)
+    most = torch.tensor(own, device=optimizer.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=optimizer.model_parallel_group)
+    num_missing, norm_of_own = int(most) - own, optimizer.scaled_global_norm
+    if num_missing == 0:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        squares = [norm_of_own(norm_type).square()]
+        for _ in range(num_missing):
+            squares.append(torch.zeros_like(squares[0]))
+            dist.all_reduce(squares[-1], group=optimizer.model_parallel_group)
+        total = torch.stack(squares).sum().sqrt()
+        return torch.where(total.isfinite(), total, torch.inf)
+
+    optimizer.scaled_global_norm = scaled_global_norm
