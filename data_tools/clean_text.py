@@ -23,10 +23,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from megatrain.data.chunks import CHUNK_BYTES
 from megatrain.data.console import add_input_options, print_problems, reader_of, run_tool, sources_of
 from megatrain.data.documents import Document
-from megatrain.data.durable import fsync_folder
 from megatrain.data.errors import DataError
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.data.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
+from megatrain.disk.durable import fsync_folder
 
 _PROBLEMS_SHOWN = 10
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from megatrain.data.console import lineage_of, run_tool
 from megatrain.data.documents import BadRecord, parse_json, text_under
-from megatrain.data.durable import write_durably
 from megatrain.data.encode import Encoder
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, read_errors
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.writer import DatasetWriter
+from megatrain.disk.durable import write_durably
 
 PAIRS = "pairs.json"
 _BATCH = 2000

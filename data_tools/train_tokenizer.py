@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from megatrain.data.chunks import read_chunks
 from megatrain.data.console import add_input_options, print_problems, reader_of, run_tool, sources_of
 from megatrain.data.documents import RecordReader
-from megatrain.data.durable import write_durably
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import Source
+from megatrain.disk.durable import write_durably
 
 EOD = "<|endoftext|>"
 _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

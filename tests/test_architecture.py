@@ -14,18 +14,19 @@ ALL = None  # every module of the room
 # room -> rooms that it may import -> their modules that it may import
 CONTRACT: dict[str, dict[str, set[str] | None]] = {
     "config": {},
-    "data": {"config": ALL},
+    "disk": {},
+    "data": {"config": ALL, "disk": ALL},
     "optim": {"config": ALL},
     "parallel": {"config": ALL},
     "models": {"config": ALL, "parallel": {"layers"}},
     "engine": {"config": ALL, "parallel": ALL, "optim": ALL},
-    "checkpoint": {"config": ALL, "parallel": ALL, "models": ALL, "engine": ALL},
+    "checkpoint": {"config": ALL, "disk": ALL, "parallel": ALL, "models": ALL, "engine": ALL},
     "plan": {"config": ALL, "parallel": {"topology", "schedules"}, "models": ALL},
     "train": dict.fromkeys(
-        ("config", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan"), ALL
+        ("config", "disk", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan"), ALL
     ),
     "launch": dict.fromkeys(("train", "plan", "checkpoint", "config"), ALL),
-    "data_tools": dict.fromkeys(("data", "config"), ALL),
+    "data_tools": dict.fromkeys(("data", "config", "disk"), ALL),
     "benchmarks": dict.fromkeys(
         ("config", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan", "train"), ALL
     ),

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.checkpoint.errors import CheckpointError, explained
-from megatrain.checkpoint.folder import fsync_folder
 from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
+from megatrain.disk.durable import fsync_folder
 
 Array = npt.NDArray[Any]
 _BLOCK = 2**20  # bytes that stay in a core's cache between the disk's copy and the CRC

@@ -9,13 +9,13 @@
 Only one save at a time may write into a folder; ``lock`` sees to it.
 """
 
-import os
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.disk.durable import fsync_folder, write_durably
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -151,26 +151,6 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
             f"no room for a checkpoint in {folder}: it needs {num_bytes} bytes ({num_bytes / gib:.2f} GiB), "
             f"free are {free} bytes ({free / gib:.2f} GiB)"
         )
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a small file so that, whatever happens, ``path`` holds either its old content or all of ``data``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Waits until the names in ``folder`` (not the contents) are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path, name: str) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from megatrain.checkpoint.errors import CheckpointError, explained
 from megatrain.checkpoint.files import inside, read_with_crc
-from megatrain.checkpoint.folder import MANIFEST, write_durably
+from megatrain.checkpoint.folder import MANIFEST
 from megatrain.checkpoint.manifest import DTYPES, HEADER, TENSORS, ArraySpec, Manifest, StoredArray, chunk_file
+from megatrain.disk.durable import write_durably
 
 _MAX_HEADER_BYTES = 2**26
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatrain.data.durable import write_durably
 from megatrain.data.errors import DataError
+from megatrain.disk.durable import write_durably
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

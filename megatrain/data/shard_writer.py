@@ -10,10 +10,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.data.durable import write_durably
 from megatrain.data.errors import DataError
 from megatrain.data.format import BLOCK_SIZE, crc_bytes, index_bytes
 from megatrain.data.manifest import Shard
+from megatrain.disk.durable import write_durably
 
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index stores lengths as int32
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.data.chunks import Chunk, Position, read_chunks
-from megatrain.data.durable import write_durably
 from megatrain.data.encode import Encoded, EncoderSpec, encode_chunk, encoder_of
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import COMPRESSED, STDIN, Source
 from megatrain.data.manifest import MANIFEST, Manifest
 from megatrain.data.pool import Pool
 from megatrain.data.writer import BAD_RECORDS, DatasetWriter, partial_of
+from megatrain.disk.durable import write_durably
 
 _SECONDS_BETWEEN_NOTES = 20
 _NO_STDIN = {"stdin_sha256": None}

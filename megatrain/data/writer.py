@@ -16,11 +16,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.data.durable import fsync_folder, write_durably
 from megatrain.data.errors import DataError
 from megatrain.data.format import token_dtype
 from megatrain.data.manifest import MANIFEST, TOKENIZER, Manifest, Shard
 from megatrain.data.shard_writer import ShardWriter
+from megatrain.disk.durable import fsync_folder, write_durably
 
 BAD_RECORDS = "bad_records.txt"
 

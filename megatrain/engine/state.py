@@ -151,7 +151,7 @@ def _has_moment(parameter: nn.Parameter, kind: str) -> bool:
     if _is_zero3(parameter):
         states = parameter._z3_optimizer.optimizer.state.values()  # type: ignore[attr-defined]
         return any(kind in state for state in states)
-    return kind in parameter._hp_mapping.optim_fragment  # type: ignore[attr-defined]
+    return kind in (parameter._hp_mapping.optim_fragment or ())  # type: ignore[attr-defined]
 
 
 def _moments_exist(optimizer: Any) -> bool:

@@ -22,10 +22,11 @@ from megatrain.data.errors import DataError
 from megatrain.data.loader import Loader
 from megatrain.data.training import TrainingData
 from megatrain.data.validation import num_batches
+from megatrain.disk.durable import write_durably
 from megatrain.engine.engine import Engine, StepResult
 from megatrain.train.ledger import Ledger
 from megatrain.train.metrics import MetricsLog, StepRecord
-from megatrain.train.run_folder import RunFolder, replace_text, versions
+from megatrain.train.run_folder import RunFolder, versions
 from megatrain.train.signals import StopRequest
 from megatrain.train.throughput import Hardware, peak_flops
 
@@ -61,7 +62,7 @@ class Trainer:
         resumed = self._resume()
         self.data.require_samples(self.config.train.steps)
         if self.engine.mesh.rank == 0:
-            replace_text(self.run.data, json.dumps(self.data.state(self.step), indent=2) + "\n")
+            write_durably(self.run.data, (json.dumps(self.data.state(self.step), indent=2) + "\n").encode())
         self.ledger = Ledger(self.data, self.engine)
         self._saver = self._make_saver(resumed)
         with StopRequest() as stop, self._metrics() as metrics:

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatrain.disk.durable import write_durably
 from megatrain.train.ledger import SourceRecord
-from megatrain.train.run_folder import RunFolder, replace_text
+from megatrain.train.run_folder import RunFolder
 from megatrain.train.throughput import Hardware
 
 ONLY_SET = "validation"
@@ -172,7 +173,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Keeps the records up to ``step``."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        replace_text(path, "".join(line for line in lines if _is_up_to(step, line)))
+        write_durably(path, "".join(line for line in lines if _is_up_to(step, line)).encode())
 
 
 def _is_up_to(step: int, line: str) -> bool:

@@ -1,7 +1,6 @@
 """The folder that everything of a run goes into."""
 
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from typing import Self
 
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import to_yaml
+from megatrain.disk.durable import write_durably
 
 _PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
 
@@ -53,9 +53,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.tensorboard.mkdir(exist_ok=True)
             if not self._id_file.exists():
-                replace_text(self._id_file, uuid.uuid4().hex + "\n")
-            replace_text(self.config, to_yaml(config))
-            replace_text(self.versions, json.dumps(versions(), indent=2) + "\n")
+                write_durably(self._id_file, (uuid.uuid4().hex + "\n").encode())
+            write_durably(self.config, (to_yaml(config)).encode())
+            write_durably(self.versions, (json.dumps(versions(), indent=2) + "\n").encode())
             with self.metrics.open("a"):
                 pass  # it may be there from an earlier start, and belong to somebody else
         except OSError as error:
@@ -68,16 +68,6 @@ class RunFolder:
     def run_id(self) -> str:
         """Made once, by the first ``prepare``; every resumed start keeps it."""
         return self._id_file.read_text(encoding="utf-8").strip()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file or, if the process dies on the way, leaves the old one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str | None]:

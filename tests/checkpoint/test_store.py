@@ -254,5 +254,6 @@ def test_a_full_disk_is_explained(tmp_path):
     chunk.symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match=r"weight of w .*c\.0: No space left on device \(ENOSPC\)"):
         writer.write("weight", "w", sample(1 << 16), offset=(0,), full_shape=(1 << 16,))
+        writer.records()  # a thread writes: it is told here at the latest
     writer.discard()
     assert newest_checkpoint(tmp_path) == old

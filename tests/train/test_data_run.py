@@ -107,7 +107,8 @@ def require_right_ledger(ledger: list[dict], reference: list[dict], steps: list[
             assert (source["tokens"], source["epoch"]) == (expected["tokens"], expected["epoch"])
             assert source["loss"] == (expected["loss"] and pytest.approx(expected["loss"], rel=1e-5))
         losses = [source["loss"] for source in row["sources"].values() if source["loss"] is not None]
-        assert min(losses) <= step["loss"] <= max(losses)
+        rounding = 1e-6 * step["loss"]  # FP32: the sources' sums add in another order than the step's
+        assert min(losses) - rounding <= step["loss"] <= max(losses) + rounding
     stopped = [row["sources"]["json"] for row in ledger]
     assert stopped[2]["tokens"] == stopped[5]["tokens"] > 0, "its weight is 0 from step 4 on"
     assert stopped[5]["loss"] is None

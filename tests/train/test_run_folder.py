@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatrain.config.schema import RunConfig
-from megatrain.train.run_folder import RunFolder, RunFolderError, replace_text
+from megatrain.train.run_folder import RunFolder, RunFolderError
 
 
 def config_in(tmp_path: Path) -> RunConfig:
@@ -61,11 +61,3 @@ def test_metrics_that_cannot_be_written_are_found_at_the_start(tmp_path: Path) -
     run.metrics.mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
         run.prepare(config_in(tmp_path))
-
-
-def test_replace_text_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    replace_text(path, "one")
-    replace_text(path, "two")
-    assert path.read_text() == "two"
-    assert list(tmp_path.iterdir()) == [path]

@@ -29,11 +29,8 @@ def config_of(folder: Path, steps: int, **checkpoint: Any) -> RunConfig:
 
 def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
     """A whole run on this rank; the saves of ``failing_saves`` find no room. Returns an error's text."""
-    import torch.distributed as dist
-
     from megatrain.checkpoint.save import Saver
-    from megatrain.data.loader import Loader
-    from megatrain.data.reader import TokenDataset
+    from megatrain.data.training import TrainingData
     from megatrain.train.loop import Trainer
     from megatrain.train.run import _claimed_folder
 
@@ -49,15 +46,7 @@ def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
     try:
         with _claimed_folder(config) as lock:
             engine = build_engine(config)
-            data = Loader(
-                TokenDataset.open(config.data.train, vocab_size=300),
-                seq_len=16,
-                global_batch_size=16,
-                dp_rank=dist.get_rank(),
-                dp_size=2,
-                seed=1,
-            )
-            Trainer(config, engine, data, None, lock).train()
+            Trainer(config, engine, TrainingData(config, 300), {}, lock).train()
         return ""
     except CheckpointError as error:
         return str(error)
