@@ -9,7 +9,7 @@ import torch
 
 from megatrain.config.schema import RunConfig
 
-SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 16, 64, 16, 2
+SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE = 16, 64, 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ ONE_PROCESS = Layout()
 
 def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunConfig:
     """A resolved config of a tiny model (5 layers: no even split over 2 stages)."""
+    # the size of a micro-batch changes no number; at least two of them are summed
+    micro_batch_size = 4 if layout.pp == 1 and layout.dp <= 2 else 2
     config: dict[str, dict[str, Any]] = {
         "model": {
             "family": family,
@@ -71,7 +73,7 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": 1e-2, "grad_clip": 0.5},
         "schedule": {"warmup_steps": 2, "decay_steps": 100},
-        "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE},
+        "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": micro_batch_size},
         "data": {"seq_len": SEQ_LEN},
     }
     for section, values in sections.items():
