@@ -111,6 +111,7 @@ RULES = (
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_data.sources_have_weight, ("data.train",)),
     Rule(rules_data.schedule_names_sources, ("data.train", "data.weight_schedule")),
+    Rule(rules_data.eod_loss_has_effect, ("data.eod_loss", "data.sequences")),
     Rule(
         rules_data.ramp_fits,
         ("train.ramp", "train.steps", "train.global_batch_size", "data.seq_len", "data.sequences"),

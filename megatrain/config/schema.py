@@ -202,6 +202,10 @@ class WeightChange(Section):
     weights: dict[Name, SourceWeight] = Field(description="By source; those that are not named keep their weights.")
 
 
+WHOLE_DOCUMENTS = ("pack_documents", "one_document")
+"""The values of data.sequences that cut no document which fits."""
+
+
 class DataConfig(Section):
     """Token shards to read (folders made by data_tools/tokenize_text.py)."""
 
@@ -238,7 +242,7 @@ class DataConfig(Section):
     eod_loss: bool | None = Field(
         None,
         description="Whether the first token of a document has a loss as the label of the end of the one before; "
-        "default: only in concatenate. Whole documents never do, and padding neither.",
+        "default: only in concatenate. Not for whole documents, whose end never has a loss.",
     )
     tokenizer: str | None = Field(
         None, description="tokenizer.json for generated samples; default: the one named in the data set's manifest."

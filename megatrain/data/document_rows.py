@@ -45,7 +45,6 @@ class DocumentRows:
 
     def __init__(self, dataset: TokenDataset, seq_len: int, pack: bool):
         self.dataset, self.seq_len, self._pack = dataset, seq_len, pack
-        dataset.check_indexes()
         num_chunks = -(-dataset.num_documents // _CHUNK)
         self._chunk_starts, counts = np.zeros(num_chunks, np.int64), np.zeros(num_chunks, np.int64)
         start = 0

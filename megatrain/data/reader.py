@@ -130,7 +130,9 @@ class TokenDataset:
 
         Raises:
             IndexError: there is no such document.
+            DataError: an index is damaged.
         """
+        self._check_indexes()
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} of a data set of {self.num_documents}")
         at = int(np.searchsorted(self._document_ends, number, side="right"))
@@ -164,7 +166,12 @@ class TokenDataset:
         return begins
 
     def document_lengths(self, first: int, end: int) -> NDArray[np.int32]:
-        """Tokens of the documents ``first`` to ``end - 1``."""
+        """Tokens of the documents ``first`` to ``end - 1``.
+
+        Raises:
+            DataError: an index is damaged.
+        """
+        self._check_indexes()
         parts = []
         for shard, last in zip(self._shards, self._document_ends.tolist(), strict=True):
             begin = last - shard.index.num_documents
@@ -172,35 +179,13 @@ class TokenDataset:
                 parts.append(shard.document_lengths(max(first, begin) - begin, min(end, last) - begin))
         return np.concatenate(parts)
 
-    def check_indexes(self) -> None:
-        """Compares the .idx files with the manifest's digests, once.
-
-        Raises:
-            DataError: names the file that differs.
-        """
+    def _check_indexes(self) -> None:
+        """Compares the .idx files with the manifest's digests, before their first use: bounds are not served unseen."""
         if self._checked_indexes or self.manifest is None:
             return
         for shard, files in zip(self.manifest.shards, self._shards, strict=True):
             _compare(files.index.path, shard.idx_sha256)
         self._checked_indexes = True
-
-    def verify(self) -> None:
-        """Reads every byte and compares it with the manifest's digests and the block CRCs.
-
-        Raises:
-            DataError: something differs (names the file and the first bad block), or there is no manifest.
-        """
-        if self.manifest is None:
-            raise DataError(f"{self.folder} has no {MANIFEST}, so nothing to compare its files with")
-        for shard, files in zip(self.manifest.shards, self._shards, strict=True):
-            for block in range(files.tokens.num_blocks):
-                files.tokens.check_block(block)
-            _compare(files.tokens.path, shard.bin_sha256)
-        self._checked_indexes = False
-        self.check_indexes()
-        tokenizer = self.folder / TOKENIZER
-        if not tokenizer.is_file() or _sha256(tokenizer) != self.manifest.tokenizer_sha256:
-            raise DataError(f"{tokenizer} is not the tokenizer that the data set was written with: put it back")
 
     def _check_ids(self, rows: NDArray[np.integer], starts: NDArray[np.int64]) -> None:
         limit = self._id_limit

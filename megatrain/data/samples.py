@@ -1,24 +1,22 @@
 """What a data set gives out one by one, as the config's ``data.sequences`` has it."""
 
-from megatrain.config.schema import DataConfig
+from megatrain.config.schema import WHOLE_DOCUMENTS, DataConfig
 from megatrain.data.document_rows import DocumentRows, SequentialDocuments, ShuffledDocuments
 from megatrain.data.reader import TokenDataset
 from megatrain.data.rows import Samples
 from megatrain.data.windows import SequentialWindows, ShuffledWindows
 
-_WHOLE_DOCUMENTS = ("pack_documents", "one_document")
-
 
 def shuffled_samples(dataset: TokenDataset, data: DataConfig, key: str) -> Samples:
     """Endless epochs, each in its own order, which ``key`` fixes."""
-    if data.sequences in _WHOLE_DOCUMENTS:
+    if data.sequences in WHOLE_DOCUMENTS:
         return ShuffledDocuments(DocumentRows(dataset, data.seq_len, data.sequences == "pack_documents"), key)
     return ShuffledWindows(dataset, data.seq_len, key, eod_has_loss(data))
 
 
 def sequential_samples(dataset: TokenDataset, data: DataConfig) -> Samples:
     """The data set once, in order; samples after its end are empty."""
-    if data.sequences in _WHOLE_DOCUMENTS:
+    if data.sequences in WHOLE_DOCUMENTS:
         return SequentialDocuments(DocumentRows(dataset, data.seq_len, data.sequences == "pack_documents"))
     return SequentialWindows(dataset, data.seq_len, eod_has_loss(data))
 

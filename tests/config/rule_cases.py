@@ -42,6 +42,10 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         None, "data.weight_schedule.1.from_sample", 5, "does not come after sample 5", "in the order of their samples",
     ),
     (
+        "data.sequences=pack_documents data.eod_loss=true", None, "data.eod_loss", True,
+        "has no effect with data.sequences = pack_documents", "leave it out",
+    ),
+    (
         'train.ramp=[{"until_step":100}]', None, "train.ramp.0.until_step", 100,
         "does not come after step 0 and before the last", "all before train.steps = 100",
     ),

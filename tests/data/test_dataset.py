@@ -12,7 +12,9 @@ import pytest
 
 from megatrain.data.errors import DataError
 from megatrain.data.format import BLOCK_SIZE, token_dtype
+from megatrain.data.pool import Pool
 from megatrain.data.reader import TokenDataset
+from megatrain.data.verify import find_problems
 from megatrain.data.writer import DatasetWriter
 from tests.data.factory import byte_tokenizer, make_dataset, random_documents, write_documents
 
@@ -47,16 +49,17 @@ def test_the_digest_names_the_content(tmp_path):
     assert first.digest == again.digest != other.digest
 
 
-def test_blocks_are_found_to_be_damaged(tmp_path):
+def test_a_damaged_block_is_refused_when_it_is_first_touched(tmp_path):
     documents = [np.arange(400_000) % 60_000 for _ in range(3)]
     folder = write_documents(tmp_path / "set", documents, 60_000, shard_tokens=10**9)
-    dataset = TokenDataset.open(folder)
-    dataset.verify()
     with open(folder / "tokens-00000.bin", "r+b") as file:
         file.seek(BLOCK_SIZE + 7)
         file.write(b"\x99")
-    with pytest.raises(DataError, match=r"tokens-00000.bin is damaged in block 1 "):
-        dataset.verify()
+    dataset = TokenDataset.open(folder)
+    assert np.array_equal(dataset.tokens(0, 400_000), documents[0]), "the block before is whole"
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"tokens-00000.bin is damaged in block 1 "):
+            dataset.tokens(BLOCK_SIZE // 2, 1)
 
 
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "tokens-00001.idx"])
@@ -190,9 +193,8 @@ def test_a_killed_writer_leaves_the_old_data_set_or_none(tmp_path):
             seen.add("moved aside")  # between two renames; the next writer puts it back
             DatasetWriter(folder, tokenizer=b"", tokenizer_name="", vocab_size=2, eod_id=0).__exit__(None, None, None)
         if folder.exists():
-            dataset = TokenDataset.open(folder)
-            dataset.verify()
-            seen.add(dataset.num_tokens)
+            assert list(find_problems(folder, Pool(None, 1))) == []
+            seen.add(TokenDataset.open(folder).num_tokens)
         else:
             assert place.name.startswith("new")
             seen.add("none")

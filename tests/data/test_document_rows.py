@@ -35,7 +35,6 @@ def numbered(lengths):
     return SimpleNamespace(
         num_documents=len(lengths),
         eod_id=0,
-        check_indexes=lambda: None,
         document_lengths=lambda first, end: np.array(lengths[first:end], np.int32),
         tokens=lambda start, count: tokens[start : start + count],
     )

@@ -1,6 +1,9 @@
 """Batches are a pure function of the step; all ranks together read each sample once."""
 
+import os
 import threading
+import warnings
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +16,7 @@ from megatrain.data.reader import TokenDataset
 from megatrain.data.rows import IGNORE
 from megatrain.data.validation import num_batches, validation_loader
 from tests.data.factory import EOD_ID, make_dataset, open_dataset
+from tests.data.mutations import mutated_copies
 from tests.data.reading import SEQ, make_sources, run_config, training_data
 
 
@@ -56,7 +60,8 @@ def test_an_epoch_reads_every_token_once(folder):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12, 24])
 def test_ranks_share_the_global_batch(sources, size):
-    whole, parts = make_loader(sources), [make_loader(sources, rank=rank, size=size) for rank in range(size)]
+    data = training_data(sources)
+    whole, parts = data.loader(0, 1), [data.loader(rank, size) for rank in range(size)]
     for step in (0, 7, 8, 10**9):
         batch, shares = whole.batch(step), [part.batch(step) for part in parts]
         for field in ("tokens", "labels", "sample_ids", "sources"):
@@ -147,6 +152,51 @@ def test_an_id_outside_the_model_is_named(tmp_path):
     place = rf"token 700 of .*\(tokens-00000.bin, document {document}, its token \d+\)"
     with pytest.raises(DataError, match=rf"{place} is 65535, outside the model's vocabulary of 300"):
         list(loader.batches(0, num_batches(loader)))
+
+
+NUM_MUTATIONS = 450
+
+
+def everything(sources, sequences):
+    """All that an epoch serves, and the documents that the microscope shows."""
+    data = training_data(sources, {"global_batch_size": 4}, sequences=sequences)
+    loader, dataset = data.loader(0, 1), data.datasets["train"]
+    batches = [loader.batch(step) for step in range(-(-data.samples["train"].num_samples // 4))]
+    served = [part for batch in batches for part in (batch.tokens, batch.labels, batch.positions) if part is not None]
+    return [part.tolist() for part in served] + [dataset.document(n).tolist() for n in range(dataset.num_documents)]
+
+
+def test_no_mutation_is_served(tmp_path):
+    """Defect 4: whatever is flipped, cut or gone, the first touch refuses it."""
+    original = make_dataset(tmp_path / "set", num_tokens=2000)
+    kinds = ("concatenate", "mask_documents", "pack_documents")
+    expected = {kind: everything(str(original), kind) for kind in kinds}
+    served, refused = [], Counter()
+    for number, (copy, change) in enumerate(mutated_copies(original, tmp_path, NUM_MUTATIONS, seed=23)):
+        kind = kinds[number % 3]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a manifest that is gone is warned of
+                if everything(str(copy), kind) != expected[kind]:
+                    served.append(f"{kind}: {change}")
+        except (DataError, UserWarning):
+            refused[change.split(":")[0].split()[0].split(".")[-1]] += 1
+        else:
+            assert change.startswith("tokenizer.json"), f"{change}: nobody looked at it"
+    assert served == []
+    assert min(refused[suffix] for suffix in ("bin", "idx", "crc", "json")) > 20, refused
+
+
+def test_a_shard_cut_in_half_is_refused(tmp_path):
+    """Defect 4, when the run starts and, where it is cut later, when it is read."""
+    folder = make_dataset(tmp_path / "set", num_tokens=2000)
+    path = folder / "tokens-00001.bin"
+    data = training_data(str(folder), {"global_batch_size": 4})
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"tokens-00001.bin ends at byte \d+, expected \d+ bytes"):
+        list(data.loader(0, 1).batches(0, 30))
+    with pytest.raises(DataError, match=r"tokens-00001.bin has \d+ bytes, expected \d+"):
+        training_data(str(folder))
 
 
 def prefetch_threads():

@@ -1,7 +1,6 @@
 """verify_shards sees every change of a data set; merge, import and inspect."""
 
 import hashlib
-import random
 import shutil
 import struct
 
@@ -17,6 +16,7 @@ from megatrain.data.reader import TokenDataset
 from megatrain.data.verify import find_problems
 from megatrain.data.writer import DatasetWriter
 from tests.data.factory import byte_tokenizer, make_dataset, random_documents, write_documents
+from tests.data.mutations import mutated_copies
 
 POOL = Pool(None, 1)
 NUM_MUTATIONS = 400
@@ -26,51 +26,14 @@ def run(tool, *words):
     return tool.main([str(word) for word in words])
 
 
-def mutate(folder, generator):
-    """Changes one file somehow; says how."""
-    path = generator.choice(sorted(path for path in folder.iterdir()))
-    content = bytearray(path.read_bytes())
-    kind = generator.choice(["flip", "byte", "cut", "append", "insert", "remove", "swap", "zero", "delete"])
-    at = generator.randrange(len(content))
-    match kind:
-        case "flip":
-            content[at] ^= 1 << generator.randrange(8)
-        case "byte":
-            content[at] = (content[at] + generator.randrange(1, 256)) % 256
-        case "cut":
-            del content[at:]
-        case "append":
-            content += generator.randbytes(generator.randrange(1, 9))
-        case "insert":
-            content[at:at] = generator.randbytes(1)
-        case "remove":
-            del content[at]
-        case "swap":
-            other = next((i for i in range(len(content)) if content[i] != content[at]), at)
-            content[at], content[other] = content[other], content[at]
-        case "zero":
-            content[at : at + 64] = bytes(b ^ 0xFF for b in content[at : at + 64])
-        case "delete":
-            path.unlink()
-            return f"{path.name} deleted"
-    path.write_bytes(content)
-    return f"{path.name}: {kind} at {at}"
-
-
 def test_every_mutation_is_seen(tmp_path):
     original = make_dataset(tmp_path / "set", num_tokens=3000)
     assert list(find_problems(original, POOL)) == []
-    generator = random.Random(11)
-    unseen = []
-    files = set()
-    for number in range(NUM_MUTATIONS):
-        copy = tmp_path / str(number)
-        shutil.copytree(original, copy)
-        change = mutate(copy, generator)
+    unseen, files = [], set()
+    for copy, change in mutated_copies(original, tmp_path, NUM_MUTATIONS, seed=11):
         files.add(change.split(":")[0].split()[0])
         if not list(find_problems(copy, POOL)):
             unseen.append(change)
-        shutil.rmtree(copy)
     assert unseen == []
     assert {path.name for path in original.iterdir()} == files
 
