@@ -83,7 +83,11 @@ def head_width(model: ModelConfig) -> int:
 
 def mixture_layers(model: ModelConfig) -> range:
     """Blocks that have experts."""
-    return range(model.num_dense_layers, model.num_layers) if model.num_experts else range(0)
+    if not model.num_experts:
+        return range(0)
+    every = model.expert_interval
+    first = -(-(model.num_dense_layers + 1) // every) * every - 1
+    return range(first, model.num_layers, every)
 
 
 def expert_hidden_size(model: ModelConfig) -> int:

@@ -73,6 +73,7 @@ RULES = (
             "model.num_layers",
             "model.num_shared_experts",
             "model.num_dense_layers",
+            "model.expert_interval",
             "model.expert_capacity",
         ),
     ),

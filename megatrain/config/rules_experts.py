@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatrain.config.derive import mixture_layers
 from megatrain.config.problems import Problem
 from megatrain.config.rules_model import divisors, listed
 from megatrain.config.schema import RunConfig
@@ -51,7 +52,8 @@ def mixture_settings_need_experts(config: RunConfig, world_size: int | None) -> 
     """Dense blocks come before blocks with experts; without experts there is nothing to set."""
     model = config.model
     if model.num_experts is None:
-        for name, empty in (("num_shared_experts", 0), ("num_dense_layers", 0), ("expert_capacity", None)):
+        unset = {"num_shared_experts": 0, "num_dense_layers": 0, "expert_interval": 1, "expert_capacity": None}
+        for name, empty in unset.items():
             value = getattr(model, name)
             if value != empty:
                 yield Problem(
@@ -68,6 +70,14 @@ def mixture_settings_need_experts(config: RunConfig, world_size: int | None) -> 
             f"leaves none of model.num_layers = {model.num_layers} blocks to model.num_experts = {model.num_experts}",
             f"0 to {model.num_layers - 1}",
             "lower model.num_dense_layers, or leave model.num_experts out for a dense model",
+        )
+    elif not mixture_layers(model):
+        yield Problem(
+            "model.expert_interval",
+            model.expert_interval,
+            f"leaves none of model.num_layers = {model.num_layers} blocks to model.num_experts = {model.num_experts}",
+            f"1 to {model.num_layers}",
+            "lower model.expert_interval or model.num_dense_layers",
         )
 
 

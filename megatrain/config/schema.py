@@ -49,6 +49,9 @@ class ModelConfig(Section):
     )
     num_shared_experts: Natural = Field(0, description="Experts that every token passes; one feed-forward so wide.")
     num_dense_layers: Natural = Field(0, description="First blocks that have a dense feed-forward instead of experts.")
+    expert_interval: Positive = Field(
+        1, description="n: of every n blocks, counted from the first, only the last has experts; the others are dense."
+    )
     expert_capacity: PositiveFloat | None = Field(
         None,
         description="Choices that an expert takes of one sequence, as a multiple of its even share; what comes later "

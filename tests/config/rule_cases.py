@@ -131,6 +131,10 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "model.num_experts=4 model.num_dense_layers=4", None, "model.num_dense_layers", 4,
         "leaves none of model.num_layers = 4 blocks", "a dense model",
     ),
+    (
+        "model.num_experts=4 model.expert_interval=5", None, "model.expert_interval", 5,
+        "leaves none of model.num_layers = 4 blocks", "lower model.expert_interval",
+    ),
     ("parallel.ep=2", None, "parallel.ep", 2, "has no experts to share", "or model.num_experts"),
     (
         "parallel.ep=4 model.num_experts=6", None, "model.num_experts", 6,

@@ -186,6 +186,15 @@ def test_counted_parameters_are_those_of_the_model(family: str) -> None:
     assert num_parameters(made, active=True) == sum(weights.values()) - idle
 
 
+def test_experts_may_stand_in_every_other_block() -> None:
+    """Qwen's decoder_sparse_step: block i has experts where i + 1 is a multiple."""
+    made = config(num_layers=6, expert_interval=2)
+    assert list(mixture_layers(made)) == [1, 3, 5]
+    assert list(mixture_layers(made.model_copy(update={"num_dense_layers": 2}))) == [3, 5]
+    model = build_model(made, seed=1)
+    assert [hasattr(block.feed_forward, "router") for block in model.layers.values()] == [False, True] * 3
+
+
 def test_recomputed_routing_is_identical() -> None:
     """Activation checkpointing: the same experts, the same gradients to the bit, no second count of the loads."""
     from megatrain.models.recompute import apply_recompute

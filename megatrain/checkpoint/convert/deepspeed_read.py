@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.convert.deepspeed_names import TensorRanks, names_of
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.hf_config import family_of_model
 from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import load_trusted, require_trust, stand_in
-from megatrain.checkpoint.convert.table import WEIGHT, Line, identity, their_shapes
-from megatrain.config.schema import ModelConfig
+from megatrain.checkpoint.convert.table import WEIGHT, their_shapes
 
 MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
 UNIVERSAL_NAMES = {WEIGHT: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-_STAND_INS: dict[str, Any] = {
+STAND_INS: dict[str, Any] = {
     name: stand_in(name)
     for name in (
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -32,8 +31,8 @@ _STAND_INS: dict[str, Any] = {
         "deepspeed.utils.tensor_fragment.fragment_address",
     )
 }
-_STAND_INS["types.SimpleNamespace"] = SimpleNamespace
-_RANKS = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
+STAND_INS["types.SimpleNamespace"] = SimpleNamespace
+_RANKS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
 
 def tag_folder(path: Path) -> Path:
@@ -46,6 +45,11 @@ def tag_folder(path: Path) -> Path:
     return path
 
 
+def spread_experts(folder: Path) -> list[Path]:
+    """Files of single experts, as DeepSpeed's own layer of experts has them."""
+    return sorted(folder.glob(f"layer_*_expert_*{MODEL_STATES}"))
+
+
 def is_universal(path: Path) -> bool:
     """Whether the folder holds a universal checkpoint."""
     return (tag_folder(path) / "zero").is_dir()
@@ -54,11 +58,6 @@ def is_universal(path: Path) -> bool:
 def is_zero(path: Path) -> bool:
     """Whether the folder holds a ZeRO checkpoint."""
     return any(tag_folder(path).glob(f"*{OPTIMIZER_STATES}")) and not is_universal(path)
-
-
-def names_of(model: ModelConfig, names: Collection[str]) -> tuple[Line, ...]:
-    """The name table of a model that DeepSpeed trained: Hugging Face's modules, or the ones here."""
-    return identity(model) if "embedding.word.weight" in names else family_of_model(model).lines
 
 
 @dataclass(frozen=True)
@@ -71,29 +70,51 @@ class _Flat:
 
 
 class ZeroReader:
-    """A ZeRO checkpoint of any number of data-parallel ranks, and of one tensor and pipeline rank.
+    """A ZeRO checkpoint of any number of data-parallel and tensor ranks.
 
     Raises:
-        ConversionError: not trusted, incomplete, damaged, or of several model-parallel ranks.
+        ConversionError: not trusted, incomplete or damaged, or its experts are spread over ranks.
     """
 
     def __init__(self, path: Path, model_file: Path | None, trust: bool):
         self.path = folder = tag_folder(path)
-        files = {_ranks(file): file for file in folder.glob(f"*{OPTIMIZER_STATES}")}
-        states = sorted(folder.glob(f"*{MODEL_STATES}"))
-        if any(model_rank for _, model_rank in files) or not states:
+        if spread_experts(folder):
             raise ConversionError(
-                f"{folder} is not of one tensor and pipeline rank: DeepSpeed's ds_to_universal merges it"
+                f"{folder}: its experts are spread over ranks, and the states of their optimizer are not read: "
+                "--weights-only takes the weights, in the type of the modules"
             )
-        if [rank for rank, _ in sorted(files)] != list(range(len(files))):
-            raise ConversionError(f"{folder}: optimizer states of ranks are missing; there are {sorted(files)}")
-        require_trust(states[0], trust)
-        head = load_trusted(states[0], _STAND_INS)
-        self._ranks = [load_trusted(files[key], _STAND_INS)["optimizer_state_dict"] for key in sorted(files)]
-        self._stage3 = "fp32_flat_groups" in self._ranks[0]
-        self._places = self._find_places(head["param_shapes"])
+        model_ranks = sorted({_ranks(file)[1] for file in folder.glob(f"*{OPTIMIZER_STATES}")})
+        self._parts = [_ModelRank(folder, model_rank, trust) for model_rank in model_ranks]
         self.model = read_model(folder.parent, model_file)
-        self.table = names_of(self.model, self._places)
+        self.table = names_of(self.model, self.names())
+        self._tensor_ranks = TensorRanks(self.table, self.model)
+        self.kinds, self.step = self._parts[0].kinds, self._parts[0].step
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A tensor, FP32, put together from the ranks' parts."""
+        return self._tensor_ranks.join(name, [part.read(kind, name) for part in self._parts if name in part.places])
+
+    def names(self) -> Collection[str]:
+        """Of the trained parameters."""
+        return {name for part in self._parts for name in part.places}
+
+
+class _ModelRank:
+    """What the data-parallel ranks of one tensor (or pipeline) rank saved."""
+
+    def __init__(self, folder: Path, model_rank: int, trust: bool):
+        files = {_ranks(file)[0]: file for file in folder.glob(f"*_mp_rank_{model_rank:02d}{OPTIMIZER_STATES}")}
+        states = sorted(folder.glob(f"*mp_rank_{model_rank:02d}{MODEL_STATES}"))
+        if not states or sorted(files) != list(range(len(files))):
+            raise ConversionError(
+                f"{folder}: states of ranks are missing; of model rank {model_rank} there are {sorted(files)}"
+            )
+        require_trust(states[0], trust)
+        head = load_trusted(states[0], STAND_INS)
+        self._folder = folder
+        self._ranks = [load_trusted(files[rank], STAND_INS)["optimizer_state_dict"] for rank in sorted(files)]
+        self._stage3 = "fp32_flat_groups" in self._ranks[0]
+        self.places = self._find_places(head["param_shapes"])
         base = self._base_state(0)
         self.kinds: tuple[str, ...] = (
             WEIGHT,
@@ -102,8 +123,8 @@ class ZeroReader:
         self.step = int(head.get("global_steps") or 0)
 
     def read(self, kind: str, name: str) -> Tensor:
-        """A tensor, FP32, put together from the ranks' parts."""
-        place = self._places[name]
+        """This rank's part of a tensor, FP32."""
+        place = self.places[name]
         parts = [self._flat(rank, kind, place.group) for rank in range(len(self._ranks))]
         try:
             whole = (
@@ -111,11 +132,7 @@ class ZeroReader:
             )
             return whole.view(place.shape)
         except RuntimeError as error:
-            raise ConversionError(f"{self.path}: {kind} of {name}: {error}") from error
-
-    def names(self) -> Collection[str]:
-        """Of the trained parameters."""
-        return self._places.keys()
+            raise ConversionError(f"{self._folder}: {kind} of {name}: {error}") from error
 
     def _flat(self, rank: int, kind: str, group: int) -> Tensor:
         if kind != WEIGHT:
@@ -168,14 +185,14 @@ class UniversalReader:
         self.kinds: tuple[str, ...] = tuple(
             kind for kind, file in UNIVERSAL_NAMES.items() if (first / f"{file}.pt").is_file()
         )
-        self.step = int(load_trusted(first / "step.pt", _STAND_INS)) if (first / "step.pt").is_file() else 0
+        self.step = int(load_trusted(first / "step.pt", STAND_INS)) if (first / "step.pt").is_file() else 0
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
         file = self.path / "zero" / name / f"{UNIVERSAL_NAMES[kind]}.pt"
         if not file.is_file():
             raise ConversionError(f"{file} is missing")
-        value = load_trusted(file, _STAND_INS)
+        value = load_trusted(file, STAND_INS)
         tensor = value["param"] if isinstance(value, dict) else value
         try:
             return tensor.view(self._shapes[name])

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.convert.deepspeed_names import module_order, names_of
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
-from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.hf_config import config_from_model, family_of_model
 from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import WEIGHT
 from megatrain.config.schema import ModelConfig
@@ -93,18 +92,14 @@ class _DeepSpeedWriter:
     def __init__(self, root: Path, model: ModelConfig, step: int, tag: str):
         self.root, self.model, self.step, self.tag = root, model, step, tag
         self.folder, self._scratch = root / tag, root / tag / "scratch"
-        self.table = family_of_model(model).lines
-        config_from_model(model)  # refuses what Hugging Face's modules cannot be
-        if model.num_experts:
-            raise ConversionError(
-                "mixtures of experts are not written for DeepSpeed, which has no common names for them"
-            )
+        self._order = module_order(model)
+        self.table = names_of(model, self._order)
 
     def _begin(self, shapes: dict[str, torch.Size], num_ranks: int, latest: str) -> dict[str, torch.Size]:
         self.folder.mkdir(parents=True)
         (self.root / latest).write_text(self.tag, encoding="utf-8")
         write_model(self.root, self.model)
-        shapes = {name: shapes[name] for name in _module_order(self.model)}
+        shapes = {name: shapes[name] for name in self._order}
         self._module = _ModelStates(self._scratch, self.dtype, shapes, num_ranks, self.step)
         return shapes
 
@@ -213,13 +208,3 @@ class UniversalWriter(_DeepSpeedWriter):
         states = {"param_groups": [{} for _ in range(_MANY_GROUPS)], "zero_stage": 1, "ds_version": VERSION}
         torch.save(states, self.folder / "zero" / "optimizer_state.pt")
         self._finish()
-
-
-def _module_order(model: ModelConfig) -> list[str]:
-    """The parameters in the order of Hugging Face's modules, which DeepSpeed flattens them in."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = config_from_model(model)
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    return [name for name, _ in whole.named_parameters()]

@@ -12,7 +12,7 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
 from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter, iteration_folder
 from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
-from megatrain.checkpoint.convert.runners import Runner, hugging_face_runner, own_runner
+from megatrain.checkpoint.convert.runners import HuggingFaceRunner, OwnRunner, Runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
 from megatrain.checkpoint.folder import is_committed, newest_checkpoint
 
@@ -27,7 +27,8 @@ class Choices:
     ``dtype``: of the weights in Hugging Face's and Megatron-core's files; ``vocab_multiple``: pad an imported
     vocabulary to a multiple; ``tokenizer``: a file or folder, by default what lies beside the source;
     ``model_file``: a config that says what model the source is, where its format does not; ``trust_pickle``: the
-    source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write.
+    source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write;
+    ``weights_only``: leave the optimizer's states behind.
     """
 
     dtype: torch.dtype = torch.float32
@@ -37,6 +38,7 @@ class Choices:
     model_file: Path | None = None
     trust_pickle: bool = False
     zero_ranks: int = 1
+    weights_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,22 @@ def _write_hugging_face(folder: Path, reader: Reader, choices: Choices) -> Write
 
 def _run_hugging_face(reader: Reader, dtype: torch.dtype) -> Runner:
     assert isinstance(reader, HuggingFaceReader)
-    return hugging_face_runner(reader.path, reader.family)
+    return HuggingFaceRunner(reader.path, reader.family, reader)
 
 
 def _run_here(reader: Reader, dtype: torch.dtype) -> Runner:
-    return own_runner(Weights(reader), dtype)
+    return OwnRunner(Weights(reader), dtype)
 
 
 def _read_megatron(path: Path, choices: Choices) -> Reader:
     folder = iteration_folder(path)
     assert folder is not None
-    return MegatronReader(folder, choices.model_file, choices.trust_pickle)
+    return MegatronReader(folder, choices.model_file, choices.trust_pickle, choices.weights_only)
 
 
 def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
-    return MegatronWriter(folder, reader.model, choices.dtype, choices.shard_bytes, reader.step)
+    states = "exp_avg" in reader.kinds and not choices.weights_only
+    return MegatronWriter(folder, reader.model, choices.dtype, choices.shard_bytes, reader.step, states)
 
 
 FORMATS = {

@@ -82,10 +82,26 @@ def _experts_apart(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
     return [matrix.t() for matrix in tensors[0]]
 
 
+def _experts_transposed(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
+    """[E, F, D] <-> [E, D, F]."""
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def _experts_halves(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
+    """[E, 2 F, D] -> [E, D, F], [E, D, F]."""
+    return list(tensors[0].transpose(1, 2).chunk(2, dim=2))
+
+
+def _experts_joined(tensors: Tensors, model: ModelConfig) -> list[Tensor]:
+    return [torch.cat(list(tensors), dim=2).transpose(1, 2)]
+
+
 SAME = Form(_same, _same)
 TRANSPOSED = Form(_transposed, _transposed)
 VOCABULARY = Form(_padded, _unpadded)
 QUERY_KEY_VALUE = Form(_grouped, _ungrouped)
 GPT2_THIRDS = Form(_grouped_thirds, _thirds)
 EXPERTS = Form(_experts_stacked, _experts_apart)
+STACKED_EXPERTS = Form(_experts_transposed, _experts_transposed)
+STACKED_GATE_UP = Form(_experts_halves, _experts_joined)
 GATE_UP = Form(_halves, _stacked)

@@ -12,7 +12,7 @@ from megatrain.checkpoint.convert.families.llama import LLAMA
 from megatrain.checkpoint.convert.families.mixtral import MIXTRAL
 from megatrain.checkpoint.convert.families.qwen3 import QWEN3
 from megatrain.checkpoint.convert.families.qwen3_moe import QWEN3_MOE
-from megatrain.config.derive import expert_hidden_size, num_tokens, resolve_model
+from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens, resolve_model
 from megatrain.config.schema import ModelConfig
 
 FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
@@ -85,12 +85,17 @@ def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> Mod
     }
     if family.ours != "gpt":
         values |= _rope_from_config(config, family.rope_theta)
+    if family.dense_blocks is not None:
+        values["num_dense_layers"] = max(config.get(family.dense_blocks) or [-1]) + 1
     values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
     values["vocab_size"] += values["vocab_padding"]
     try:
-        return resolve_model(ModelConfig(family=family.ours, **values))  # type: ignore[arg-type]
+        model = resolve_model(ModelConfig(family=family.ours, **values))  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConversionError(f"config.json: {error}") from error
+    if family.dense_blocks is not None:
+        _require_computed_blocks(family.dense_blocks, config.get(family.dense_blocks) or [], model)
+    return model
 
 
 def config_from_model(model: ModelConfig) -> dict[str, Any]:
@@ -104,6 +109,8 @@ def config_from_model(model: ModelConfig) -> dict[str, Any]:
     config |= {theirs: getattr(model, ours) for theirs, (ours, _) in family.fields.items()}
     config["vocab_size"] = num_tokens(model)
     config |= {name: values[0] for name, values in family.fixed.items()}
+    if family.dense_blocks is not None:
+        config[family.dense_blocks] = list(range(model.num_dense_layers))
     if family.ours != "gpt":
         config |= {"rope_theta": model.rope_theta, "rope_scaling": _rope_to_config(model)}
     if different := list(differences(model, model_from_config(config))):
@@ -118,11 +125,21 @@ def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
         yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
     unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
     unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
-    if one.num_experts and not one.num_dense_layers:
+    if len(mixture_layers(one)) == one.num_layers:
         unused.add("ffn_hidden_size")
     for name, value in one.model_dump().items():
         if name not in (*NOT_COMPARED, *unused) and value != getattr(other, name):
             yield f"{name}: {value!r} and {getattr(other, name)!r}"
+
+
+def _require_computed_blocks(field: str, dense: list[int], model: ModelConfig) -> None:
+    """Dense blocks are the first ones here, and those between the blocks of an interval."""
+    wanted = {i for i in range(model.num_layers) if i not in dense and (i + 1) % model.expert_interval == 0}
+    if not wanted or wanted != set(mixture_layers(model)):
+        raise ConversionError(
+            f"config.json: {field} = {dense}: blocks without experts are computed here where they are the first ones, "
+            f"or all but every {model.expert_interval}. (decoder_sparse_step)"
+        )
 
 
 def _with_expert_size(model: ModelConfig) -> ModelConfig:

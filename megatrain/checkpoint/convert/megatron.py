@@ -1,19 +1,21 @@
-"""Megatron-core's distributed checkpoints: the weights of its GPT model in ``torch_dist``."""
+"""Megatron-core's distributed checkpoints: its GPT model in ``torch_dist``, with the optimizer's states."""
 
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.families.megatron_core import EXTRA_STATES, MEGATRON_CORE
+from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, extra_states
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.checkpoint.convert.table import WEIGHT, Line
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
+from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
 
 CONFIG, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
@@ -23,7 +25,15 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_STATES = "optimizer.state."
+MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
+_NORM_OF_LOCAL_SPEC, _NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+# as Megatron-LM groups its parameters: with and without weight decay
+_GROUPS = [
+    {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False} for decay in (1.0, 0.0)
+]
 
 
 def iteration_folder(path: Path) -> Path | None:
@@ -38,16 +48,18 @@ def iteration_folder(path: Path) -> Path | None:
 class MegatronReader:
     """The model in an ``iter_…`` folder, its layers stacked in one tensor or each under its own key.
 
+    Where the optimizer's states are there, weights are its FP32 masters.
+
     Args:
         model_file: the config that says what model it is; default: ``model.yaml`` in or beside the folder.
+        weights_only: leave the optimizer's states where they are.
     Raises:
-        ConversionError: damaged, not trusted, or of another backend.
+        ConversionError: damaged, not trusted, of another backend, or with states in an arrangement of some layout.
     """
 
-    kinds: tuple[str, ...] = (WEIGHT,)
     table: tuple[Line, ...] = MEGATRON_CORE
 
-    def __init__(self, folder: Path, model_file: Path | None, trust: bool):
+    def __init__(self, folder: Path, model_file: Path | None, trust: bool, weights_only: bool):
         require_trust(folder / METADATA, trust)
         backend = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("sharded_backend")
         if backend != "torch_dist":
@@ -55,44 +67,83 @@ class MegatronReader:
         self.path = folder
         self.model = read_model(folder.parent, model_file)
         self._tensors = TorchDistReader(folder)
+        self._keys = self._find_keys(weights_only)
+        self.kinds: tuple[str, ...] = (WEIGHT, *(k for k in MOMENTS if any(kind == k for kind, _ in self._keys)))
         number = re.fullmatch(r"iter_(\d+)", folder.name)
         self.step = int(number[1]) if number else 0
 
     def read(self, kind: str, name: str) -> Tensor:
-        """A weight of one layer."""
-        key, layer = _key(name)
-        if layer is not None and self._tensors.shape(key) is not None:
-            return self._tensors.read(key, layer)
-        return self._tensors.read(name)
+        """A weight or moment of one layer."""
+        for key, layer in self._spellings(name):
+            found = self._keys.get((MASTER, key)) if kind == WEIGHT else None
+            if found := found or self._keys.get((kind, key)):
+                return self._tensors.read(found, layer)
+        raise ConversionError(f"{self.path}: there is no {kind} of {name}")
 
     def names(self) -> Collection[str]:
-        """Of the weights, layer by layer; optimizer states are left where they are."""
+        """Of the weights, layer by layer."""
         found = []
-        for key in self._tensors.entries:
-            shape = self._tensors.shape(key)
-            if shape is None or key.startswith("optimizer."):
+        for kind, key in self._keys:
+            shape = self._tensors.shape(key) if kind == WEIGHT else None
+            if shape is None:
                 continue
             if key.startswith("decoder.layers.") and not _LAYER.match(key):
                 rest = key.removeprefix("decoder.layers.")
                 found += [f"decoder.layers.{layer}.{rest}" for layer in range(shape[0])]
             else:
                 found.append(key)
+        return {self._spelled(name) for name in found}
+
+    def _find_keys(self, weights_only: bool) -> dict[tuple[str, str], str]:
+        """(kind, the weight's key) -> key of the tensor."""
+        found = {}
+        for key in self._tensors.entries:
+            shape, state = self._tensors.shape(key), _STATE.fullmatch(key)
+            if "optimizer." not in key:
+                if shape is not None:
+                    found[WEIGHT, key] = key
+            elif state is not None and shape is not None and not weights_only:
+                if shape != self._tensors.shape(state[2]):
+                    raise _not_by_parameter(self.path, key)
+                found[state[1], state[2]] = key
+            elif shape is not None and not weights_only:
+                raise _not_by_parameter(self.path, key)
         return found
+
+    def _spellings(self, name: str) -> list[tuple[str, int | None]]:
+        """Keys under which a tensor may stand, and its place in them."""
+        names = [name]
+        if name.endswith(_NORM):
+            names.append(name.removesuffix(_NORM) + _NORM_OF_LOCAL_SPEC)
+        return [place for one in names for place in (_key(one), (one, None))]
+
+    def _spelled(self, name: str) -> str:
+        """Without Transformer Engine, Megatron-core gives the norm before experts the name of that before a matrix."""
+        layer = _LAYER.match(name)
+        if layer and int(layer[2]) in mixture_layers(self.model) and name.endswith(_NORM_OF_LOCAL_SPEC):
+            return name.removesuffix(_NORM_OF_LOCAL_SPEC) + _NORM
+        return name
 
 
 class MegatronWriter:
     """Writes ``folder/iter_…`` as ``megatron.core.dist_checkpointing`` and Megatron-LM read it.
 
-    Layers are stacked along a first dim, as Megatron-core stacks the equal layers of a model.
+    Equal layers are stacked along a first dim, as Megatron-core stacks them; each stands by itself where some have
+    experts and some have none.
+
+    Args:
+        states: write the optimizer's states too. Megatron-core keeps several optimizers for a model with experts, and
+            its states are not written.
     """
 
-    kinds: tuple[str, ...] = (WEIGHT,)
     table: tuple[Line, ...] = MEGATRON_CORE
 
-    def __init__(self, folder: Path, model: ModelConfig, dtype: torch.dtype, file_bytes: int, step: int):
+    def __init__(self, folder: Path, model: ModelConfig, dtype: torch.dtype, file_bytes: int, step: int, states: bool):
         self.dtype, self._model, self._step = dtype, model, step
         self._root, self._folder = folder, folder / f"iter_{step:07d}"
         self._file_bytes = file_bytes
+        self._stacked = len(mixture_layers(model)) in (0, model.num_layers)
+        self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states and not model.num_experts else (WEIGHT,)
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Writes all but the tensors."""
@@ -100,29 +151,64 @@ class MegatronWriter:
         write_model(self._root, self._model)
         (self._folder / CONFIG).write_text(json.dumps(_BACKENDS), encoding="utf-8")
         (self._root / LATEST).write_text(str(self._step), encoding="utf-8")
-        torch.save({"iteration": self._step, "checkpoint_version": 3.0}, self._folder / COMMON)
+        torch.save(self._common(), self._folder / COMMON)
         self._tensors = TorchDistWriter(self._folder, self._file_bytes)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
-        """The next weight."""
-        tensor = tensor.to(self.dtype)
-        key, layer = _key(name)
+        """The next weight, with its FP32 master where there are states, or a moment."""
+        if kind != WEIGHT:
+            self._put(_STATES + kind, name, tensor.float())
+            return
+        self._put("", name, tensor.float() if name.endswith("expert_bias") else tensor.to(self.dtype))
+        if len(self.kinds) > 1:
+            self._put(_STATES + MASTER, name, tensor.float())
+
+    def finish(self) -> None:
+        """Writes the empty extra states and the metadata."""
+        layers = self._model.num_layers
+        for layer in range(layers):
+            number, place, whole = ("", [layer], [layers]) if self._stacked else (f"{layer}.", [], [])
+            for module, experts in extra_states(self._model, layer):
+                key = f"decoder.layers.{number}{module}._extra_state"
+                for expert in range(max(experts, 1)):
+                    at, of = ([*place, expert], [*whole, experts]) if experts else (place or [0], whole or [1])
+                    self._tensors.write_object(f"{key}/shard_{_dotted(at)}_{_dotted(of)}", [None])
+        self._tensors.finish()
+
+    def _put(self, prefix: str, name: str, tensor: Tensor) -> None:
+        key, layer = _key(name) if self._stacked else (name, None)
+        key = f"{prefix}.{key}" if prefix else key
         if layer is None:
             self._tensors.write(key, tensor, [0] * tensor.dim(), list(tensor.shape))
         else:
             shape = [self._model.num_layers, *tensor.shape]
             self._tensors.write(key, tensor[None], [layer] + [0] * tensor.dim(), shape)
 
-    def finish(self) -> None:
-        """Writes the empty extra states and the metadata."""
-        layers = self._model.num_layers
-        for key in EXTRA_STATES:
-            for layer in range(layers):
-                self._tensors.write_object(f"{key}/shard_{layer}_{layers}", [None])
-        self._tensors.finish()
+    def _common(self) -> dict[str, Any]:
+        """What all ranks share. Both of Megatron-core's optimizers, sharded or not, find their groups in it."""
+        common: dict[str, Any] = {"iteration": self._step, "checkpoint_version": 3.0}
+        if len(self.kinds) > 1:
+            (defaults,) = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"]
+            del defaults["params"]
+            groups = [{**defaults, **group, "step": self._step} for group in _GROUPS]
+            states = {"param_groups": groups, "state": {"common_step": torch.tensor(float(self._step))}}
+            common["optimizer"] = states | {"optimizer": states, "param_state_sharding_type": "fully_reshardable"}
+        return common
 
 
 def _key(name: str) -> tuple[str, int | None]:
     """The key under which all layers are stacked, and the layer."""
     layer = _LAYER.match(name)
     return (_LAYER.sub(r"\1", name), int(layer[2])) if layer else (name, None)
+
+
+def _dotted(numbers: list[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _not_by_parameter(folder: Path, key: str) -> ConversionError:
+    return ConversionError(
+        f"{folder}: the optimizer's states, like {key}, are not stored parameter by parameter: save them with "
+        "--dist-ckpt-optim-fully-reshardable (distrib_optim_sharding_type fully_reshardable), or leave them behind "
+        "with --weights-only"
+    )

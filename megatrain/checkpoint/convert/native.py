@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import identity
+from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.config.derive import resolve_model
@@ -30,9 +30,12 @@ class NativeReader:
         self.table = identity(self.model)
         self.kinds = tuple(dict.fromkeys(kind for kind, _ in self._reader.arrays))
         self.step = self._reader.step
+        self._biases: dict[str, list[float]] = self._reader.state["router_biases"] if balanced(self.model) else {}
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
+        if name in self._biases:
+            return torch.tensor(self._biases[name])
         try:
             return torch.from_numpy(self._reader.read(kind, name))
         except CheckpointError as error:
@@ -40,7 +43,7 @@ class NativeReader:
 
     def names(self) -> Collection[str]:
         """Of the weights."""
-        return [name for kind, name in self._reader.arrays if kind == "weight"]
+        return [*(name for kind, name in self._reader.arrays if kind == "weight"), *self._biases]
 
 
 class NativeWriter:
@@ -56,6 +59,7 @@ class NativeWriter:
     def __init__(self, folder: Path, model: ModelConfig, step: int):
         self.model, self.table = model, identity(model)
         self._writer = CheckpointWriter(folder, step, RUN_ID)
+        self._biases: dict[str, list[float]] = {}
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Makes room, and writes the model's part of a config that goes on from the checkpoint."""
@@ -63,7 +67,10 @@ class NativeWriter:
         write_model(self._writer.folder, self.model)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
-        """A tensor, whole."""
+        """A tensor, whole; balance biases are kept with the other small states."""
+        if name.endswith("balance_bias"):
+            self._biases[name] = tensor.float().tolist()
+            return
         part = tensor.float().contiguous().numpy()
         self._writer.write(kind, name, part, offset=(0,) * part.ndim, full_shape=part.shape)
 
@@ -75,7 +82,7 @@ class NativeWriter:
             "optimizer_steps": step,
             "dtype": "fp32",
             "loss_scaler": {},
-            "router_biases": {},
+            "router_biases": self._biases,
             "seeds": {},
             "data": {},
             "tokens": 0,

@@ -1,10 +1,10 @@
 """The proof that a conversion changed nothing: every weight bit for bit, and the logits of both models.
 
-Shapes: B sequences, S tokens, V vocabulary.
+Shapes: B sequences, S tokens, R rows (tokens of any sequence), V vocabulary.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatrain.checkpoint.convert.errors import ProofFailed
 from megatrain.checkpoint.convert.hf_config import differences
 from megatrain.checkpoint.convert.runners import Runner
-from megatrain.checkpoint.convert.table import VOCABULARY_NAMES, Weights, canonical_shapes
+from megatrain.checkpoint.convert.table import VOCABULARY_NAMES, Weights, canonical_shapes, kinds_of
 from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 
@@ -52,7 +52,7 @@ def require_equal_weights(source: Weights, target: Weights, dtype: torch.dtype, 
     different, count = [], 0
     kinds = [kind for kind in source.reader.kinds if kind in target.reader.kinds]
     for name in canonical_shapes(source.model):
-        for kind in kinds:
+        for kind in kinds_of(name, kinds):
             one, other = source.read(kind, name).to(dtype), target.read(kind, name).to(dtype)
             if name in VOCABULARY_NAMES:
                 one, other = (
@@ -68,25 +68,32 @@ def require_equal_weights(source: Weights, target: Weights, dtype: torch.dtype, 
 
 
 def require_equal_logits(one: Runner, other: Runner, batches: list[Tensor], progress: Callable[[], None]) -> float:
-    """Runs both models on the same tokens; returns the largest difference of a logit.
+    """Runs both models on the same tokens, block by block; returns the largest difference of a logit.
 
     Raises:
         ProofFailed: names the first layer whose activations differ.
     """
-    worst = 0.0
-    for tokens_BS in batches:
-        a, b = one.logits(tokens_BS), other.logits(tokens_BS)
-        if a.shape != b.shape:
-            raise ProofFailed(f"logits of shape {tuple(a.shape)} and {tuple(b.shape)}: vocabulary padding left in?")
-        difference = float((a - b).abs().max())
-        swapped = _different_choices(a, b)
-        if not difference <= LOGITS or swapped:  # not: NaN compares with nothing
-            raise ProofFailed(
-                f"logits differ by {difference:.1e} (allowed: {LOGITS:.0e}) and the likeliest token at {swapped} of "
-                f"{tokens_BS.numel()} positions; the first that differs: {_first_difference(one, other, tokens_BS)}"
-            )
-        worst = max(worst, difference)
+    first = None
+    pairs = zip(one.activations(batches), other.activations(batches), strict=True)
+    for number, (ours, theirs) in enumerate(pairs):
+        error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(ours, theirs, strict=True))
+        if first is None and not error <= _ACTIVATIONS:  # not: NaN compares with nothing
+            first = f"{'the embedding' if number == 0 else f'layers.{number - 1}'} (relative {error:.1e})"
         progress()
+    found, swapped = [], 0
+    for a_RV, b_RV in zip(one.logits(), other.logits(), strict=True):
+        if a_RV.shape != b_RV.shape:
+            raise ProofFailed(f"logits of {a_RV.shape[1]} and {b_RV.shape[1]} tokens: vocabulary padding left in?")
+        found.append((a_RV - b_RV).abs().max())
+        swapped += _different_choices(a_RV, b_RV)
+    progress()
+    worst = float(torch.stack(found).max())  # NaN where one is
+    if not worst <= LOGITS or swapped:
+        raise ProofFailed(
+            f"logits differ by {worst:.1e} (allowed: {LOGITS:.0e}) and the likeliest token at {swapped} of "
+            f"{sum(batch.numel() for batch in batches)} positions; the first that differs: "
+            f"{first or 'the final norm or the head'}"
+        )
     return worst
 
 
@@ -109,23 +116,10 @@ def proof_batches(model: ModelConfig, longest: int, tokenizer: Path | None) -> l
     return batches
 
 
-def _different_choices(a_BSV: Tensor, b_BSV: Tensor) -> int:
-    best = a_BSV.topk(min(2, a_BSV.shape[-1])).values
+def _different_choices(a_RV: Tensor, b_RV: Tensor) -> int:
+    best = a_RV.topk(min(2, a_RV.shape[-1])).values
     clear = best[..., 0] - best[..., -1] > _TIE
-    return int(((a_BSV.argmax(-1) != b_BSV.argmax(-1)) & clear).sum())
-
-
-def _first_difference(one: Runner, other: Runner, tokens_BS: Tensor) -> str:
-    for place, error in _activation_errors(one, other, tokens_BS):
-        if not error <= _ACTIVATIONS:
-            return f"{place} (relative {error:.1e})"
-    return "the final norm or the head"
-
-
-def _activation_errors(one: Runner, other: Runner, tokens_BS: Tensor) -> Iterator[tuple[str, float]]:
-    pairs = zip(one.activations(tokens_BS), other.activations(tokens_BS), strict=True)
-    for number, (a, b) in enumerate(pairs):
-        yield ("the embedding" if number == 0 else f"layers.{number - 1}"), float((a - b).abs().max() / a.abs().max())
+    return int(((a_RV.argmax(-1) != b_RV.argmax(-1)) & clear).sum())
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

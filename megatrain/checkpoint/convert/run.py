@@ -17,7 +17,16 @@ from megatrain.checkpoint.convert.proof import (
     require_equal_logits,
     require_equal_weights,
 )
-from megatrain.checkpoint.convert.table import Reader, Weights, Writer, canonical_shapes, require_lines, their_shapes
+from megatrain.checkpoint.convert.table import (
+    WEIGHT,
+    Reader,
+    Weights,
+    Writer,
+    canonical_shapes,
+    kinds_of,
+    require_lines,
+    their_shapes,
+)
 
 RECORD = "conversion.json"
 VERIFIED, NOT_VERIFIED, FAILED = "verified", "not verified (--no-verify)", "failed"
@@ -73,7 +82,7 @@ def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -
     writer = FORMATS[request.to].write(folder, reader, request.choices)
     record: dict[str, Any] = {"from": origin, "to": request.to, "dtype": str(writer.dtype).removeprefix("torch.")}
     record |= {"model": reader.model.model_dump(mode="json"), "status": NOT_VERIFIED, "proof": None}
-    _copy(reader, writer)
+    _copy(reader, writer, request.choices.weights_only)
     try:
         if request.verify:
             record |= {"status": VERIFIED, "proof": asdict(_prove(request, origin, reader, writer, folder))}
@@ -85,15 +94,15 @@ def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -
     return record
 
 
-def _copy(reader: Reader, writer: Writer) -> None:
+def _copy(reader: Reader, writer: Writer, weights_only: bool) -> None:
     """Writes all tensors in the writer's order; a few are in memory at a time."""
     source = Weights(reader)
     require_lines(writer.table, reader.model)
     plan = list(their_shapes(writer.table, reader.model))
     writer.begin({name: shape for entry, shapes in plan for name, shape in zip(entry.theirs, shapes, strict=True)})
-    kinds = [kind for kind in reader.kinds if kind in writer.kinds]
+    kinds = [kind for kind in reader.kinds if kind in writer.kinds and (kind == WEIGHT or not weights_only)]
     for entry, _ in tqdm(plan, desc="writing", unit="tensor", disable=None):
-        for kind in kinds:
+        for kind in kinds_of(entry.ours[0], kinds):
             tensors = entry.form.to_theirs([source.read(kind, name) for name in entry.ours], reader.model)
             for name, tensor in zip(entry.theirs, tensors, strict=True):
                 writer.write(kind, name, tensor)
@@ -105,8 +114,8 @@ def _prove(request: Request, origin: str, reader: Reader, writer: Writer, folder
     written = FORMATS[request.to].read(folder, own)
     require_equal_configs(reader.model, written.model)
     batches = proof_batches(reader.model, request.longest, tokenizer_file(request.source, request.choices))
-    num_names = len(canonical_shapes(reader.model))
-    with tqdm(total=num_names + len(batches), desc="proving", unit="tensor", disable=None) as bar:
+    total = len(canonical_shapes(reader.model)) + reader.model.num_layers + 2
+    with tqdm(total=total, desc="proving", disable=None) as bar:
         one = FORMATS[origin].runner(reader, writer.dtype)
         other = FORMATS[request.to].runner(written, writer.dtype)
         worst = require_equal_logits(one, other, batches, bar.update)

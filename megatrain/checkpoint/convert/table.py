@@ -1,6 +1,6 @@
 """Name tables: which tensors here are which tensors elsewhere, and a model read through one."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.forms import SAME, Form
+from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.routing import bias_name
 from megatrain.models.build import build_empty_model
 
 WEIGHT = "weight"
@@ -27,6 +29,21 @@ def with_attention_bias(model: ModelConfig) -> bool:
     return bool(model.attention_bias)
 
 
+def every_block(model: ModelConfig) -> range:
+    """The blocks of a line that each of them has."""
+    return range(model.num_layers)
+
+
+def dense_blocks(model: ModelConfig) -> list[int]:
+    """Those without experts."""
+    return [layer for layer in range(model.num_layers) if layer not in mixture_layers(model)]
+
+
+def balanced(model: ModelConfig) -> bool:
+    """The condition of the routers' balance biases."""
+    return bool(model.num_experts and model.router_balance_rate)
+
+
 def untied(model: ModelConfig) -> bool:
     """The condition of a head of its own."""
     return not model.tie_embeddings
@@ -34,7 +51,8 @@ def untied(model: ModelConfig) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """Canonical names here, names elsewhere, how the tensors are arranged, and which models have them.
+    """Canonical names here, names elsewhere, how the tensors are arranged, which models and which of their blocks
+    have them.
 
     ``{}`` in a name stands for the number of a layer, ``{expert}`` for that of each expert in turn.
     """
@@ -43,6 +61,7 @@ class Line:
     theirs: str | tuple[str, ...]
     form: Form = SAME
     when: Callable[[ModelConfig], bool] = always
+    blocks: Callable[[ModelConfig], Container[int]] = every_block
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,8 @@ def entries(table: tuple[Line, ...], model: ModelConfig) -> list[Entry]:
     for layer in (None, *range(model.num_layers)):
         for line in table:
             ours, theirs = _tuple(line.ours), _tuple(line.theirs)
-            if ("{}" in ours[0]) == (layer is not None) and line.when(model):
+            here = layer is None or layer in line.blocks(model)
+            if ("{}" in ours[0]) == (layer is not None) and here and line.when(model):
                 found.append(Entry(_of_layer(ours, layer), _of_experts(_of_layer(theirs, layer), model), line.form))
     return found
 
@@ -169,9 +189,17 @@ def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
 
 
 def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's name and whole shape."""
+    """Every parameter's name and whole shape, and those of the balance biases."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+    if balanced(model):
+        shapes |= {bias_name(layer): torch.Size([model.num_experts or 0]) for layer in mixture_layers(model)}
+    return shapes
+
+
+def kinds_of(name: str, kinds: Collection[str]) -> list[str]:
+    """Those of ``kinds`` that a tensor has: balance biases have no moments."""
+    return [kind for kind in kinds if kind == WEIGHT or not name.endswith("balance_bias")]
 
 
 def identity(model: ModelConfig) -> tuple[Line, ...]:

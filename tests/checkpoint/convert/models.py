@@ -46,6 +46,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
          "norm_topk_prob": False},
     ),
+    "qwen3-moe-dense": (
+        "Qwen3MoeConfig",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_hidden_layers": 4,
+         "norm_topk_prob": True, "mlp_only_layers": [0, 1], "decoder_sparse_step": 2},
+    ),
     "qwen3-tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN}),
 }  # fmt: skip
 

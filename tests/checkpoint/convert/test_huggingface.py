@@ -8,8 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE
 from megatrain.checkpoint.convert.formats import Choices
 from megatrain.checkpoint.convert.run import Request, convert
+from megatrain.checkpoint.convert.table import require_lines
+from megatrain.config.derive import resolve_model
+from megatrain.config.schema import ModelConfig
 from tests.checkpoint.convert.models import MODELS, VOCAB_SIZE, save_model
 
 TINY = 96  # longest sequence of the proofs: all positions that the models have
@@ -112,14 +116,19 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path, cha
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is left behind"
 
 
-@pytest.mark.parametrize(
-    ("to", "message"), [("megatron", "no place for 12 of"), ("universal", "not written for DeepSpeed")]
-)
-def test_a_format_without_room_for_experts_refuses_them(tmp_path: Path, to: str, message: str) -> None:
-    source = save_model("mixtral", tmp_path / "source")
-    with pytest.raises(ConversionError, match=message):
-        convert(Request(source, tmp_path / "out", to, longest=TINY))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+def test_a_format_without_room_for_a_parameter_refuses_the_model() -> None:
+    """Megatron-core's shared experts have no biases, and its mixtures no GELU experts without a gate."""
+    values = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_experts": 2}
+    with pytest.raises(ConversionError, match=r"no place for 8 of the model's parameters, like layers\.0\.feed"):
+        require_lines(MEGATRON_CORE, resolve_model(ModelConfig.model_validate(values)))
+
+
+def test_dense_blocks_between_others_are_refused(tmp_path: Path) -> None:
+    source = save_model("qwen3-moe", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
+    with pytest.raises(ConversionError, match=r"mlp_only_layers = \[1\]: blocks without experts are computed"):
+        convert(Request(source, tmp_path / "run", "megatrain", verify=False))
 
 
 def test_a_target_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ import torch
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.formats import FORMATS, Choices
 from megatrain.checkpoint.convert.run import Request, convert
-from megatrain.checkpoint.convert.runners import own_runner
-from megatrain.checkpoint.convert.table import Weights
+from megatrain.checkpoint.convert.runners import OwnRunner
+from megatrain.checkpoint.convert.table import Reader, Weights
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
-from tests.checkpoint.convert.megatron_model import load_and_run, save_and_run
+from tests.checkpoint.convert.megatron_model import load_and_run, load_states, save_and_run, train_and_save
 from tests.checkpoint.convert.models import save_model
 from tests.pool import Pool
 
@@ -23,7 +24,14 @@ TOKENS = torch.randint(0, 128, (2, 96), generator=torch.Generator().manual_seed(
 LOGITS = 1e-4
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama2", "qwen3"])
+def logits_of(reader: Reader) -> torch.Tensor:
+    """[B, S, V] of TOKENS, by the model here."""
+    runner = OwnRunner(Weights(reader), torch.float32)
+    assert len(list(runner.activations([TOKENS]))) == reader.model.num_layers + 1
+    return torch.cat(list(runner.logits())).unflatten(0, tuple(TOKENS.shape))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2", "qwen3", "mixtral", "qwen3-moe-dense"])
 def test_megatron_core_loads_and_computes_the_same(pool: Pool, tmp_path: Path, name: str) -> None:
     source = save_model(name, tmp_path / "source")
     convert(Request(source, tmp_path / "run", "megatrain", longest=96, choices=Choices(vocab_multiple=8)))
@@ -31,28 +39,76 @@ def test_megatron_core_loads_and_computes_the_same(pool: Pool, tmp_path: Path, n
     assert record["status"] == "verified"
     model = ModelConfig.model_validate(record["model"])
     (logits,) = pool.run(load_and_run, 1, str(tmp_path / "megatron" / "iter_0000000"), model, TOKENS)
-    ours = own_runner(Weights(FORMATS["megatrain"].read(tmp_path / "run", Choices())), torch.float32).logits(TOKENS)
+    ours = logits_of(FORMATS["megatrain"].read(tmp_path / "run", Choices()))
     assert float((logits[..., : ours.shape[-1]] - ours).abs().max()) < LOGITS
     back = Request(tmp_path / "megatron", tmp_path / "back", "megatrain", longest=96, choices=TRUST)
     assert convert(back)["status"] == "verified"
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
+EXPERTS: dict[str, Any] = {"num_kv_heads": 2, "num_experts": 4, "expert_hidden_size": 16}
+SAVED: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "llama": {"num_kv_heads": 2},
+    "qwen3": {"num_kv_heads": 2},
+    "mixture": EXPERTS,
+    "mixture with all": EXPERTS
+    | {"num_dense_layers": 1, "num_shared_experts": 1, "router_score": "sigmoid", "router_balance_rate": 1e-3},
+}
+
+
+def sized(name: str) -> ModelConfig:
+    family = name if name in ("gpt", "qwen3") else "llama"
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 128, "max_seq_len": 96}
+    return resolve_model(ModelConfig.model_validate({"family": family, **sizes, **SAVED[name]}))
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_what_megatron_core_saved_is_read(pool: Pool, tmp_path: Path, name: str) -> None:
-    model = resolve_model(
-        ModelConfig.model_validate(
-            {"family": name, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 128, "max_seq_len": 96}
-            | ({} if name == "gpt" else {"num_kv_heads": 2})
-        )
-    )
+    model = sized(name)
     folder = tmp_path / "iter_0000007"
-    (logits,) = pool.run(save_and_run, 1, str(folder), model, TOKENS)
+    (logits,) = pool.run(save_and_run, 1, str(folder), model, TOKENS, name != "mixture")
     (tmp_path / "my.yaml").write_text("model: " + model.model_dump_json())
     choices = Choices(trust_pickle=True, model_file=tmp_path / "my.yaml")
     convert(Request(folder, tmp_path / "run", "megatrain", longest=96, choices=choices))
     reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
     assert reader.step == 7
-    assert float((own_runner(Weights(reader), torch.float32).logits(TOKENS) - logits).abs().max()) < LOGITS
+    assert float((logits_of(reader) - logits).abs().max()) < LOGITS
+
+
+def test_states_of_the_optimizer_go_both_ways(pool: Pool, tmp_path: Path) -> None:
+    """Megatron-core -> here -> Megatron-core: masters, moments and the step, bit for bit."""
+    model = sized("llama")
+    (trained,) = pool.run(train_and_save, 1, str(tmp_path / "iter_0000002"), model, TOKENS)
+    (tmp_path / "model.yaml").write_text("model: " + model.model_dump_json())
+    convert(Request(tmp_path / "iter_0000002", tmp_path / "run", "megatrain", longest=96, choices=TRUST))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    assert set(reader.kinds) == {"weight", "exp_avg", "exp_avg_sq"} and reader.step == 2
+    choices = Choices(dtype=torch.bfloat16)
+    convert(Request(tmp_path / "run", tmp_path / "back", "megatron", longest=96, choices=choices))
+    ((loaded, step),) = pool.run(load_states, 1, str(tmp_path / "back" / "iter_0000002"), model)
+    assert step == 2.0
+    for (kind, name), tensor in trained.items():
+        wanted = tensor.bfloat16().float() if kind == "weight" else tensor
+        assert torch.equal(loaded[kind, name], wanted), (kind, name)
+    back = FORMATS["megatron"].read(tmp_path / "back", TRUST)
+    name = "decoder.final_layernorm.weight"
+    assert torch.equal(back.read("weight", name), trained["weight", name]), "the FP32 master was kept"
+    alone = Choices(trust_pickle=True, weights_only=True)
+    assert FORMATS["megatron"].read(tmp_path / "back", alone).kinds == ("weight",)
+
+
+def test_states_in_the_arrangement_of_a_layout_are_refused(tmp_path: Path, exported: Path) -> None:
+    folder = exported / "iter_0000000"
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    key = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg"
+    found.state_dict_metadata[key] = next(iter(found.state_dict_metadata.values()))
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(ConversionError, match=r"not stored parameter by parameter: .* --weights-only"):
+        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
+    choices = Choices(trust_pickle=True, weights_only=True)
+    assert (
+        convert(Request(exported, tmp_path / "run", "megatrain", longest=32, choices=choices))["status"] == "verified"
+    )
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ class Family:
         fields: field of ``config.json`` -> (field of ``ModelConfig``, what holds where the file leaves it out).
         fixed: fields that change the arithmetic, with the values that are computed here; the first is written.
         aliases: other spellings of fields.
+        modules: the same in the names of the modules of transformers 5, where they are others than the files'.
+        dense_blocks: field that lists blocks without experts.
         experts: whether its blocks are mixtures of experts.
         rope_theta: what holds where the file leaves it out.
     """
@@ -33,5 +35,7 @@ class Family:
     fields: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[Line, ...] | None = None
+    dense_blocks: str | None = None
     experts: bool = False
     rope_theta: float = 10000.0

@@ -2,7 +2,7 @@
 
 from megatrain.checkpoint.convert.families.family import Family
 from megatrain.checkpoint.convert.forms import QUERY_KEY_VALUE, VOCABULARY
-from megatrain.checkpoint.convert.table import Line, untied, with_attention_bias
+from megatrain.checkpoint.convert.table import Line, dense_blocks, untied, with_attention_bias
 
 LLAMA_OUTSIDE_BLOCKS = (
     Line("embedding.word.weight", "model.embed_tokens.weight", VOCABULARY),
@@ -35,9 +35,9 @@ LLAMA_ATTENTION = (
     Line("layers.{}.feed_forward_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
 )
 LLAMA_FEED_FORWARD = (
-    Line("layers.{}.feed_forward.gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
-    Line("layers.{}.feed_forward.up.weight", "model.layers.{}.mlp.up_proj.weight"),
-    Line("layers.{}.feed_forward.down.weight", "model.layers.{}.mlp.down_proj.weight"),
+    Line("layers.{}.feed_forward.gate.weight", "model.layers.{}.mlp.gate_proj.weight", blocks=dense_blocks),
+    Line("layers.{}.feed_forward.up.weight", "model.layers.{}.mlp.up_proj.weight", blocks=dense_blocks),
+    Line("layers.{}.feed_forward.down.weight", "model.layers.{}.mlp.down_proj.weight", blocks=dense_blocks),
 )
 LLAMA_FIELDS = {
     "num_hidden_layers": ("num_layers", 32),

@@ -2,9 +2,26 @@
 
 from megatrain.checkpoint.convert.families.family import Family
 from megatrain.checkpoint.convert.families.llama import LLAMA_ATTENTION, LLAMA_FIELDS, LLAMA_OUTSIDE_BLOCKS
-from megatrain.checkpoint.convert.forms import EXPERTS
+from megatrain.checkpoint.convert.forms import EXPERTS, STACKED_EXPERTS, STACKED_GATE_UP
 from megatrain.checkpoint.convert.table import Line
+from megatrain.config.derive import mixture_layers
 
+# the experts as transformers 5 holds them in its modules, whatever the family
+STACKED_MIXTURE = (
+    Line("layers.{}.feed_forward.router.weight", "model.layers.{}.mlp.gate.weight", blocks=mixture_layers),
+    Line(
+        ("layers.{}.feed_forward.experts.gate", "layers.{}.feed_forward.experts.up"),
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        STACKED_GATE_UP,
+        blocks=mixture_layers,
+    ),
+    Line(
+        "layers.{}.feed_forward.experts.down",
+        "model.layers.{}.mlp.experts.down_proj",
+        STACKED_EXPERTS,
+        blocks=mixture_layers,
+    ),
+)
 _MIXTURE = "model.layers.{}.block_sparse_moe"
 MIXTRAL = Family(
     model_type="mixtral",
@@ -21,6 +38,7 @@ MIXTRAL = Family(
         Line("layers.{}.feed_forward.experts.up", f"{_MIXTURE}.experts.{{expert}}.w3.weight", EXPERTS),
         Line("layers.{}.feed_forward.experts.down", f"{_MIXTURE}.experts.{{expert}}.w2.weight", EXPERTS),
     ),
+    modules=(*LLAMA_OUTSIDE_BLOCKS, *LLAMA_ATTENTION, *STACKED_MIXTURE),
     fields={name: value for name, value in LLAMA_FIELDS.items() if name != "attention_bias"}
     | {
         "num_key_value_heads": ("num_kv_heads", 8),
