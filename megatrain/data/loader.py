@@ -4,21 +4,24 @@ Shapes: N sequences of this rank in a step, S tokens in a sequence.
 """
 
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatrain.data.errors import DataError
 from megatrain.data.prefetch import prefetch
 from megatrain.data.rows import Batch, Rows, Samples
-from megatrain.data.steps import Stage, Steps
+from megatrain.data.steps import Steps
 
 SAMPLE_BITS = (1 << 48) - 1
 """The bits of a sequence's id that are its sample's number; those above tell the parts of a sample apart."""
 
-_PLANNED = 4096  # samples whose places are computed at once: numpy's calls cost more than the arithmetic of a few
+# Samples whose places are computed at once: few at first, for a quick start, then many, because numpy's calls cost more
+# than the arithmetic of a few.
+_FIRST_PLANNED, _PLANNED = 64, 4096
 
 
 class Which(Protocol):
@@ -27,6 +30,19 @@ class Which(Protocol):
     num_samples: int | None
 
     def __call__(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+
+class _Plan(NamedTuple):
+    """What this rank reads at the ``steps`` of one stage, by step.
+
+    ``sources``, ``places`` [samples]: of its samples; ``ids``, ``sequence_sources`` [N]: of its sequences.
+    """
+
+    steps: range
+    sources: NDArray[np.int64]
+    places: NDArray[np.int64]
+    ids: Sequence[Tensor]
+    sequence_sources: Sequence[Tensor]
 
 
 class Loader:
@@ -62,7 +78,7 @@ class Loader:
         self.sources, self.steps = tuple(sources), steps
         self._which, self._dp_rank, self._dp_size = which, dp_rank, dp_size
         self._documents, self._pin = documents, pin
-        self._planned: tuple[range, Stage, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._plan: _Plan | None = None
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of ``step``.
@@ -73,27 +89,20 @@ class Loader:
         end = self._which.num_samples
         if end is not None and self.steps.first_sample(step + 1) > end:
             raise DataError(f"step {step + 1} reads behind the last of {end} samples: all sources are used up")
-        sources, places = self._plan(step)
-        stage = self.steps.stage(step)
-        samples, first, count = self._own(step)
-        rows = Rows(len(samples), self.steps.window, stage.seq_len, self._documents, self._pin)
+        plan = self._plan
+        if plan is None or step not in plan.steps:
+            plan = self._plan = self._planned(step)
+        at, (rows_of, first, count) = step - plan.steps.start, self._own(step)
+        places = plan.places[at]
+        rows = Rows(len(rows_of), self.steps.window, self.steps.stage(step).seq_len, self._documents, self._pin)
         if len(self.sources) == 1:
             self.sources[0].fill(places, rows, slice(None))
         else:
-            for number in np.unique(sources).tolist():
-                own = np.flatnonzero(sources == number)
+            for number in np.unique(plan.sources[at]).tolist():
+                own = np.flatnonzero(plan.sources[at] == number)
                 self.sources[number].fill(places[own], rows, own)
-        cuts = self.steps.window // stage.seq_len
         tokens, labels, *positions = rows.sequences(first, count)
-        numbers = np.arange(first, first + count)
-        ids = np.asarray(samples)[numbers // cuts] + (numbers % cuts) * (SAMPLE_BITS + 1)
-        return Batch(
-            tokens,
-            labels,
-            torch.from_numpy(ids),
-            positions[0] if positions else None,
-            torch.from_numpy(sources[numbers // cuts]),
-        )
+        return Batch(tokens, labels, plan.ids[at], positions[0] if positions else None, plan.sequence_sources[at])
 
     def batches(self, first_step: int, end_step: int) -> Generator[Batch, None, None]:
         """The batches of the steps ``first_step`` to ``end_step - 1``, read ahead in a thread until closed."""
@@ -108,23 +117,21 @@ class Loader:
         base = self.steps.first_sample(step)
         return range(base + first // cuts, base + -(-(first + count) // cuts)), first % cuts, count
 
-    def _plan(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sources and places of this rank's samples, computed for many steps at once."""
-        if self._planned is None or step not in self._planned[0] or self.steps.stage(step) != self._planned[1]:
-            self._planned = self._planned_from(step)
-        steps, _, sources, places = self._planned
-        return sources[step - steps.start], places[step - steps.start]
-
-    def _planned_from(self, step: int) -> tuple[range, Stage, NDArray[np.int64], NDArray[np.int64]]:
-        stage, rows = self.steps.stage(step), len(self._own(step)[0])
-        steps = range(step, step + max(1, _PLANNED // rows))
-        ids = np.array([self._own(number)[0] for number in steps if self.steps.stage(number) == stage])
-        sources, indices = self._which(ids.ravel())
+    def _planned(self, step: int) -> _Plan:
+        """For as many steps of one stage as are worth computing at once."""
+        samples, first, count = self._own(step)
+        goes_on = self._plan is not None and step == self._plan.steps.stop
+        steps = self.steps.run(step, max(1, (_PLANNED if goes_on else _FIRST_PLANNED) // len(samples)))
+        stage = self.steps.stage(step)
+        ids = np.array(samples) + np.arange(len(steps))[:, None] * self.steps.samples_per_step(stage)
+        sources, indices = (found.reshape(ids.shape) for found in self._which(ids.ravel()))
         places = np.empty_like(indices)
         for number in np.unique(sources).tolist():
             own = sources == number
             places[own] = self.sources[number].places(indices[own])
-        return steps, stage, sources.reshape(ids.shape), places.reshape(ids.shape)
+        sample, cut = np.divmod(np.arange(first, first + count), self.steps.window // stage.seq_len)
+        columns = ids[:, sample] + cut * (SAMPLE_BITS + 1), sources[:, sample]
+        return _Plan(steps, sources, places, *(torch.from_numpy(column).unbind() for column in columns))
 
 
 class OneSource:

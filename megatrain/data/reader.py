@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import itertools
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,10 +36,10 @@ class TokenDataset:
         self.dtype = shards[0].index.dtype
         self._shards = shards
         self._id_limit = id_limit
-        self._token_ends = np.cumsum([shard.tokens.num_tokens for shard in shards])
+        self._token_ends = list(itertools.accumulate(shard.tokens.num_tokens for shard in shards))
         self._document_ends = np.cumsum([shard.index.num_documents for shard in shards])
         self._checked_indexes = manifest is None
-        self.num_tokens = int(self._token_ends[-1])
+        self.num_tokens = self._token_ends[-1]
         self.num_documents = int(self._document_ends[-1])
         allow_open_files(len(shards))
 
@@ -81,26 +83,31 @@ class TokenDataset:
         Raises:
             DataError: a damaged file, or an id that is not in the model's vocabulary.
         """
-        count = out.shape[1]
-        shards = np.searchsorted(self._token_ends, starts, side="right")
-        row_bytes, whole = count * out.itemsize, bytes_of(out)
-        for row, (start, at) in enumerate(zip(starts.tolist(), shards.tolist(), strict=True)):
-            shard, end = self._shards[at].tokens, int(self._token_ends[at])
-            view = whole[row * row_bytes : (row + 1) * row_bytes]
-            if start + count <= end:
-                shard.read(view, start - end + shard.num_tokens)
+        count, whole, at = out.shape[1], bytes_of(out), 0
+        row_bytes = count * out.itemsize
+        for start in starts.tolist():
+            shard, first, left = self._place(start)
+            view = whole[at : at + row_bytes]
+            if count <= left:
+                shard.read(view, first)
             else:
                 self._read_over_ends(view, start)
+            at += row_bytes
         self._check_ids(out, starts)
 
     def _read_over_ends(self, view: memoryview, start: int) -> None:
         """A window that goes on in the next shards, or at the stream's start."""
         while len(view):
-            at = int(np.searchsorted(self._token_ends, start, side="right"))
-            shard, end = self._shards[at].tokens, int(self._token_ends[at])
-            size = min(len(view), (end - start) * self.dtype.itemsize)
-            shard.read(view[:size], start - end + shard.num_tokens)
-            view, start = view[size:], end % self.num_tokens
+            shard, first, left = self._place(start)
+            size = min(len(view), left * self.dtype.itemsize)
+            shard.read(view[:size], first)
+            view, start = view[size:], (start + left) % self.num_tokens
+
+    def _place(self, token: int) -> tuple[TokenFile, int, int]:
+        """The file of a token of the stream, the token's number in it, and how many tokens it has from there on."""
+        at = bisect_right(self._token_ends, token)
+        shard, left = self._shards[at].tokens, self._token_ends[at] - token
+        return shard, shard.num_tokens - left, left
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens [count] of the stream from number ``start`` on.
@@ -138,7 +145,7 @@ class TokenDataset:
         at = int(np.searchsorted(self._document_ends, number, side="right"))
         shard = self._shards[at]
         inside = number - (int(self._document_ends[at]) - shard.index.num_documents)
-        shard_start = int(self._token_ends[at]) - shard.tokens.num_tokens
+        shard_start = self._token_ends[at] - shard.tokens.num_tokens
         begin, end = shard.document_bounds(inside)
         return shard_start + begin, shard_start + end
 
@@ -194,7 +201,7 @@ class TokenDataset:
         row, at = np.argwhere((rows < 0) | (rows >= limit))[0]
         token = int((starts[row] + at) % self.num_tokens)
         document = self.document_of(token)
-        shard = self._shards[int(np.searchsorted(self._token_ends, token, side="right"))].tokens.path.name
+        shard = self._place(token)[0].path.name
         raise DataError(
             f"token {token} of {self.folder} ({shard}, document {document}, its token "
             f"{token - self.document_bounds(document)[0]}) is {rows[row, at]}, outside the model's vocabulary of "

@@ -4,6 +4,7 @@ Shapes: N sequences, S tokens in a sequence.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,24 +46,24 @@ class Rows:
 
     def __init__(self, num_rows: int, seq_len: int, cut: int, documents: bool, pin: bool):
         self.cut = cut
-        self._tensors = [
-            torch.empty(num_rows, seq_len, dtype=torch.int64, pin_memory=pin) for _ in range(2 + documents)
-        ]
-        self.tokens, self.labels, *rest = (tensor.numpy() for tensor in self._tensors)
-        self.positions: NDArray[np.int64] | None = rest[0] if rest else None
+        self._tensor = torch.empty(2 + documents, num_rows, seq_len, dtype=torch.int64, pin_memory=pin)
+        array = self._tensor.numpy()
+        self.tokens, self.labels = array[0], array[1]
+        self.positions: NDArray[np.int64] | None = array[2] if documents else None
 
-    def sequences(self, first: int, count: int) -> list[Tensor]:
+    def sequences(self, first: int, count: int) -> Sequence[Tensor]:
         """Tokens, labels and positions [count, cut] of the sequences from number ``first`` on."""
-        return [tensor.view(-1, self.cut)[first : first + count] for tensor in self._tensors]
+        kinds = self._tensor.view(len(self._tensor), -1, self.cut)
+        return kinds[:, first : first + count].unbind()
 
     def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.int64], count: int) -> None:
         """Positions of the ``count`` rows ``own``, from 0 at the places ``begins`` of them all and at each cut."""
         if self.positions is None:
             return
         size = count * self.positions.shape[1]
-        starts = np.unique(np.concatenate([np.arange(0, size, self.cut), begins]))
-        lengths = np.append(starts[1:], size) - starts
-        before = np.repeat(starts, lengths)
+        bounds = np.concatenate((np.arange(0, size + 1, self.cut), begins))  # a place may come twice
+        bounds.sort()
+        before = np.repeat(bounds[:-1], bounds[1:] - bounds[:-1])
         if isinstance(own, slice):
             np.subtract(_places(size), before, out=self.positions[own].reshape(-1))
         else:

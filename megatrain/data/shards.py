@@ -24,7 +24,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: np.dtype, size: int, crc_path: Path | None):
         self.path, self.dtype, self.size = path, dtype, size
         self.num_tokens = size // dtype.itemsize
-        self._crc_path = crc_path
+        self._crc_path, self._item_size = crc_path, dtype.itemsize
         self._descriptor: int | None = None
         self._crcs: list[int] = []
         # a file without CRCs counts as checked
@@ -36,29 +36,25 @@ class TokenFile:
         Raises:
             DataError: the file can't be read, was cut, or a block is not as it was written.
         """
-        begin = first * self.dtype.itemsize
-        end = begin + len(out)
-        for block in range(begin // BLOCK_SIZE, (end - 1) // BLOCK_SIZE + 1):
+        begin = first * self._item_size
+        block, last = begin // BLOCK_SIZE, (begin + len(out) - 1) // BLOCK_SIZE
+        while block <= last:
             if not self._checked[block]:
-                self.check_block(block)
+                self._check_block(block)
+            block += 1
         self._fill(out, begin)
 
-    def check_block(self, number: int) -> None:
-        """Compares a block with its CRC, now."""
+    def _check_block(self, number: int) -> None:
         begin = number * BLOCK_SIZE
         end = min(begin + BLOCK_SIZE, self.size)
         crcs = self._open_crcs()
-        content = bytearray(end - begin)
-        self._fill(memoryview(content), begin)
-        if google_crc32c.value(bytes(content)) != crcs[number]:
+        content = np.empty(end - begin, np.uint8)
+        self._fill(content.data, begin)
+        if google_crc32c.value(content) != crcs[number]:
             raise DataError(
                 f"{self.path} is damaged in block {number} (bytes {begin} to {end}): copy or write it again"
             )
         self._checked[number] = 1
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.size // BLOCK_SIZE)
 
     def _fill(self, out: memoryview, at: int) -> None:
         descriptor = self._descriptor if self._descriptor is not None else self._open()
@@ -85,9 +81,10 @@ class TokenFile:
         if not self._crcs:
             assert self._crc_path is not None
             block_size, crcs = read_crcs(self._crc_path)
-            if block_size != BLOCK_SIZE or len(crcs) != self.num_blocks:
+            expected = -(-self.size // BLOCK_SIZE)
+            if block_size != BLOCK_SIZE or len(crcs) != expected:
                 raise DataError(
-                    f"{self._crc_path} holds {len(crcs)} CRCs of {block_size} bytes, expected {self.num_blocks} of "
+                    f"{self._crc_path} holds {len(crcs)} CRCs of {block_size} bytes, expected {expected} of "
                     f"{BLOCK_SIZE}: copy or write the data set again"
                 )
             self._crcs = crcs.tolist()

@@ -48,6 +48,12 @@ class Steps:
         at = bisect_right(self._samples, sample) - 1
         return self._from[at] + (sample - self._samples[at]) // self.samples_per_step(self.stages[at])
 
+    def run(self, step: int, most: int) -> range:
+        """The steps from ``step`` on, at most so many, that are in its stage."""
+        following = bisect_right(self._from, step)
+        end = self._from[following] if following < len(self._from) else step + most
+        return range(step, min(step + most, end))
+
     def samples_per_step(self, stage: Stage) -> int:
         return stage.batch_size * stage.seq_len // self.window
 

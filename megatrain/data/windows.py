@@ -39,8 +39,12 @@ class Windows:
             begins = [self.dataset.document_begins(start, self.seq_len + 1)[1:] for start in starts.tolist()]
             ends = np.flatnonzero(np.array(begins))
         if not self.eod_loss:
-            row, col = np.divmod(ends, self.seq_len)
-            rows.labels[row if isinstance(own, slice) else own[row], col] = IGNORE
+            labels = rows.labels.reshape(-1)
+            if isinstance(own, slice):
+                labels[ends] = IGNORE
+            else:
+                row, col = np.divmod(ends, self.seq_len)
+                labels[own[row] * self.seq_len + col] = IGNORE
         # what follows a row's last token begins the next row, as every row does
         rows.restart_positions(own, ends[ends < len(raw) * self.seq_len - 1] + 1, len(raw))
 

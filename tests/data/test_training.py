@@ -59,6 +59,7 @@ def test_resumed_with_other_ranks_and_batches_the_stream_goes_on(sources, stop, 
 @settings(max_examples=15, deadline=None)
 @given(stop=st.integers(0, 60), weights=st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any))
 def test_other_weights_lose_and_repeat_nothing(sources, stop, weights):
+    """Defect 9: Megatron's blends can't change while a run is under way."""
     data = training_data(sources)
     changed = {name: {**source, "weight": str(w)} for (name, source), w in zip(sources.items(), weights, strict=True)}
     other = resumed(data, stop, changed)
