@@ -45,7 +45,7 @@ ONE_PROCESS = Layout()
 def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunConfig:
     """A resolved config of a tiny model (5 layers: no even split over 2 stages)."""
     # the size of a micro-batch changes no number; at least two of them are summed
-    micro_batch_size = 4 if layout.pp == 1 and layout.dp <= 2 else 2
+    micro_batch_size = 4 if layout.stages_per_rank == 1 and layout.dp <= 2 else 2
     config: dict[str, dict[str, Any]] = {
         "model": {
             "family": family,
