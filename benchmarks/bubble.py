@@ -60,7 +60,8 @@ class SleepingStage(nn.Module):
 def step_seconds(parallel: ParallelConfig, num_micro_batches: int) -> float:
     """Seconds of a step, from a barrier to the end of the last rank; the median of some."""
     from megatrain.parallel.mesh import build_mesh, topology_of
-    from megatrain.parallel.pipeline import Pipeline, StepInput
+    from megatrain.parallel.pipeline import Pipeline
+    from megatrain.parallel.step_input import StepInput
 
     mesh = build_mesh(topology_of(parallel), torch.device("cpu"))
     total = num_stages(parallel)

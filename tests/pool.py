@@ -1,7 +1,7 @@
 """Worker processes that are started once per test run and then serve every layout.
 
-Importing torch, DeepSpeed and megatron-core costs seconds a process, so the pool pays it once. For
-each call the first ``world_size`` workers form a fresh gloo world.
+Importing torch, DeepSpeed and megatron-core costs seconds a process, so one process does it and the workers are
+forked from it. For each call the first ``world_size`` workers form a fresh gloo world.
 """
 
 import gc
@@ -57,7 +57,8 @@ class Pool:
         return [results[rank] for rank in range(len(pipes))]
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         while len(self._workers) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -77,9 +78,6 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     linear = torch.nn.functional.linear
-    from megatrain.engine.start import import_deepspeed
-
-    import_deepspeed()
     while True:
         function, rank, world_size, store, args, options = pipe.recv()
         gc.collect()  # engines are cycles

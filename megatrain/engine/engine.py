@@ -3,7 +3,7 @@
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,10 @@ from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.context import build_context
 from megatrain.parallel.dropout import dropout_keys
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.pipeline import Pipeline, StepInput
+from megatrain.parallel.step_input import StepInput
+
+if TYPE_CHECKING:
+    from megatrain.parallel.pipeline import Pipeline
 
 IGNORE = -100
 _LINEAR = nn.functional.linear
@@ -115,11 +118,19 @@ class Engine:
         if config.precision.dtype == "fp16":
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
-        train, parallel = config.train, config.parallel
-        self._pipeline = (
-            Pipeline(parts, parallel, train.micro_batch_size, mesh, lambda: collect_gradients(self.optimizer))
-            if parallel.pp > 1
-            else None
+        self._pipeline = self._build_pipeline(parts) if config.parallel.pp > 1 else None
+
+    def _build_pipeline(self, parts: list[nn.Module]) -> "Pipeline":
+        # torch's pipelines take most of a second to import: only where there is one
+        from megatrain.parallel.pipeline import Pipeline
+
+        config = self.config
+        return Pipeline(
+            parts,
+            config.parallel,
+            config.train.micro_batch_size,
+            self.mesh,
+            lambda: collect_gradients(self.optimizer),
         )
 
     def train_step(self, batch: RankBatch, step: int) -> StepResult:

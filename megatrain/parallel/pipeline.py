@@ -1,7 +1,7 @@
 """Pipeline schedules of ``torch.distributed.pipelining`` over this rank's stages."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,7 @@ from megatrain.config.stages import num_stages, own_stages
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.routing import forget_statistics
 from megatrain.parallel.schedules import TORCH_NAMES
-
-
-class StepInput(NamedTuple):
-    """One rank's sequences of a step: [N, S] tokens and labels, [N] dropout keys.
-
-    ``positions`` [N, T]: places in their documents of all tokens, also of those that other context ranks hold.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    keys: Tensor
-    positions: Tensor | None = None
-
-    def split(self, size: int) -> "list[StepInput]":
-        """Micro-batches of ``size`` sequences."""
-        columns: list[Any] = [[None] * len(self.tokens) if x is None else x.split(size) for x in self]
-        return [StepInput(*parts) for parts in zip(*columns, strict=False)]  # None for each of fewer micro-batches
+from megatrain.parallel.step_input import StepInput
 
 
 class _Stage(PipelineStage):

@@ -1,6 +1,7 @@
 """A whole training run, from a config that the launcher has checked."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -31,6 +32,8 @@ def run(config: RunConfig) -> bool:
         engine = build_engine(config, device)
         place = engine.mesh.coordinate("dp"), config.parallel.dp, device.type == "cuda"
         loaders = {name: validation_loader(dataset, config, *place) for name, dataset in validation.items()}
+        gc.freeze()  # what stays for the whole run is not looked through in the middle of a step
+        gc.enable()
         finished = Trainer(config, engine, training, loaders, lock).train()
         dist.barrier()
     dist.destroy_process_group()

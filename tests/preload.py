@@ -1,0 +1,16 @@
+"""What every worker of the pool needs: imported once, in the process that the workers are forked from."""
+
+import gc
+
+gc.disable()  # looks through all that the imports make, again and again
+
+from megatrain.engine.start import import_deepspeed  # noqa: E402
+
+import_deepspeed()
+
+import megatrain.parallel.pipeline  # noqa: E402
+import megatrain.train.build  # noqa: E402, F401
+from megatrain.parallel import tensor  # noqa: E402, F401
+
+gc.freeze()  # shared with the workers, unchanged
+gc.enable()
