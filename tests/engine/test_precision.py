@@ -41,9 +41,9 @@ def test_overflow_skips_together_and_halves_the_scale(pool: Pool, layout: Layout
 
 def test_a_split_backward_sums_in_fp32(pool: Pool) -> None:
     """The same 16-bit gradients of micro-batches, summed in FP32, whichever hook or hand adds them."""
+    same = {"precision": {"dtype": "bf16"}, "train": {"micro_batch_size": 2}}
     whole, split = (
-        pool.run(train, 2, "gpt", Layout(pp=2, schedule=schedule), 2, precision={"dtype": "bf16"})[0]
-        for schedule in ("1f1b", "zbv")
+        pool.run(train, 2, "gpt", Layout(pp=2, schedule=schedule), 2, **same)[0] for schedule in ("1f1b", "zbv")
     )
     assert split.losses == pytest.approx(whole.losses, rel=1e-6)
     assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-5)  # FP32 sums in another order
