@@ -13,6 +13,8 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.config.stages import SCHEDULES, num_stages, own_stages
 from megatrain.plan.schedule import timeline
 
-UNIT = 0.02  # seconds of each F, I and W
+UNIT = 0.02  # seconds of each F, I and W, unless --unit says otherwise
 REPEATS = 3
 
 
@@ -57,7 +59,24 @@ class SleepingStage(nn.Module):
         return x.sum(1) if self.last else x
 
 
-def step_seconds(parallel: ParallelConfig, num_micro_batches: int) -> float:
+def bare_step(parallel: ParallelConfig, rank: int, stages: list[nn.Module], batch: Tensor) -> Callable[[], object]:
+    """A step of torch's own stages and schedule, without ours."""
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
+    from megatrain.parallel.schedules import TORCH_NAMES
+
+    own, total = own_stages(parallel, rank), num_stages(parallel)
+    wrapped = [PipelineStage(s, i, total, torch.device("cpu")) for s, i in zip(stages, own, strict=True)]
+    kind: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
+    schedule = kind(
+        wrapped if issubclass(kind, PipelineScheduleMulti) else wrapped[0], len(batch), lambda x, _: x.sum()
+    )
+    arguments, target = ([batch] if 0 in own else []), {"target": batch[:, 0]} if total - 1 in own else {}
+    return lambda: schedule.step(*arguments, **target, return_outputs=False)
+
+
+def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool) -> float:
     """Seconds of a step, from a barrier to the end of the last rank; the median of some."""
     from megatrain.parallel.mesh import build_mesh, topology_of
     from megatrain.parallel.pipeline import Pipeline
@@ -68,32 +87,43 @@ def step_seconds(parallel: ParallelConfig, num_micro_batches: int) -> float:
     stages: list[nn.Module] = [
         SleepingStage(stage == 0, stage == total - 1) for stage in own_stages(parallel, mesh.coordinate("pp"))
     ]
-    pipeline = Pipeline(stages, parallel, 1, mesh, lambda: None)
     ones = torch.ones(num_micro_batches, 1)
-    batch = StepInput(ones, ones.long(), ones[:, 0].long(), None)
-    pipeline.forward_backward(batch)
+    if bare:
+        step = bare_step(parallel, mesh.coordinate("pp"), stages, ones)
+    else:
+        pipeline = Pipeline(stages, parallel, 1, mesh, lambda: None)
+        step = partial(pipeline.forward_backward, StepInput(ones, ones.long(), ones[:, 0].long(), None))
+    step()
     times = []
     for _ in range(REPEATS):
         dist.barrier()
         start = time.perf_counter()
-        pipeline.forward_backward(batch)
+        step()
         times.append(time.perf_counter() - start)
     spent = torch.tensor(statistics.median(times))
     dist.all_reduce(spent, op=dist.ReduceOp.MAX)
     return float(spent)
 
 
-def run_rank(rank: int, pp: int, port: int, schedules: list[str], factors: list[int]) -> dict[tuple[str, int], float]:
+def run_rank(
+    rank: int, pp: int, port: int, schedules: list[str], factors: list[int], bare: bool, unit: float
+) -> dict[tuple[str, int], float]:
     """All measurements of one pipeline size, on one rank: seconds by (schedule, micro-batches)."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(pp), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    set_unit(unit)
     dist.init_process_group("gloo")
     wanted = [(schedule, factor * pp) for schedule in schedules for factor in factors]
     wanted = [(schedule, count) for schedule, count in wanted if schedule != "dualpipev" or count >= 2 * pp]
-    found = {key: step_seconds(layout(key[0], pp), key[1]) for key in wanted}
+    found = {key: step_seconds(layout(key[0], pp), key[1], bare) for key in wanted}
     dist.destroy_process_group()
     return found
+
+
+def set_unit(milliseconds: float) -> None:
+    global UNIT
+    UNIT = milliseconds / 1000
 
 
 def layout(schedule: str, pp: int) -> ParallelConfig:
@@ -106,7 +136,10 @@ def main() -> None:
     parser.add_argument("--pp", nargs="+", type=int, default=[2, 4, 8], help="pipeline sizes")
     parser.add_argument("--factors", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches over pp")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="which schedules")
+    parser.add_argument("--bare", action="store_true", help="torch's own stages and schedules, without ours")
+    parser.add_argument("--unit", type=float, default=1000 * UNIT, help="milliseconds of each piece of work")
     options = parser.parse_args()
+    set_unit(options.unit)
     print(f"torch {torch.__version__}, {UNIT * 1000:g} ms a unit")
     print("schedule | pp | micro-batches | idle in theory | measured s | theory s | beyond theory")
     for pp in options.pp:
@@ -114,14 +147,17 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         with multiprocessing.get_context("spawn").Pool(pp) as pool:
-            tasks = [(rank, pp, port, options.schedules, options.factors) for rank in range(pp)]
+            tasks = [
+                (rank, pp, port, options.schedules, options.factors, options.bare, options.unit) for rank in range(pp)
+            ]
             measured = pool.starmap(run_rank, tasks, chunksize=1)[0]
         for (schedule, count), seconds in measured.items():
             ideal = timeline(layout(schedule, pp), count)
             expected = ideal.duration * UNIT
             print(
                 f"{schedule} | {pp} | {count} | {100 * ideal.theory:.2f} % | {seconds:.3f} | {expected:.3f} | "
-                f"{100 * (seconds / expected - 1):.2f} %"
+                f"{100 * (seconds / expected - 1):.2f} %",
+                flush=True,
             )
 
 

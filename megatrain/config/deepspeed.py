@@ -28,8 +28,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": {
             "stage": zero_stage,
             "overlap_comm": False,
-            # in one buffer; else ZeRO 1 sums experts as if all ranks held the same
-            "contiguous_gradients": zero_stage > 1 or parallel.ep > 1,
+            "use_multi_rank_bucket_allreduce": False,  # each partition to its rank: half the bytes of an all-reduce
+            # in one buffer: else ZeRO 1 all-reduces, and sums experts as if all ranks held the same
+            "contiguous_gradients": parallel.zero_stage > 0 or parallel.ep > 1,
             **_offload(config.offload),
         },
         "zero_allow_untested_optimizer": True,  # ours are tested here

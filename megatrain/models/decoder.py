@@ -81,10 +81,10 @@ class Embedding(nn.Module):
         self.dropout = layers.dropout(config.dropout, "embedding")
 
     def forward(self, tokens_BS: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
-        x_SBD = self.word(tokens_BS).transpose(0, 1)
-        if self.position is not None:
-            own_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
-            x_SBD = x_SBD + self.position(own_positions(own_S, documents))
+        if self.position is None:
+            return self.dropout(self.layers.embed(self.word, tokens_BS), keys_B)
+        own_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
+        x_SBD = self.word(tokens_BS).transpose(0, 1) + self.position(own_positions(own_S, documents))
         return self.dropout(self.layers.split_sequence(x_SBD.contiguous()), keys_B)
 
 

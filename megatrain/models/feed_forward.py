@@ -23,9 +23,11 @@ class SwiGluFeedForward(nn.Module):
 
     def __init__(self, width: int, ffn_width: int, bias: bool, layers: Layers):
         super().__init__()
+        self.layers = layers
         self.gate = layers.column_linear(width, ffn_width, bias)
         self.up = layers.column_linear(width, ffn_width, bias)
         self.down = layers.row_linear(ffn_width, width, bias)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_SBD)) * self.up(x_SBD))
+        gate, up = self.layers.together((self.gate, self.up), x_SBD)
+        return self.down(F.silu(gate) * up)

@@ -5,7 +5,7 @@ same methods and splits the matrices over ranks; a model cannot tell which one i
 Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,10 @@ class Layers:
         """Linear whose outputs are independent of each other (may be split over ranks)."""
         return nn.Linear(in_features, out_features, bias)
 
+    def together(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
+        """Outputs of several column linears without bias on one input."""
+        return [linear(x_SBD) for linear in linears]
+
     def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Linear that takes what a column linear gave out, and returns whole outputs."""
         return nn.Linear(in_features, out_features, bias)
@@ -55,6 +59,10 @@ class Layers:
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
         """Embedding table [V, D]: tokens [...] -> [..., D]."""
         return nn.Embedding(vocab_size, width)
+
+    def embed(self, table: nn.Module, tokens_BS: Tensor) -> Tensor:
+        """Rows [S, B, D] of an embedding table, in the region where activations may be split over the sequence."""
+        return table(tokens_BS).transpose(0, 1).contiguous()
 
     def head_logits(self, x_SBD: Tensor, weight_VD: Tensor) -> Tensor:
         """Logits [S, B, V] (V: the part of the vocabulary that ``weight_VD`` holds)."""

@@ -6,6 +6,7 @@ Korthikanti et al. 2022 (sequence parallelism).
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ with warnings.catch_warnings():
     from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
+from megatrain.parallel.column import column_linears
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
 from megatrain.parallel.layers import Layers, Split
@@ -62,6 +64,10 @@ class TensorParallelLayers(Layers):
         linear = ColumnLinear(in_features, out_features, bias=bias, **self._options)
         return _mark(linear, weight=0)  # megatron-core marks the bias itself
 
+    def together(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
+        weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
+        return column_linears(x_SBD, weights, self.group, self.sequence_parallel)
+
     def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         linear = RowLinear(
             in_features, out_features, bias=bias, input_is_parallel=True, skip_bias_add=False, **self._options
@@ -72,6 +78,12 @@ class TensorParallelLayers(Layers):
 
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
         return _mark(tensor_parallel.VocabParallelEmbedding(vocab_size, width, **self._options), weight=0)
+
+    def embed(self, table: nn.Module, tokens_BS: Tensor) -> Tensor:
+        if not self.sequence_parallel:
+            return super().embed(table, tokens_BS)
+        table.reduce_scatter_embeddings = True  # type: ignore[assignment]  # sums and splits at once
+        return table(tokens_BS)
 
     def head_logits(self, x_SBD: Tensor, weight_VD: Tensor) -> Tensor:
         return linear_with_grad_accumulation_and_async_allreduce(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"__init__", "paired"}
+SHARED = {"__init__", "paired", "traffic", "wire_formulas", "wire_peers"}
 SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "bubble": ["--pp", "2", "--factors", "2"],
@@ -15,6 +15,7 @@ SMALL = {
     "data_read": ["--tokens", "3000000", "--documents", "1000000", "--repeats", "1", "--steps", "200"],
     "start": ["--repeats", "1"],
     "step": ["--repeats", "1"],
+    "wire": ["--axes", "ZeRO 1", "tensor + sequence", "--peers", "--worlds", "16", "10240"],
     "throughput": ["--batch", "1", "--steps", "1", "--eager"],
 }
 
