@@ -2,15 +2,20 @@
 
     python launch/plan.py --schedule --world-size 4 --config configs/parallel/pp2_interleaved.yaml
     python launch/plan.py --schedule --png schedule.png --world-size 4 --parallel.pp 4 --train.global_batch_size 16
+    python launch/plan.py --compat zero_stage=1,pp=4,pp_schedule=zbv
 
-Takes config files and dotted overrides like pretrain.py. ``--schedule`` draws what each pipeline rank does in a
+``--schedule`` takes config files and dotted overrides like pretrain.py. It draws what each pipeline rank does in a
 step, if a forward, an input gradient and a weight gradient take one unit of time each.
+
+``--compat`` says whether features go together (docs/compatibility.md names them all); the exit status is 0 where they
+do, and 1 where they do not.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from megatrain.config.combine import read_features, refusals_of, shown
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
@@ -23,10 +28,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: tp × pp × dp of the config")
     parser.add_argument("--schedule", action="store_true", help="draw the pipeline schedule")
     parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
+    parser.add_argument("--compat", metavar="A=X,B=Y", help="whether these features go together, and why not")
     options, overrides = parser.parse_known_args(arguments)
-    if not options.schedule:
-        parser.error("nothing asked: give --schedule")
+    if options.schedule == (options.compat is not None):
+        parser.error("give one of --schedule and --compat")
     try:
+        if options.compat is not None:
+            return answer_compatibility(options.compat, overrides)
         config = resolved_config(options.config, overrides, options.world_size)
         print_schedule(config, options.png)
     except (ConfigError, OSError) as error:
@@ -41,6 +49,18 @@ def resolved_config(files: list[Path], overrides: list[str], world_size: int | N
         parallel = load_config(files, overrides).config.parallel
         world_size = parallel.tp * parallel.pp * (parallel.dp or 1)
     return load_config(files, overrides, world_size).with_derived(world_size).config
+
+
+def answer_compatibility(features: str, overrides: list[str]) -> int:
+    """Says whether ``features`` go together; returns 0 where they do, 1 where not."""
+    if overrides:
+        cure = "write features after --compat, as A=X,B=Y"
+        raise ConfigError([Problem(overrides[0], None, "is no part of a question about features", "nothing", cure)])
+    asked = read_features(features)
+    refusals = refusals_of(asked)
+    words = ", ".join(shown(name, value) for name, value in asked.items())
+    print("\n".join([f"{'refused' if refusals else 'allowed'}: {words}", *refusals]))
+    return 1 if refusals else 0
 
 
 def print_schedule(config: RunConfig, png: Path | None) -> None:

@@ -131,9 +131,9 @@ class Trained:
     routing: list[dict[str, dict[str, Any]]]
 
 
-def train_steps(engine: Any, first: int, last: int, documents: bool = False) -> Trained:
+def train_steps(engine: Any, first: int, last: int, documents: bool = False, batch_of: Any = global_batch) -> Trained:
     share = engine.mesh.coordinate("dp"), engine.mesh.topology.dp, documents
-    results = [engine.train_step(global_batch(step, *share), step) for step in range(first, last + 1)]
+    results = [engine.train_step(batch_of(step, *share), step) for step in range(first, last + 1)]
     from megatrain.engine.state import export_state
     from megatrain.parallel.layers import Split, place
 
@@ -145,7 +145,7 @@ def train_steps(engine: Any, first: int, last: int, documents: bool = False) -> 
         grad_norms=[float(result.grad_norm) for result in results],
         skipped=[result.skipped for result in results],
         loss_scales=[result.loss_scale for result in results],
-        evaluation=float(engine.evaluate(global_batch(99, *share))[0]),
+        evaluation=float(engine.evaluate(batch_of(99, *share))[0]),
         state={
             (kind, name): (t.numpy().copy(), place(parameters[name], t.shape, splits)[0])
             for kind, name, t in export_state(engine)

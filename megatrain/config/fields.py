@@ -83,6 +83,14 @@ def all_sections() -> dict[str, str]:
     }
 
 
+def value_at(config: RunConfig, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Known dotted keys that a mistyped ``key`` may mean, the likeliest first.
 

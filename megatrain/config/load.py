@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatrain.config.derive import resolve
-from megatrain.config.fields import all_fields
+from megatrain.config.fields import all_fields, value_at
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.rules import check
 from megatrain.config.schema import RunConfig
@@ -88,14 +88,6 @@ def from_yaml(text: str, name: str = "config.yaml") -> RunConfig:
         ConfigError: with everything that is wrong.
     """
     return _checked(read_text(text, name), None).config
-
-
-def value_at(config: RunConfig, key: str) -> object:
-    """The value at a dotted key."""
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _checked(tree: Node, world_size: int | None) -> Resolved:

@@ -1,6 +1,6 @@
-"""What is generated from the schema and kept in the repository: the editors' JSON schema and the table of keys.
+"""What is generated and kept in the repository: the editors' JSON schema, the table of keys, that of compatibility.
 
-Renew both after a change of the schema: `python -m megatrain.config.reference`. Tests compare them.
+Renew them after a change of the schema: `python -m megatrain.config.reference`. Tests compare them.
 """
 
 import copy
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatrain.config import compatibility_page
 from megatrain.config.deepspeed_keys import ALLOWED, kind_of
 from megatrain.config.fields import all_fields, all_sections
 from megatrain.config.schema import RunConfig
+from megatrain.config.table import between_marks, markdown_table
 from megatrain.config.yaml_text import one_line
 
 SCHEMA_FILE, PAGE = Path("configs/schema.json"), Path("docs/config.md")
-_BEGIN, _END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 _JSON_TYPES: dict[type, dict[str, Any]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer"},
@@ -61,9 +62,7 @@ def field_table() -> str:
 
 def with_table(page: str) -> str:
     """``page`` with the table renewed between its two marks."""
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n{field_table()}\n{_END}{after}"
+    return between_marks(page, field_table())
 
 
 def _closed_object() -> dict[str, Any]:
@@ -71,15 +70,14 @@ def _closed_object() -> dict[str, Any]:
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    cells = [(f"`{row[0]}`", *row[1:]) for row in rows]
-    lines = [header, ("---",) * len(header), *cells]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return markdown_table(header, [(f"`{row[0]}`", *row[1:]) for row in rows])
 
 
 def main() -> None:
-    """Writes both files, from the repository's root."""
+    """Writes all of them, from the repository's root."""
     SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, renewed in ((PAGE, with_table), (compatibility_page.PAGE, compatibility_page.with_tables)):
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ and all problems are shown at once.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from megatrain.config import rules_batch, rules_data, rules_experts, rules_layout, rules_model
+from megatrain.config.combine import problem_of
+from megatrain.config.compatibility import REFUSALS
 from megatrain.config.deepspeed_keys import forbidden_keys
 from megatrain.config.problems import Problem
 from megatrain.config.schema import RunConfig
@@ -67,47 +70,21 @@ RULES = (
         ("model.num_experts", "model.experts_per_token", "model.router_groups", "model.router_groups_per_token"),
     ),
     Rule(
-        rules_experts.mixture_settings_need_experts,
-        (
-            "model.num_experts",
-            "model.num_layers",
-            "model.num_shared_experts",
-            "model.num_dense_layers",
-            "model.expert_interval",
-            "model.expert_capacity",
-        ),
+        rules_experts.dense_blocks_leave_room,
+        ("model.num_experts", "model.num_layers", "model.num_dense_layers", "model.expert_interval"),
     ),
     Rule(rules_experts.expert_ranks_divide_experts, ("model.num_experts", "parallel.ep")),
     Rule(rules_experts.tensor_ranks_divide_experts, ("model.num_experts", "model.expert_hidden_size", "parallel.tp")),
-    Rule(rules_experts.zero_fits_experts, ("parallel.ep", "parallel.zero_stage")),
     Rule(rules_layout.layers_fill_stages, ("model.num_layers", "parallel.pp", "parallel.stages_per_rank")),
-    Rule(rules_layout.zero_fits_pipeline, ("parallel.zero_stage", "parallel.pp")),
-    Rule(
-        rules_layout.schedule_fits_stages,
-        ("parallel.pp", "parallel.pp_schedule", "parallel.stages_per_rank"),
-    ),
+    Rule(rules_layout.schedule_fits_stages, ("parallel.pp_schedule", "parallel.stages_per_rank")),
     Rule(
         rules_layout.stage_layers_fit,
         ("parallel.stage_layers", "model.num_layers", "parallel.pp", "parallel.stages_per_rank"),
     ),
     Rule(
-        rules_layout.recompute_fits_schedule,
-        ("parallel.pp", "parallel.pp_schedule", "train.activation_checkpointing"),
+        rules_layout.offload_has_a_path,
+        ("offload.optimizer", "offload.parameters", "offload.nvme_path"),
     ),
-    Rule(rules_layout.budget_fits_zero, ("parallel.zero_stage", "train.activation_checkpointing")),
-    Rule(rules_layout.optimizer_fits_zero, ("optimizer.name", "parallel.zero_stage")),
-    Rule(
-        rules_layout.offload_fits,
-        (
-            "optimizer.name",
-            "offload.optimizer",
-            "offload.parameters",
-            "offload.nvme_path",
-            "parallel.zero_stage",
-            "parallel.pp",
-        ),
-    ),
-    Rule(rules_layout.compile_fits_schedule, ("parallel.pp", "parallel.pp_schedule", "train.compile")),
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_data.sources_have_weight, ("data.train",)),
@@ -126,6 +103,8 @@ RULES = (
     Rule(forbidden_keys, ("deepspeed",)),
 )
 
+REFUSED_PAIRS = tuple(Rule(partial(problem_of, refusal), (refusal.axis.key, refusal.other.key)) for refusal in REFUSALS)
+"""A rule for each refusal in the table of compatibility."""
 
 _FOR_EACH_STAGE = (
     rules_batch.batch_divides,
@@ -142,7 +121,7 @@ def check(config: RunConfig, world_size: int | None = None, unusable: Collection
         world_size: ranks that were started; None where nobody knows yet, which leaves out what depends on it.
         unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
     """
-    usable = [rule for rule in RULES if not _touches(rule, unusable)]
+    usable = [rule for rule in (*RULES, *REFUSED_PAIRS) if not _touches(rule, unusable)]
     problems = [problem for rule in usable for problem in rule.function(config, world_size)]
     if problems or "train.ramp" in unusable:
         return problems

@@ -48,22 +48,12 @@ def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
-def mixture_settings_need_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Dense blocks come before blocks with experts; without experts there is nothing to set."""
+def dense_blocks_leave_room(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Dense blocks come before blocks with experts."""
     model = config.model
     if model.num_experts is None:
-        unset = {"num_shared_experts": 0, "num_dense_layers": 0, "expert_interval": 1, "expert_capacity": None}
-        for name, empty in unset.items():
-            value = getattr(model, name)
-            if value != empty:
-                yield Problem(
-                    f"model.{name}",
-                    value,
-                    "is of a mixture of experts, and model.num_experts is not set",
-                    str(empty) if empty is not None else "null",
-                    f"set model.num_experts, or leave model.{name} out",
-                )
-    elif model.num_dense_layers >= model.num_layers:
+        return
+    if model.num_dense_layers >= model.num_layers:
         yield Problem(
             "model.num_dense_layers",
             model.num_dense_layers,
@@ -84,15 +74,7 @@ def mixture_settings_need_experts(config: RunConfig, world_size: int | None) -> 
 def expert_ranks_divide_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each expert rank holds equally many whole experts."""
     num_experts, ep = config.model.num_experts, config.parallel.ep
-    if ep > 1 and num_experts is None:
-        yield Problem(
-            "parallel.ep",
-            ep,
-            "has no experts to share: model.num_experts is not set",
-            "1 for a dense model",
-            "set parallel.ep to 1, or model.num_experts",
-        )
-    elif num_experts is not None and num_experts % ep:
+    if num_experts is not None and num_experts % ep:
         yield Problem(
             "model.num_experts",
             num_experts,
@@ -115,18 +97,4 @@ def tensor_ranks_divide_experts(config: RunConfig, world_size: int | None) -> It
             f"multiples of {tp}",
             f"set model.expert_hidden_size to {-(-width // tp) * tp}, or parallel.tp to one of "
             f"{listed(divisors(width))}",
-        )
-
-
-def zero_fits_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed's ZeRO 3 shards every weight over all data-parallel ranks, also where they hold different experts."""
-    parallel = config.parallel
-    if parallel.ep > 1 and parallel.zero_stage == 3:
-        yield Problem(
-            "parallel.zero_stage",
-            3,
-            f"cannot be used with parallel.ep = {parallel.ep}: ZeRO-3 shards every weight over all data-parallel "
-            "ranks, and these hold different experts",
-            "0, 1 or 2 where parallel.ep is more than 1",
-            "set parallel.zero_stage to 2, or parallel.ep to 1",
         )

@@ -74,17 +74,7 @@ def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iter
 def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Sequence parallelism lives between the tensor ranks, which take equal parts of the sequence."""
     parallel, seq_len = config.parallel, config.data.seq_len
-    if not parallel.sequence_parallel:
-        return
-    if parallel.tp == 1:
-        yield Problem(
-            "parallel.sequence_parallel",
-            True,
-            "has no ranks to split the sequence over: parallel.tp = 1",
-            "false where parallel.tp is 1",
-            "set parallel.sequence_parallel to false, or parallel.tp to 2 or more",
-        )
-    elif seq_len % (unit := parallel.tp * parallel.cp):
+    if parallel.sequence_parallel and seq_len % (unit := parallel.tp * parallel.cp):
         of_context = f" × parallel.cp = {parallel.cp}" if parallel.cp > 1 else ""
         yield Problem(
             "data.seq_len",
@@ -155,42 +145,19 @@ def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Pr
         )
 
 
-def zero_fits_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Only the ZeRO stages that leave gradients whole work under a pipeline."""
-    parallel = config.parallel
-    if parallel.pp > 1 and parallel.zero_stage > 1:
-        yield Problem(
-            "parallel.zero_stage",
-            parallel.zero_stage,
-            f"cannot be used with a pipeline (parallel.pp = {parallel.pp}): ZeRO-2 and ZeRO-3 partition "
-            "gradients inside backward hooks, which a pipeline schedule's backward for several micro-batches "
-            "does not go through",
-            "0 or 1 where parallel.pp is more than 1",
-            "set parallel.zero_stage to 0 or 1, or parallel.pp to 1",
-        )
-
-
 def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """How many stages a schedule puts on a rank; only a pipeline has several."""
+    """How many stages a schedule puts on a rank."""
     parallel = config.parallel
-    traits, several = SCHEDULES[parallel.pp_schedule], parallel.stages_per_rank > 1
+    traits = SCHEDULES[parallel.pp_schedule]
     least, most = traits.least_stages, traits.most_stages
     if parallel.stages_per_rank < least or (most is not None and parallel.stages_per_rank > most):
-        others = "interleaved_1f1b or interleaved_zero_bubble" if several else "1f1b or gpipe"
+        others = "interleaved_1f1b or interleaved_zero_bubble" if parallel.stages_per_rank > 1 else "1f1b or gpipe"
         yield Problem(
             "parallel.stages_per_rank",
             parallel.stages_per_rank,
             f"does not fit parallel.pp_schedule = {parallel.pp_schedule}",
             "1 with gpipe and 1f1b; 2 with zbv and dualpipev; 2 or more with the interleaved schedules",
             f"set parallel.stages_per_rank to {least}, or parallel.pp_schedule to {others}",
-        )
-    elif several and parallel.pp == 1:
-        yield Problem(
-            "parallel.stages_per_rank",
-            parallel.stages_per_rank,
-            "needs a pipeline, and parallel.pp = 1",
-            "1 where parallel.pp is 1",
-            "set parallel.pp to 2 or more, or parallel.stages_per_rank to 1 and parallel.pp_schedule to 1f1b",
         )
 
 
@@ -210,59 +177,11 @@ def stage_layers_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
     )
 
 
-def recompute_fits_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A schedule that splits the backward pass runs a block's graph once for inputs and once for each weight."""
-    parallel, mode = config.parallel, config.train.activation_checkpointing
-    if parallel.pp > 1 and SCHEDULES[parallel.pp_schedule].splits_backward and mode not in ("none", "attention"):
-        yield Problem(
-            "train.activation_checkpointing",
-            mode,
-            f"cannot be used with parallel.pp_schedule = {parallel.pp_schedule}, which computes the gradients of "
-            "inputs and of each weight apart: the block would be computed again for every one of them",
-            "none or attention, or any with gpipe, 1f1b and interleaved_1f1b",
-            "set train.activation_checkpointing to none or attention, or parallel.pp_schedule to interleaved_1f1b",
-        )
-
-
-def budget_fits_zero(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The policy counts a block's operations; ZeRO 3 adds others to the forward than to its repetition."""
-    if config.parallel.zero_stage == 3 and config.train.activation_checkpointing == "budget":
-        yield Problem(
-            "train.activation_checkpointing",
-            "budget",
-            "cannot be used with parallel.zero_stage = 3, which fetches and frees weights inside a block, "
-            "differently when the block is computed again",
-            "none, full, every_nth, attention or feed_forward where parallel.zero_stage is 3",
-            "set train.activation_checkpointing to full, or parallel.zero_stage to 2",
-        )
-
-
-def optimizer_fits_zero(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """ZeRO 3 hands out weights piece by piece; Muon needs whole matrices."""
-    if config.optimizer.name == "muon" and config.parallel.zero_stage == 3:
-        yield Problem(
-            "optimizer.name",
-            "muon",
-            "cannot be used with parallel.zero_stage = 3, which updates pieces of matrices, not whole ones",
-            "adamw or lion where parallel.zero_stage is 3",
-            "set optimizer.name to adamw or lion, or parallel.zero_stage to 0, 1 or 2",
-        )
-
-
-def offload_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """What DeepSpeed can move away from the GPU depends on what ZeRO shards; a disk needs a path."""
-    offload, stage = config.offload, config.parallel.zero_stage
+def offload_has_a_path(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A disk needs a path."""
+    offload = config.offload
     for name, device in (("optimizer", offload.optimizer), ("parameters", offload.parameters)):
-        least = 3 if name == "parameters" or device == "nvme" else 1
-        if device != "none" and stage < least:
-            yield Problem(
-                f"offload.{name}",
-                device,
-                f"needs parallel.zero_stage = {least} or more, and it is {stage}",
-                f"none where parallel.zero_stage is less than {least}",
-                f"set parallel.zero_stage to {least}, or offload.{name} to none",
-            )
-        elif device == "nvme" and offload.nvme_path is None:
+        if device == "nvme" and offload.nvme_path is None:
             yield Problem(
                 "offload.nvme_path",
                 None,
@@ -270,47 +189,3 @@ def offload_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]
                 "a folder on a local disk",
                 f"set offload.nvme_path, or offload.{name} to cpu",
             )
-    yield from _optimizer_on_host(config)
-
-
-def _optimizer_on_host(config: RunConfig) -> Iterator[Problem]:
-    name, device, pp = config.optimizer.name, config.offload.optimizer, config.parallel.pp
-    if name == "cpu_adamw" and device == "none":
-        yield Problem(
-            "optimizer.name",
-            name,
-            "updates weights in host memory, and offload.optimizer = none keeps them elsewhere",
-            "adamw, lion or muon where offload.optimizer is none",
-            "set offload.optimizer to cpu, or optimizer.name to adamw",
-        )
-    elif name == "muon" and device != "none":
-        yield Problem(
-            "offload.optimizer",
-            device,
-            "cannot be used with optimizer.name = muon, which gathers matrices between GPUs",
-            "none with muon",
-            "set offload.optimizer to none, or optimizer.name to cpu_adamw",
-        )
-    elif device != "none" and pp > 1:
-        yield Problem(
-            "offload.optimizer",
-            device,
-            f"cannot be used with a pipeline (parallel.pp = {pp}): DeepSpeed then sums gradients on the host inside "
-            "backward hooks, which see a schedule's micro-batches as one",
-            "none where parallel.pp is more than 1",
-            "set offload.optimizer to none, or parallel.pp to 1",
-        )
-
-
-def compile_fits_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A compiled block is one node of the graph, whose backward cannot be split."""
-    parallel = config.parallel
-    if config.train.compile and parallel.pp > 1 and SCHEDULES[parallel.pp_schedule].splits_backward:
-        yield Problem(
-            "train.compile",
-            True,
-            f"cannot be used with parallel.pp_schedule = {parallel.pp_schedule}: the backward pass of a compiled block "
-            "gives the gradients of inputs and weights at once",
-            "false, or gpipe, 1f1b or interleaved_1f1b",
-            "set train.compile to false, or parallel.pp_schedule to interleaved_1f1b",
-        )

@@ -26,3 +26,19 @@ def test_refusals_say_what_to_do() -> None:
     wrong = plan("--schedule", *PIPELINE, "--parallel.pp_schedule", "zbv")
     assert wrong.returncode == 2 and "set parallel.stages_per_rank to 2" in wrong.stderr
     assert "Traceback" not in alone.stderr + wrong.stderr
+
+
+def test_compatibility_is_told_with_the_exit_status() -> None:
+    allowed = plan("--compat", "zero_stage=1,pp=2")
+    assert (allowed.returncode, allowed.stdout) == (0, "allowed: zero_stage = 1, pp > 1\n")
+    refused = plan("--compat", "zero_stage=2,pp=2,ep=2,num_experts=null")
+    assert refused.returncode == 1 and refused.stdout.startswith("refused: zero_stage = 2, pp > 1")
+    assert (
+        "ZeRO-2 and ZeRO-3 partition gradients" in refused.stdout and "a dense model has no experts" in refused.stdout
+    )
+    assert "cure: set parallel.zero_stage to 0 or 1, or parallel.pp to 1" in refused.stdout
+    unknown = plan("--compat", "zero=2,pp=2")
+    assert unknown.returncode == 2 and "did you mean zero_stage?" in unknown.stderr
+    both = plan("--compat", "pp=2", "--parallel.pp", "2")
+    assert both.returncode == 2 and "write features after --compat" in both.stderr
+    assert "Traceback" not in unknown.stderr + both.stderr

@@ -1,0 +1,183 @@
+"""Which features go together: one table, for validation, the page docs/compatibility.md, `plan.py --compat` and tests.
+
+An axis is a field of the config with its values, or with classes of them (`>1` stands for every larger number).
+Two values of two axes go together unless a refusal says why not; no refusal looks at more than two axes.
+Rules that count (what divides what) stand in the ``rules_*`` modules.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+from megatrain.config.schema import RunConfig
+from megatrain.config.stages import SCHEDULES
+
+CLASSES = {
+    ">1": ("more than 1", "2 or more"),
+    ">0": ("more than 0", "more than 0"),
+    "number": ("set", "a number"),
+    "null": ("not set", "null"),
+}
+"""Values that stand for many: how a sentence says that a field has one, and that it should."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A field as a feature. ``name``: in questions; ``values``: all choices, or one value and the class of the rest."""
+
+    name: str
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last value stands for all numbers that are not named."""
+        return self.values[-1] in CLASSES
+
+    def value_of(self, raw: Any) -> str:
+        """The value of ``values`` that a config's ``raw`` value is or belongs to."""
+        text = (
+            str(raw).lower()
+            if isinstance(raw, bool)
+            else "null"
+            if raw is None
+            else f"{raw:g}"
+            if _number(raw)
+            else raw
+        )
+        return text if text in self.values else self.values[-1]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Any of ``values`` of ``axis`` with any of ``other_values`` of ``other``: does not work, for ``reason``."""
+
+    axis: Axis
+    values: tuple[str, ...]
+    other: Axis
+    other_values: tuple[str, ...]
+    reason: str
+
+    @cached_property
+    def pairs(self) -> frozenset[frozenset[tuple[str, str]]]:
+        """Every refused pair of (axis, value)."""
+        return frozenset(
+            frozenset({(self.axis.name, a), (self.other.name, b)}) for a in self.values for b in self.other_values
+        )
+
+
+def _number(raw: Any) -> bool:
+    return isinstance(raw, int | float)
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    """All values of a field that has a fixed number of them, as the schema names them."""
+    section, name = key.split(".")
+    kind = RunConfig.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
+    return ("false", "true") if kind is bool else tuple(str(choice) for choice in get_args(kind))
+
+
+def _axes(**axes: str | tuple[str, tuple[str, ...]]) -> dict[str, Axis]:
+    pairs = {name: (field, _choices(field)) if isinstance(field, str) else field for name, field in axes.items()}
+    return {name: Axis(name, key, values) for name, (key, values) in pairs.items()}
+
+
+_ONE, _NONE, _UNSET = ("1", ">1"), ("0", ">0"), ("null", "number")
+
+AXES = _axes(
+    family="model.family",
+    dropout=("model.dropout", _NONE),
+    num_experts=("model.num_experts", _UNSET),
+    expert_capacity=("model.expert_capacity", _UNSET),
+    num_shared_experts=("model.num_shared_experts", _NONE),
+    num_dense_layers=("model.num_dense_layers", _NONE),
+    expert_interval=("model.expert_interval", _ONE),
+    router_score="model.router_score",
+    router_groups=("model.router_groups", _ONE),
+    router_balance_rate=("model.router_balance_rate", _NONE),
+    sequences="data.sequences",
+    tp=("parallel.tp", _ONE),
+    sequence_parallel="parallel.sequence_parallel",
+    cp=("parallel.cp", _ONE),
+    cp_method="parallel.cp_method",
+    pp=("parallel.pp", _ONE),
+    pp_schedule="parallel.pp_schedule",
+    dp=("parallel.dp", _ONE),
+    ep=("parallel.ep", _ONE),
+    zero_stage="parallel.zero_stage",
+    dtype="precision.dtype",
+    gradient_dtype="precision.gradient_dtype",
+    residual_dtype="precision.residual_dtype",
+    logits_dtype="precision.logits_dtype",
+    optimizer="optimizer.name",
+    offload_optimizer="offload.optimizer",
+    offload_parameters="offload.parameters",
+    activation_checkpointing="train.activation_checkpointing",
+    offload_activations="train.offload_activations",
+    compile="train.compile",
+    background="checkpoint.background",
+)
+
+_SPLIT = tuple(name for name, traits in SCHEDULES.items() if traits.splits_backward)
+_SEVERAL = tuple(name for name, traits in SCHEDULES.items() if traits.least_stages > 1)
+
+
+def _refuse(
+    axis: str, values: str | tuple[str, ...], other: str, other_values: str | tuple[str, ...], reason: str
+) -> Refusal:
+    listed, other_listed = (tuple(v.split()) if isinstance(v, str) else v for v in (values, other_values))
+    first, second = AXES[axis], AXES[other]
+    unknown = {*listed} - {*first.values} | {*other_listed} - {*second.values}
+    assert not unknown, f"{axis} with {other}: no such value: {unknown}"
+    return Refusal(first, listed, second, other_listed, reason)
+
+
+REFUSALS = (
+    _refuse(
+        "zero_stage", "2 3", "pp", ">1",
+        "ZeRO-2 and ZeRO-3 partition gradients inside backward hooks, which a pipeline schedule's backward for several "
+        "micro-batches does not go through",
+    ),
+    _refuse(
+        "zero_stage", "3", "ep", ">1",
+        "ZeRO-3 shards every weight over all data-parallel ranks, and these hold different experts",
+    ),
+    _refuse("pp_schedule", _SEVERAL, "pp", "1", "it puts several pipeline stages on a rank, and there is no pipeline"),
+    _refuse("sequence_parallel", "true", "tp", "1", "there are no ranks to split the sequence over"),
+    _refuse("ep", ">1", "num_experts", "null", "a dense model has no experts to share"),
+    *(
+        _refuse(name, value, "num_experts", "null", "it is of a mixture of experts, and the model is dense")
+        for name, value in (
+            *(("expert_capacity", "number"), ("num_shared_experts", ">0")),
+            *(("num_dense_layers", ">0"), ("expert_interval", ">1")),
+        )
+    ),
+    _refuse(
+        "activation_checkpointing", "full every_nth feed_forward budget", "pp_schedule", _SPLIT,
+        "the schedule computes the gradients of inputs and of each weight apart, and the block would be computed again "
+        "for every one of them",
+    ),
+    _refuse(
+        "activation_checkpointing", "budget", "zero_stage", "3",
+        "ZeRO-3 fetches and frees weights inside a block, differently when the block is computed again",
+    ),
+    _refuse(
+        "compile", "true", "pp_schedule", _SPLIT,
+        "the backward pass of a compiled block gives the gradients of inputs and weights at once",
+    ),
+    _refuse("optimizer", "muon", "zero_stage", "3", "ZeRO-3 updates pieces of matrices, not whole ones"),
+    _refuse(
+        "optimizer", "cpu_adamw", "offload_optimizer", "none",
+        "it updates weights in host memory, and they are kept elsewhere",
+    ),
+    _refuse("offload_optimizer", "cpu nvme", "optimizer", "muon", "muon gathers matrices between GPUs"),
+    _refuse("offload_optimizer", "cpu nvme", "zero_stage", "0", "only a sharded state is moved"),
+    _refuse("offload_optimizer", "nvme", "zero_stage", "1 2", "DeepSpeed writes only ZeRO-3's state to a disk"),
+    _refuse(
+        "offload_optimizer", "cpu nvme", "pp", ">1",
+        "DeepSpeed sums gradients on the host inside backward hooks, which see a schedule's micro-batches as one",
+    ),
+    _refuse(
+        "offload_parameters", "cpu nvme", "zero_stage", "0 1 2", "only ZeRO-3 fetches weights when they are used",
+    ),
+)  # fmt: skip

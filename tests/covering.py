@@ -1,0 +1,119 @@
+"""Cases made of the table of compatibility: few, and together they hold every pair of features that go together.
+
+A greedy covering array (Cohen et al. 1997): each case begins with a pair that no case has yet, and then takes axis
+by axis the value that brings the most new pairs. Nothing is random.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from megatrain.config.combine import values_left
+from megatrain.config.compatibility import AXES
+
+Feature = tuple[str, str]
+Case = dict[str, str]
+
+FEATURES: list[Feature] = [(axis.name, value) for axis in AXES.values() for value in axis.values]
+# what stands for a class of values in a config
+SAMPLES: dict[str, Any] = {
+    "dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1, "num_dense_layers": 1,
+    "expert_interval": 2, "router_groups": 2, "router_balance_rate": 0.01, "tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 2,
+}  # fmt: skip
+MOST_RANKS = 8
+_SIZES = ("tp", "cp", "pp", "dp")
+
+
+def raw(axis: str, value: str) -> Any:
+    """A config's value for a feature."""
+    if value == AXES[axis].values[-1] and AXES[axis].is_open:
+        return SAMPLES[axis]
+    return {"null": None, "true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+
+
+def sections(features: Case) -> dict[str, dict[str, Any]]:
+    """Features as sections of a config file."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in features.items():
+        section, field = AXES[name].key.split(".")
+        found.setdefault(section, {})[field] = raw(name, value)
+    return found
+
+
+def num_ranks(case: Case) -> int:
+    return math.prod(raw(name, case[name]) for name in _SIZES)
+
+
+def pairs() -> Iterator[tuple[Feature, Feature]]:
+    """Every two values of different axes."""
+    yield from ((one, two) for one, two in combinations(FEATURES, 2) if one[0] != two[0])
+
+
+def is_allowed(one: Feature, two: Feature) -> bool:
+    return values_left(dict((one, two))).lacking is None
+
+
+@functools.cache
+def allowed_pairs() -> tuple[tuple[Feature, Feature], ...]:
+    return tuple(pair for pair in pairs() if is_allowed(*pair))
+
+
+def left_to(chosen: Case) -> dict[str, tuple[str, ...]] | None:
+    """The values that a case still may have on its other axes; None where it can't be completed."""
+    left = values_left(chosen)
+    values = {axis: own for axis, own in left.values.items() if axis not in chosen}
+    full = [name for name in _SIZES if chosen.get(name) == ">1"]
+    if len(full) == 3:  # two ranks each: all that there are
+        values = {axis: ("1",) if axis in _SIZES else own for axis, own in values.items()}
+    if chosen.get("ep") == ">1":  # the expert ranks are taken from those of dp and cp
+        for one, two in (("dp", "cp"), ("cp", "dp")):
+            if chosen.get(one) == "1":
+                values = {axis: (">1",) if axis == two else own for axis, own in values.items()}
+    too_many = len(full) > 3 or all(chosen.get(name) == want for name, want in (("ep", ">1"), ("dp", "1"), ("cp", "1")))
+    return None if left.lacking or too_many else values
+
+
+@functools.cache
+def covering() -> tuple[Case, ...]:
+    """Complete cases that together hold every allowed pair."""
+    missing = {frozenset(pair): pair for pair in allowed_pairs()}
+    cases: list[Case] = []
+    while missing:
+        one, two = next(iter(missing.values()))
+        case = _completed(one, two, missing, len(cases))
+        for pair in combinations(case.items(), 2):
+            missing.pop(frozenset(pair), None)
+        cases.append(case)
+    return tuple(cases)
+
+
+def _completed(one: Feature, two: Feature, missing: dict, turn: int) -> Case:
+    """A case with both features and as many missing pairs as a greedy search finds; ties go to each value in turn."""
+    chosen = dict((one, two))
+    while left := left_to(chosen):
+        # the axis with the fewest values left first: others must not take its last one
+        axis = min(left, key=lambda name: (len(left[name]), -len(AXES[name].values)))
+        values = left[axis]
+        found = []
+        for number in range(len(values)):
+            feature = (axis, values[(number + turn) % len(values)])
+            if left_to({**chosen, axis: feature[1]}) is not None:
+                news = sum(frozenset({feature, other}) in missing for other in chosen.items())
+                found.append((news, -number, feature))
+        assert found, f"{chosen} leaves no value to {axis}"
+        chosen |= [max(found)[2]]
+    assert left is not None, f"{one} and {two} are said to go together"
+    return {name: chosen[name] for name in AXES}
+
+
+@functools.cache
+def sample() -> tuple[Case, ...]:
+    """Some of ``covering``, the smallest first, that together hold every feature."""
+    missing, chosen = set(FEATURES), []
+    while missing:
+        best = max(covering(), key=lambda case: len(missing & set(case.items())) - num_ranks(case) / 4)
+        missing -= set(best.items())
+        chosen.append(best)
+    return tuple(chosen)
