@@ -1,10 +1,13 @@
 """BF16 and FP16: every layout near one process; an overflow skips the step on all ranks at once."""
 
+import unittest.mock
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.layouts import ONE_PROCESS, Layout, build_engine, run_config, train, train_steps
+from tests.layouts import ONE_PROCESS, Layout, build_engine, global_batch, run_config, train, train_steps
 from tests.pool import Pool
 
 LAYOUTS = [
@@ -91,6 +94,43 @@ def test_gradients_may_be_summed_in_the_compute_type(pool: Pool, layout: Layout)
     assert narrow.losses[0] == wide.losses[0]
     assert narrow.grad_norms[0] != wide.grad_norms[0]
     assert narrow.grad_norms == pytest.approx(wide.grad_norms, rel=BANDS["bf16"][1])
+
+
+def reduced_types(zero_stage: int, precision: dict[str, Any]) -> set[str]:
+    """Types of the large tensors that a step sums over ranks; without tensor ranks these are gradients."""
+    import deepspeed.comm.comm
+
+    engine = build_engine(run_config("llama", Layout(dp=2, zero_stage=zero_stage), precision=precision))
+    seen: set[str] = set()
+
+    def spied(owner: Any, name: str) -> Any:
+        reduce = getattr(owner, name)
+
+        def spy(*arguments: Any, **options: Any) -> Any:
+            tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+            seen.update(str(tensor.dtype) for tensor in tensors if tensor.numel() > 1000)
+            return reduce(*arguments, **options)
+
+        return unittest.mock.patch.object(owner, name, spy)
+
+    try:
+        scatter = spied(deepspeed.comm.comm.cdb, "reduce_scatter_function")  # bound when the world began
+        with spied(dist, "all_reduce"), spied(dist, "reduce"), scatter:
+            engine.train_step(global_batch(1, engine.mesh.coordinate("dp"), 2), 1)
+    finally:
+        engine.close()
+    return seen
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize(
+    ("gradient_dtype", "expected"), [("fp32", {"torch.float32"}), ("compute", {"torch.bfloat16"})], ids=str
+)
+def test_gradients_cross_ranks_in_the_type_asked_for(
+    pool: Pool, zero_stage: int, gradient_dtype: str, expected: set[str]
+) -> None:
+    precision = {"dtype": "bf16", "gradient_dtype": gradient_dtype}
+    assert pool.run(reduced_types, 2, zero_stage, precision) == [expected] * 2
 
 
 def test_fp32_residual_and_logits(pool: Pool) -> None:
