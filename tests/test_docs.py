@@ -102,7 +102,7 @@ class Workspace:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.steps = folder, 0
+        self.folder, self.steps, self.printed = folder, 0, ""
         for name in ("launch", "data_tools", "configs", "benchmarks", "tests", "megatrain"):
             if (ROOT / name).exists():
                 (folder / name).symlink_to(ROOT / name)
@@ -127,19 +127,25 @@ class Workspace:
         return done.stdout
 
 
+def readme_commands() -> list[str]:
+    return README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("checkout"))
+    """After the README's first command, from which the other pages go on."""
+    made = Workspace(tmp_path_factory.mktemp("checkout"))
+    made.printed = made.run(readme_commands()[0])
+    return made
 
 
 def test_readme_opens_with_two_commands_and_the_first_works(workspace: Workspace) -> None:
-    first, second = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    first, second = readme_commands()
     assert second == "bash launch/test.sh"
-    printed = workspace.run(first)
-    assert "perplexity" in printed
-    assert "def main(" in printed
+    assert "perplexity" in workspace.printed
+    assert "def main(" in workspace.printed
     for label in ("run folder:", "TensorBoard:", "resume:"):
-        assert label in printed
+        assert label in workspace.printed
     again = workspace.run(f"{first} --print-config")  # trains nothing
     assert "already there with this content" in again, "a second time it reuses what is there"
 
@@ -181,7 +187,7 @@ def test_commands_name_what_exists(page: Path) -> None:
     assert problems == []
 
 
-def test_a_wrong_command_is_seen(workspace: Workspace) -> None:
+def test_a_wrong_command_is_seen(tmp_path: Path) -> None:
     block = [
         "# note",
         "FOO=1 python launch/nowhere.py \\",
@@ -199,4 +205,4 @@ def test_a_wrong_command_is_seen(workspace: Workspace) -> None:
     assert not is_config_key("--model.num_layer")
     assert not is_config_key("--train.steps.more")
     with pytest.raises(AssertionError, match="gone"):
-        workspace.run("bash gone.sh")
+        Workspace(tmp_path).run("bash gone.sh")
