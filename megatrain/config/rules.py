@@ -43,6 +43,17 @@ RULES = (
             "model.rope_beta_slow",
         ),
     ),
+    Rule(
+        rules_model.documents_fit_kernel,
+        (
+            "model.document_attention",
+            "model.attention_dropout",
+            "parallel.cp",
+            "parallel.cp_method",
+            "train.compile",
+            "precision.dtype",
+        ),
+    ),
     Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
     Rule(rules_layout.ranks_fit_world, _LAYOUT),
     Rule(

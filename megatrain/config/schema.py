@@ -103,6 +103,12 @@ class ModelConfig(Section):
     init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
     dropout: Probability = Field(0.0, description="Dropout of embeddings and of each sublayer's output.")
     attention_dropout: Probability = Field(0.0, description="Dropout of the attention probabilities.")
+    document_attention: Literal["dense", "per_document", "flex", "varlen"] = Field(
+        "dense",
+        description="How attention stays inside documents (data.sequences mask_documents and pack_documents). dense: a "
+        "mask of all pairs, in every layout. per_document: one document after the other, no work for other pairs; for "
+        "CPUs and long documents. flex, varlen: FlexAttention, or FlashAttention's kernel for many lengths (GPUs).",
+    )
 
 
 class ParallelConfig(Section):

@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatrain.config.derive import attention_bias, head_width
 from megatrain.config.schema import ModelConfig
+from megatrain.models.document_attention import KERNELS
 from megatrain.models.documents import Documents, own_positions, visible_pairs
 from megatrain.models.rotary import Rotary
 from megatrain.parallel.layers import Layers
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.key_norm = self._head_norm(config, layers) if head_norms else None
         self.rotary = Rotary(config) if rotary else None
         self.layers = layers
-        self.core = layers.attention(AttentionCore(config.attention_dropout, layers, site))
+        self.core = layers.attention(AttentionCore(config, layers, site))
 
     def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
         groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
@@ -60,10 +61,11 @@ class AttentionCore(nn.Module):
     Where the sequence holds several documents, each position sees its own document only.
     """
 
-    def __init__(self, dropout: float, layers: Layers, site: str):
+    def __init__(self, config: ModelConfig, layers: Layers, site: str):
         super().__init__()
-        self.dropout_probability = dropout
-        self.dropout = layers.attention_dropout(dropout, f"{site}.attention")
+        self.dropout_probability = config.attention_dropout
+        self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
+        self.document_kernel = KERNELS.get(config.document_attention)
 
     def forward(
         self,
@@ -75,6 +77,8 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """Returns: mixed values [S, B, H, K]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHK, key_TBGK, value_TBGK))
+        if documents is not None and self.document_kernel is not None:
+            return self.document_kernel.attend(query, key, value, documents.plan).permute(2, 0, 1, 3)
         rows, cols = query.shape[-2], key.shape[-2]
         visible = None if documents is None else visible_pairs(documents, rows, cols)
         if self.training and self.dropout_probability > 0.0:

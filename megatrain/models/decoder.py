@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens
 from megatrain.config.schema import ModelConfig, PrecisionConfig
 from megatrain.models.attention import Attention
+from megatrain.models.document_attention import KERNELS
 from megatrain.models.documents import Documents, documents_of, own_positions
 from megatrain.models.experts import GeluExperts, SwiGluExperts
 from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         family = FAMILIES[config.family]
-        self.precision = precision
+        self.precision, self.document_kernel = precision, KERNELS.get(config.document_attention)
         self.config, self.factory, self.first, self.last = config, layers, first, last
         tied = bool(config.tie_embeddings)
         if first or (last and tied):
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         Returns:
             activations [S, B, D]; from the last part the sequences' losses [B] (sums, FP32) or logits [S, B, V].
         """
-        documents = None if positions_BT is None else documents_of(positions_BT)
+        documents = None if positions_BT is None else documents_of(positions_BT, self.document_kernel)
         if self.first:
             x = self.embedding(x, keys_B, documents)
             if self.precision.residual_dtype == "fp32":

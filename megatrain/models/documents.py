@@ -3,21 +3,27 @@
 Shapes: S positions that this rank holds, T all positions of the sequence, B micro-batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatrain.models.document_attention import DocumentKernel
+
 
 class Documents(NamedTuple):
-    """``positions_BT``: places of the tokens in their documents, from 0; ``numbers_BT``: of the documents."""
+    """``positions_BT``: places of the tokens in their documents, from 0; ``numbers_BT``: of the documents.
+
+    ``plan``: what the model's kernel knows of them; None: it takes the dense mask of ``visible_pairs``.
+    """
 
     positions_BT: Tensor
     numbers_BT: Tensor
+    plan: Any
 
 
-def documents_of(positions_BT: Tensor) -> Documents:
+def documents_of(positions_BT: Tensor, kernel: DocumentKernel | None) -> Documents:
     """A token of position 0 begins a document."""
-    return Documents(positions_BT, (positions_BT == 0).cumsum(1))
+    return Documents(positions_BT, (positions_BT == 0).cumsum(1), kernel.plan(positions_BT) if kernel else None)
 
 
 def own_positions(own_S: Tensor, documents: Documents | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import own_stages, stage_blocks
 from megatrain.engine.engine import Engine
@@ -25,7 +26,12 @@ def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
 
 
 def build_engine(config: RunConfig, device: torch.device) -> Engine:
-    """Groups, this rank's part of the model, and the engine. Collective over all ranks."""
+    """Groups, this rank's part of the model, and the engine. Collective over all ranks.
+
+    Raises:
+        ConfigError: the device has no such kernel.
+    """
+    _require_kernel(config.model.document_attention, device)
     parallel = config.parallel
     mesh = build_mesh(topology_of(parallel), device)
     parts = build_stages(
@@ -43,3 +49,10 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         if problem and mesh.rank == 0:
             print(f"torch.compile does not work here, so blocks run as they are: {problem}", flush=True)
     return Engine(config, mesh, list(parts))
+
+
+def _require_kernel(document_attention: str, device: torch.device) -> None:
+    if document_attention in ("flex", "varlen") and device.type != "cuda":
+        cure = "set it to per_document or dense"
+        problem = Problem("model.document_attention", document_attention, "trains on GPUs only", "dense", cure)
+        raise ConfigError([problem])

@@ -62,6 +62,16 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         'train.ramp=[{"until_step":9,"global_batch_size":3}] train.micro_batch_size=2 data.seq_len=256', None,
         "train.ramp.0.global_batch_size", 3, "is not divisible by the 2 sequences", "to 2 or 4",
     ),
+    (
+        "model.document_attention=per_document model.attention_dropout=0.1 parallel.cp=2 train.compile=true", None,
+        "model.document_attention", "per_document",
+        "needs model.attention_dropout = 0 and parallel.cp_method = ulysses (all_gather leaves a rank a part of the "
+        "queries) and train.compile = false", "model.document_attention to dense",
+    ),
+    (
+        "model.document_attention=varlen precision.dtype=fp32", None, "model.document_attention", "varlen",
+        "needs precision.dtype = bf16 or fp16", "model.document_attention to dense",
+    ),
     ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
     (
         "parallel.tp=2 parallel.pp=2", 2, "parallel.tp", 2,

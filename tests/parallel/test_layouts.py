@@ -97,6 +97,12 @@ def test_documents_in_any_layout_equal_one_process(pool: Pool, family: str, layo
     check_equal(pool, family, layout, documents=True)
 
 
+@pytest.mark.parametrize("layout", [DOCUMENT_LAYOUTS[1], DOCUMENT_LAYOUTS[3]], ids=str)
+def test_documents_one_by_one_in_any_layout_equal_the_dense_mask(pool: Pool, layout: Layout) -> None:
+    model = {**options("llama", 5), "document_attention": "per_document"}
+    check_equal(pool, "llama", layout, documents=True, model=model)
+
+
 def check_equal(
     pool: Pool, family: str, layout: Layout, num_layers: int | None = None, documents: bool = False, **sections: Any
 ) -> None:
