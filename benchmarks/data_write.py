@@ -166,9 +166,9 @@ def _cpu_seconds() -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, list[Cost]]:
     """All candidates in turn, the order turned round every other time."""
-    costs: dict[str, list[Cost]] = {name: [] for name in CANDIDATES}
+    costs: dict[str, list[Cost]] = {name: [] for name in options.candidates}
     for repeat in range(options.repeats):
-        for name in list(CANDIDATES) if repeat % 2 == 0 else reversed(list(CANDIDATES)):
+        for name in options.candidates if repeat % 2 == 0 else reversed(options.candidates):
             costs[name].append(run_apart(name, options))
     return costs
 
@@ -193,8 +193,8 @@ def lines_of(costs: dict[str, list[Cost]]) -> Iterator[str]:
             f"{name:<24} {tokens / seconds / 1e6:7.2f} Mtok/s {tokens / cpu / 1e6:7.2f} Mtok per CPU-s "
             f"{peak / 1e6:7.0f} MB  {int(tokens)} tokens"
         )
-    for mine in ("ours, gigatoken", "ours, tokenizers"):
-        for theirs in PEERS:
+    for mine in (name for name in ("ours, gigatoken", "ours, tokenizers") if name in costs):
+        for theirs in (name for name in PEERS if name in costs):
             clock, cpu = (
                 1 / median_ratio([run[field] for run in costs[mine]], [run[field] for run in costs[theirs]])
                 for field in (0, 1)
@@ -233,6 +233,7 @@ def main() -> None:
         "--workers", type=int, help="(default: each candidate's own: ours by the input, Megatron's a core)"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--candidates", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
     options = parser.parse_args()
     from benchmarks.paired import describe_machine
 

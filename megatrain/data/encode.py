@@ -127,7 +127,9 @@ class Encoder:
             return
         for text in texts:
             text = text[:num_characters]
-            expected = self.tokenizer.encode(text, add_special_tokens=False).ids
+            (expected,) = (
+                encoding.ids for encoding in self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            )
             if (found := self._fast.encode(text).tolist()) != expected:
                 at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), -1)
                 raise BackendMismatch(

@@ -54,7 +54,7 @@ class Rows:
     def sequences(self, first: int, count: int) -> Sequence[Tensor]:
         """Tokens, labels and positions [count, cut] of the sequences from number ``first`` on."""
         kinds = self._tensor.view(len(self._tensor), -1, self.cut)
-        return kinds[:, first : first + count].unbind()
+        return (kinds if count == kinds.shape[1] else kinds[:, first : first + count]).unbind()
 
     def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.int64], count: int) -> None:
         """Positions of the ``count`` rows ``own``, from 0 at the places ``begins`` of them all and at each cut."""

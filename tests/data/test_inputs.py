@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatrain.data import chunks
 from megatrain.data.chunks import Position, read_chunks
@@ -160,6 +162,47 @@ def test_reading_goes_on_at_any_chunk_that_ends(tmp_path, monkeypatch, kind):
     for chunk in all_chunks:
         done += len(RecordReader().read(chunk))
         assert read_from(chunk.next) == everything[done:]
+
+
+def text_in(line: bytes) -> str | None:
+    """What a line of JSON lines holds, by the standard library alone; None: no text."""
+    try:
+        text = json.loads(line.decode())["text"]
+        text.encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return text or None
+
+
+LINES = st.one_of(
+    st.text(st.characters(exclude_categories=[]), max_size=30).map(lambda text: json.dumps({"text": text}).encode()),
+    st.text(max_size=30).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode()),
+    st.sampled_from(
+        [b"[" * 100_000, b'{"text": ' * 2000, b'{"text": NaN}', b'{"text": "a", "text": "b"}', b"\xef\xbb\xbf1"]
+    ),
+    st.binary(max_size=30),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(LINES, max_size=8),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+    ends=st.booleans(),
+)
+def test_whatever_json_lines_hold_each_is_read_or_named(tmp_path_factory, lines, flips, ends):
+    """Fuzzed: lone surrogates, broken bytes, deep nesting, changed bytes."""
+    content = bytearray(b"\n".join(lines) + b"\n" * ends)
+    for at, byte in flips if content else ():
+        content[at % len(content)] = byte
+    path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
+    path.write_bytes(content)
+    reader = RecordReader(bad="skip")
+    found = [document.text for document in reader.read_all(find_sources([path]))]
+    records = [line for line in bytes(content).removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    expected = [text_in(line) for line in records]
+    assert found == [text for text in expected if text is not None]
+    assert len(reader.problems) == expected.count(None)
 
 
 def test_a_large_text_comes_in_pieces_and_whole_again(tmp_path, monkeypatch):

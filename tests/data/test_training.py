@@ -183,6 +183,12 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path, sources):
         training_data(sources, tokenizer=str(tokenizer))
 
 
+def test_a_source_without_a_sample_is_refused_before_training(tmp_path, sources):
+    tiny = write_documents(tmp_path / "tiny", [np.array([1, 0])], 300)
+    with pytest.raises(DataError, match=r"tiny has 2 tokens, a sample needs 17: lower data.seq_len or add data"):
+        training_data({**sources, "tiny": {"path": str(tiny)}})
+
+
 def test_validation_sets_stay_apart(sources):
     config = run_config(sources, validation={name: source["path"] for name, source in sources.items()})
     assert {name: dataset.num_tokens for name, dataset in validation_sets(config, 300).items()} == {
