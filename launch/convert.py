@@ -42,6 +42,7 @@ def converted(options: argparse.Namespace) -> str:
         model_file=options.model,
         trust_pickle=options.trust_pickle,
         zero_ranks=options.zero_ranks,
+        tensor_ranks=options.tensor_ranks,
         weights_only=options.weights_only,
     )
     request = Request(options.source, options.target, options.to, not options.no_verify, options.proof_tokens, choices)
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "longest sequence of the proof, which both models run in FP32"
     add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
     add("--zero-ranks", type=int, default=1, metavar="N", help="data-parallel ranks of a DeepSpeed checkpoint to write")
+    add("--tensor-ranks", type=int, default=1, metavar="N", help="tensor ranks of a DeepSpeed checkpoint to write")
     add("--weights-only", action="store_true", help="leave the optimizer's states behind")
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
     add("--debug", action="store_true", help="show tracebacks")

@@ -1,5 +1,6 @@
 """Every command that the pages print: its names exist, and it runs, in a folder that looks like a checkout."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -116,6 +117,12 @@ class Workspace:
         if "launch/pretrain.py" in command or "launch/quickstart.sh" in command:
             self.steps += 2
             command += f" --train.steps {self.steps} --train.eval_batches 1 --schedule.warmup_steps 1"
+        if command.startswith("python launch/convert.py"):  # in this process: it spends its time importing
+            from launch import convert
+
+            with contextlib.chdir(self.folder):
+                assert convert.main(words_of(command)[2:]) == 0, command
+            return ""
         launcher = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

@@ -81,6 +81,11 @@ def head_width(model: ModelConfig) -> int:
     return model.head_width or model.hidden_size // model.num_heads
 
 
+def original_length(model: ModelConfig) -> int:
+    """Longest sequence before the rotary frequencies were stretched."""
+    return model.rope_original_max_seq_len or model.max_seq_len
+
+
 def mixture_layers(model: ModelConfig) -> range:
     """Blocks that have experts."""
     if not model.num_experts:

@@ -34,6 +34,10 @@ RULES = (
     Rule(rules_model.groups_divide_heads, ("model.num_heads", "model.num_kv_heads")),
     Rule(rules_model.padding_leaves_tokens, ("model.vocab_size", "model.vocab_padding")),
     Rule(
+        rules_model.longrope_has_factors,
+        ("model.rope_scaling", "model.rope_short_factors", "model.rope_long_factors", *_HEADS),
+    ),
+    Rule(
         rules_model.scaled_frequencies_differ,
         (
             "model.rope_scaling",

@@ -122,6 +122,21 @@ def documents_fit_kernel(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """One stretch for each frequency."""
+    model = config.model
+    for name in ("rope_short_factors", "rope_long_factors"):
+        given, wanted = getattr(model, name), head_width(model) // 2
+        if model.rope_scaling == "longrope" and len(given or []) != wanted:
+            yield Problem(
+                f"model.{name}",
+                given,
+                f"is not {wanted} numbers, which longrope needs for heads of width {head_width(model)}",
+                f"a list of {wanted} positive numbers",
+                f"set model.{name}, or choose another model.rope_scaling",
+            )
+
+
 def sequence_fits_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A model has positions for so many tokens only."""
     seq_len, longest = config.data.seq_len, config.model.max_seq_len

@@ -83,15 +83,21 @@ class ModelConfig(Section):
     )
     norm_eps: PositiveFloat = Field(1e-5, description="Epsilon inside the square root of the norms.")
     rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies (llama, qwen3).")
-    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = Field(
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = Field(
         "none", description="How the rotary frequencies are stretched for sequences longer than those first trained on."
     )
     rope_scaling_factor: Annotated[float, Field(ge=1.0)] = Field(
-        1.0, description="Stretch of the low rotary frequencies (linear: of all)."
+        1.0,
+        description="Stretch of the low rotary frequencies (linear: of all; dynamic: of the lowest, in a sequence of "
+        "twice the original length, less 1; longrope: of the longest sequence).",
     )
     rope_original_max_seq_len: Positive | None = Field(
-        None, description="llama3, yarn: longest sequence before the stretch; default: max_seq_len."
+        None, description="All but linear: longest sequence before the stretch; default: max_seq_len."
     )
+    rope_short_factors: list[PositiveFloat] | None = Field(
+        None, description="longrope: stretch of each of the K/2 frequencies in sequences up to the original length."
+    )
+    rope_long_factors: list[PositiveFloat] | None = Field(None, description="longrope: the same in longer sequences.")
     rope_low_freq_factor: PositiveFloat = Field(
         1.0, description="llama3: a frequency with fewer turns than this in the original length is stretched in full."
     )

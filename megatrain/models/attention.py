@@ -48,7 +48,8 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             positions_SB = own_positions(self.layers.positions(query.shape[0], query.device), documents)
-            query, key = self.rotary(query, positions_SB), self.rotary(key, positions_SB)
+            length = self.layers.sequence_length(query.shape[0])
+            query, key = self.rotary(query, positions_SB, length), self.rotary(key, positions_SB, length)
         return self.output(self.core(query, key, value, keys_B, documents).flatten(2))
 
     def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:

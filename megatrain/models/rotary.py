@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatrain.config.derive import head_width
+from megatrain.config.derive import head_width, original_length
 from megatrain.config.schema import ModelConfig
 
 
@@ -19,52 +19,72 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, x_SBHK: Tensor, positions_SB: Tensor) -> Tensor:
-        """Turns queries or keys that stand at ``positions_SB`` (B may be 1: the same in every sequence)."""
-        cos, sin = self._angles(positions_SB)
+    def forward(self, x_SBHK: Tensor, positions_SB: Tensor, length: int) -> Tensor:
+        """Turns queries or keys that stand at ``positions_SB`` (B may be 1: the same in every sequence).
+
+        Some stretchings depend on the ``length`` of the whole sequences.
+        """
+        cos, sin = self._angles(positions_SB, length)
         first, second = x_SBHK.float().chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return turned.to(x_SBHK.dtype)
 
-    def _angles(self, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions_SB: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """FP32 whatever the model's type: BF16 can't tell position 257 from 258."""
-        frequencies = SCALINGS[self.config.rope_scaling](_frequencies(self.config, positions_SB.device), self.config)
+        frequencies = SCALINGS[self.config.rope_scaling](self.config, length, positions_SB.device)
         angles = positions_SB.float()[:, :, None, None] * frequencies  # S, B, 1, K/2
-        length = _length(self.config)
-        return angles.cos() * length, angles.sin() * length
+        size = _size(self.config)
+        return angles.cos() * size, angles.sin() * size
 
 
-def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """theta^(-2i/K) [K/2]; as a quotient, whose rounding long positions multiply, like most implementations."""
+def _powers(theta: float, config: ModelConfig, device: torch.device) -> Tensor:
+    """theta^(2i/K) [K/2]."""
     width = head_width(config)
-    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
-    return 1.0 / config.rope_theta**exponents
+    return theta ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
 
-def _plain(frequencies: Tensor, config: ModelConfig) -> Tensor:
-    return frequencies
+def _plain(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """theta^(-2i/K) [K/2]; as a quotient, whose rounding long positions multiply, like most implementations."""
+    return 1.0 / _powers(config.rope_theta, config, device)
 
 
-def _linear(frequencies: Tensor, config: ModelConfig) -> Tensor:
+def _linear(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """Position interpolation, Chen et al. 2023."""
-    return frequencies / config.rope_scaling_factor
+    return _plain(config, length, device) / config.rope_scaling_factor
 
 
-def _llama3(frequencies: Tensor, config: ModelConfig) -> Tensor:
+def _dynamic(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """NTK-aware stretching that grows with the sequence (Peng et al. 2023, appendix B.1 and section 3.3, as published
+    code has it): a larger theta, from the original length on."""
+    factor, original, width = config.rope_scaling_factor, original_length(config), head_width(config)
+    stretch = factor * max(length, original) / original - (factor - 1)
+    return 1.0 / _powers(config.rope_theta * stretch ** (width / (width - 2)), config, device)
+
+
+def _longrope(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """LongRoPE, Ding et al. 2024: each frequency has a stretch of its own, and others in sequences over the original
+    length."""
+    stretches = config.rope_long_factors if length > original_length(config) else config.rope_short_factors
+    return 1.0 / (torch.tensor(stretches, device=device) * _powers(config.rope_theta, config, device))
+
+
+def _llama3(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """Llama 3.1 (Grattafiori et al. 2024): stretched where few turns fit into the original length."""
+    frequencies = _plain(config, length, device)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = _original_length(config) / (2 * math.pi / frequencies)
+    turns = original_length(config) / (2 * math.pi / frequencies)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
 
 
-def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
+def _yarn(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """YaRN, Peng et al. 2023, eq. 13 with the transition linear in the frequency's number, as published code has it."""
+    frequencies = _plain(config, length, device)
     width = head_width(config)
 
     def number(turns: float) -> float:
         """Of the frequency that makes so many turns in the original length."""
-        return width * math.log(_original_length(config) / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return width * math.log(original_length(config) / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first = max(math.floor(number(config.rope_beta_fast)), 0)
     last = min(math.ceil(number(config.rope_beta_slow)), width - 1)
@@ -73,14 +93,21 @@ def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
     return frequencies / config.rope_scaling_factor * stretched + frequencies * (1 - stretched)
 
 
-SCALINGS = {"none": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+SCALINGS = {
+    "none": _plain,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
 
 
-def _original_length(config: ModelConfig) -> int:
-    return config.rope_original_max_seq_len or config.max_seq_len
-
-
-def _length(config: ModelConfig) -> float:
-    """YaRN also lengthens queries and keys, which sharpens the softmax (ibid., eq. 15)."""
-    stretched = config.rope_scaling == "yarn" and config.rope_scaling_factor > 1.0
-    return 0.1 * math.log(config.rope_scaling_factor) + 1.0 if stretched else 1.0
+def _size(config: ModelConfig) -> float:
+    """Some also lengthen queries and keys, which sharpens the softmax: YaRN (ibid., eq. 15) and LongRoPE (ibid.)."""
+    factor = config.rope_scaling_factor
+    if config.rope_scaling == "yarn":
+        return 0.1 * math.log(factor) + 1.0
+    if config.rope_scaling == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original_length(config)))
+    return 1.0

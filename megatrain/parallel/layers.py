@@ -87,6 +87,10 @@ class Layers:
         """Positions in the sequence [``num_local``] of the tokens that are here."""
         return self.context.positions(num_local, device)
 
+    def sequence_length(self, num_local: int) -> int:
+        """Tokens of the sequences of which ``num_local`` are here."""
+        return num_local * self.context.size
+
     def attention(self, core: nn.Module) -> nn.Module:
         """Lets the queries that are here attend by ``core`` to all keys of their sequence, wherever they are."""
         return self.context.attention(core)

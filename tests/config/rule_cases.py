@@ -22,6 +22,10 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "is not more than model.rope_low_freq_factor = 4.5", "lower model.rope_low_freq_factor",
     ),
     (
+        "model.rope_scaling=longrope model.head_width=4 model.rope_short_factors=[1.0,2.0]", None,
+        "model.rope_long_factors", None, "is not 2 numbers, which longrope needs", "choose another model.rope_scaling",
+    ),
+    (
         "model.rope_scaling=yarn model.rope_beta_slow=32.0", None, "model.rope_beta_fast", 32.0,
         "is not more than model.rope_beta_slow = 32.0", "raise model.rope_beta_fast",
     ),

@@ -76,13 +76,15 @@ def test_context_equals_one_process(pool: Pool, family: str, layout: Layout) -> 
 
 
 def positions(method: str) -> tuple[list[int], list[int]]:
-    """This rank's positions of 16, and what ``in_order`` makes of all ranks' positions."""
+    """This rank's positions of 16, and what ``in_order`` makes of all ranks' positions. All know of 16."""
     from megatrain.parallel.context import build_context
+    from megatrain.parallel.layers import Layers
     from megatrain.parallel.mesh import build_mesh, topology_of
     from tests.layouts import run_config
 
     parallel = run_config("gpt", Layout(cp=4, cp_method=method)).parallel
     context = build_context(parallel, build_mesh(topology_of(parallel), torch.device("cpu")))
+    assert Layers(context).sequence_length(4) == 16, "what some rotary frequencies depend on"
     own = context.positions(4)
     return own.tolist(), context.in_order(own).tolist()
 

@@ -111,7 +111,7 @@ def count_positions_from_zero(engine: Any) -> None:
 
     for module in modules(engine, Rotary):
         turn = module.forward
-        module.forward = lambda x, positions, turn=turn: turn(x, positions - positions.min())  # type: ignore[method-assign]
+        module.forward = lambda x, at, length, turn=turn: turn(x, at - at.min(), length)  # type: ignore[method-assign]
 
 
 def overflow_alone(engine: Any) -> None:

@@ -1,6 +1,8 @@
 """The names under which models that DeepSpeed trained keep their parameters, and how tensor ranks split them."""
 
+import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.forms import GPT2_THIRDS, STACKED_GATE_UP
 from megatrain.checkpoint.convert.hf_config import config_from_model, family_of_model
 from megatrain.checkpoint.convert.table import Line, identity, their_shapes
+from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 
 _SEVERAL_MATRICES = (GPT2_THIRDS, STACKED_GATE_UP)
@@ -34,6 +37,57 @@ def module_order(model: ModelConfig) -> list[str]:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     return [name for name, _ in whole.named_parameters()]
+
+
+class Split:
+    """How tensor ranks share the modules of a family like Llama, the way that DeepSpeed's AutoTP cuts them.
+
+    Raises:
+        ConversionError: the model cannot be shared so.
+    """
+
+    def __init__(self, model: ModelConfig, names: Collection[str], num_ranks: int):
+        self.num_ranks, self._names, self._num_tokens = num_ranks, names, num_tokens(model)
+        if num_ranks == 1:
+            return
+        if model.family == "gpt" or model.num_experts:
+            raise ConversionError(
+                "only dense models with separate queries, keys and values are written for tensor ranks"
+            )
+        sizes = {"num_kv_heads": model.num_kv_heads or model.num_heads, "ffn_hidden_size": model.ffn_hidden_size or 0}
+        for field, size in {**sizes, "vocabulary": self._num_tokens}.items():
+            if size % num_ranks:
+                raise ConversionError(f"{field} = {size} cannot be shared by {num_ranks} tensor ranks")
+
+    def shape(self, name: str, whole: torch.Size) -> torch.Size:
+        """Of one rank's part."""
+        dim = self._dim(name)
+        return (
+            whole if dim is None else torch.Size(n // (self.num_ranks if d == dim else 1) for d, n in enumerate(whole))
+        )
+
+    def parts(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Of the ranks."""
+        dim = self._dim(name)
+        return (tensor,) * self.num_ranks if dim is None else tensor.chunk(self.num_ranks, dim)
+
+    def universal_info(self) -> dict[str, Any]:
+        """What ds_to_universal has to know."""
+        exact = {name: f"^{re.escape(name)}$" for name in self._names}
+        return {
+            "universal_checkpoint_version": 0.2,
+            "original_vocab_size": self._num_tokens,
+            "parameter_with_row_parallelism_patterns": [exact[n] for n in exact if self._dim(n) == 1],
+            "tp_replicated_parameter_patterns": [exact[n] for n in exact if self._dim(n) is None],
+        }
+
+    def _dim(self, name: str) -> int | None:
+        """That is split: of matrices rows x columns."""
+        if self.num_ranks == 1:
+            return None
+        if re.search(r"\.(q|k|v|gate|up)_proj\.(weight|bias)$", name) or name == "lm_head.weight":
+            return 0
+        return 1 if re.search(r"\.(o|down)_proj\.weight$", name) else None
 
 
 class TensorRanks:

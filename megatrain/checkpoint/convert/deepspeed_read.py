@@ -78,6 +78,8 @@ class ZeroReader:
 
     def __init__(self, path: Path, model_file: Path | None, trust: bool):
         self.path = folder = tag_folder(path)
+        if any(folder.glob("layer_*-model_*-model_states.pt")):
+            raise ConversionError(f"{folder} is of a pipeline, whose modules have numbers for names: it is not read")
         if spread_experts(folder):
             raise ConversionError(
                 f"{folder}: its experts are spread over ranks, and the states of their optimizer are not read: "
@@ -100,7 +102,7 @@ class ZeroReader:
 
 
 class _ModelRank:
-    """What the data-parallel ranks of one tensor (or pipeline) rank saved."""
+    """What the data-parallel ranks of one tensor rank saved."""
 
     def __init__(self, folder: Path, model_rank: int, trust: bool):
         files = {_ranks(file)[0]: file for file in folder.glob(f"*_mp_rank_{model_rank:02d}{OPTIMIZER_STATES}")}

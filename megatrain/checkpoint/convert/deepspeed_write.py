@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.convert.deepspeed_names import module_order, names_of
+from megatrain.checkpoint.convert.deepspeed_names import Split, module_order, names_of
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
 from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import WEIGHT
@@ -21,7 +21,6 @@ from megatrain.config.schema import ModelConfig
 
 VERSION = "0.19.8"
 """Of DeepSpeed, whose files these are like."""
-_UNIVERSAL_INFO = {"universal_checkpoint_version": 0.2}
 _MANY_GROUPS = 64
 
 
@@ -40,20 +39,20 @@ class _Flat:
 
 
 class _ModelStates:
-    """``mp_rank_00_model_states.pt``: the weights of the modules in the type that they are trained in."""
+    """``mp_rank_…_model_states.pt``: the weights of one tensor rank's modules in the type that they are trained in."""
 
-    def __init__(self, scratch: Path, dtype: torch.dtype, shapes: dict[str, torch.Size], num_ranks: int, step: int):
-        self._shapes, self._step, self._num_ranks = shapes, step, num_ranks
+    def __init__(self, scratch: Path, shapes: dict[str, torch.Size], split: Split, rank: int, data_ranks: int):
+        self._shapes, self._split, self._rank, self._data_ranks = shapes, split, rank, data_ranks
         self._starts, end = {}, 0
         for name, shape in shapes.items():
             self._starts[name] = end
             end += shape.numel()
-        self._flat = _Flat(scratch / "module", end, dtype)
+        self._flat = _Flat(scratch / f"module.{rank}", end, torch.float32)
 
     def put(self, name: str, tensor: Tensor) -> None:
         self._flat.put(self._starts[name], tensor)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> None:
         module = OrderedDict(
             (name, self._flat.tensor[start : start + self._shapes[name].numel()].view(self._shapes[name]))
             for name, start in self._starts.items()
@@ -70,17 +69,79 @@ class _ModelStates:
             "data_sampler": None,
             "random_ltd": None,
             "skipped_steps": 0,
-            "global_steps": self._step,
+            "global_steps": step,
             "global_samples": 0,
-            "dp_world_size": self._num_ranks,
-            "mp_world_size": 1,
-            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
-            "universal_checkpoint_info": _UNIVERSAL_INFO,
-            "iteration": self._step,
+            "dp_world_size": self._data_ranks,
+            "mp_world_size": self._split.num_ranks,
+            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": self._split.num_ranks},
+            "universal_checkpoint_info": self._split.universal_info(),
+            "iteration": step,
             "ds_config": {},
             "ds_version": VERSION,
         }
-        torch.save(states, folder / "mp_rank_00_model_states.pt")
+        torch.save(states, folder / f"mp_rank_{self._rank:02d}_model_states.pt")
+
+
+class _Partitions:
+    """What one tensor rank's data-parallel ranks hold under ZeRO 1: its tensors behind one another, cut evenly."""
+
+    def __init__(self, scratch: Path, shapes: dict[str, torch.Size], rank: int, data_ranks: int):
+        self._rank, self._data_ranks = rank, data_ranks
+        self._slices, end = OrderedDict[str, tuple[int, int]](), 0
+        for name, shape in shapes.items():
+            self._slices[name] = (end, end + shape.numel())
+            end += shape.numel()
+        # DeepSpeed makes partitions of even length and saves the last one's weights, not its moments, without padding
+        self._size = math.ceil(end / (2 * data_ranks)) * 2
+        self._lengths = [max(0, min(self._size, end - part * self._size)) for part in range(data_ranks)]
+        self._flats = {
+            (kind, part): _Flat(
+                scratch / f"{kind}.{rank}.{part}", length if kind == WEIGHT else self._size, torch.float32
+            )
+            for kind in UNIVERSAL_NAMES
+            for part, length in enumerate(self._lengths)
+        }
+
+    def put(self, kind: str, name: str, tensor: Tensor) -> None:
+        """Puts a tensor into the partitions that it touches."""
+        start, _ = self._slices[name]
+        for part in range(self._data_ranks):
+            self._flats[kind, part].put(start - part * self._size, tensor)
+
+    def save(self, folder: Path, step: int) -> None:
+        for part in range(self._data_ranks):
+            torch.save(
+                {"optimizer_state_dict": self._optimizer_states(part, step), "ds_config": {}, "ds_version": VERSION},
+                folder / f"zero_pp_rank_{part}_mp_rank_{self._rank:02d}_optim_states.pt",
+            )
+
+    def _optimizer_states(self, part: int, step: int) -> dict[str, Any]:
+        state = {kind: self._flats[kind, part].tensor for kind in UNIVERSAL_NAMES if kind != WEIGHT}
+        groups = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"]
+        return {
+            "base_optimizer_state": {
+                "state": {0: {"step": torch.tensor(float(step)), **state}},
+                "param_groups": groups,
+            },
+            "single_partition_of_fp32_groups": [self._flats[WEIGHT, part].tensor],
+            "zero_stage": 1,
+            "overflow": False,
+            "group_paddings": [self._size - self._lengths[part]],
+            "param_alignment_paddings": [[0] * len(self._slices)],
+            "partition_count": [self._data_ranks],
+            "param_slice_mappings": [self._fragments(part)],
+            "ds_version": VERSION,
+        }
+
+    def _fragments(self, part: int) -> OrderedDict[str, SimpleNamespace]:
+        """Where the pieces of parameters stand in a partition."""
+        found = OrderedDict()
+        begin, end = part * self._size, part * self._size + self._lengths[part]
+        for name, (start, stop) in self._slices.items():
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                found[name] = SimpleNamespace(numel=last - first, start=first - begin)
+        return found
 
 
 class _DeepSpeedWriter:
@@ -89,97 +150,60 @@ class _DeepSpeedWriter:
     kinds: tuple[str, ...] = tuple(UNIVERSAL_NAMES)
     dtype = torch.float32
 
-    def __init__(self, root: Path, model: ModelConfig, step: int, tag: str):
+    def __init__(self, root: Path, model: ModelConfig, step: int, tag: str, tensor_ranks: int = 1):
         self.root, self.model, self.step, self.tag = root, model, step, tag
         self.folder, self._scratch = root / tag, root / tag / "scratch"
         self._order = module_order(model)
         self.table = names_of(model, self._order)
+        self._split = Split(model, self._order, tensor_ranks)
 
-    def _begin(self, shapes: dict[str, torch.Size], num_ranks: int, latest: str) -> dict[str, torch.Size]:
+    def _begin(self, shapes: dict[str, torch.Size], data_ranks: int, latest: str) -> list[dict[str, torch.Size]]:
+        """Returns the shapes of each tensor rank, in the modules' order."""
         self.folder.mkdir(parents=True)
         (self.root / latest).write_text(self.tag, encoding="utf-8")
         write_model(self.root, self.model)
-        shapes = {name: shapes[name] for name in self._order}
-        self._module = _ModelStates(self._scratch, self.dtype, shapes, num_ranks, self.step)
-        return shapes
+        local = [{name: self._split.shape(name, shapes[name]) for name in self._order}] * self._split.num_ranks
+        self._modules = [
+            _ModelStates(self._scratch, shapes, self._split, rank, data_ranks) for rank, shapes in enumerate(local)
+        ]
+        return local
 
     def _finish(self) -> None:
-        self._module.save(self.folder)
+        for module in self._modules:
+            module.save(self.folder, self.step)
         shutil.rmtree(self._scratch)
 
 
 class ZeroWriter(_DeepSpeedWriter):
-    """Writes ``root/global_step…`` as ZeRO 1 on ``num_ranks`` data-parallel ranks saves it, in one parameter group.
+    """Writes ``root/global_step…`` as ZeRO 1 on ``data_ranks`` data-parallel ranks of each of some tensor ranks saves
+    it, in one parameter group.
 
     Moments that the source does not have are zero.
     """
 
-    def __init__(self, root: Path, model: ModelConfig, step: int, num_ranks: int):
-        super().__init__(root, model, step, f"global_step{step}")
-        self._num_ranks = num_ranks
+    def __init__(self, root: Path, model: ModelConfig, step: int, data_ranks: int, tensor_ranks: int):
+        super().__init__(root, model, step, f"global_step{step}", tensor_ranks)
+        self._data_ranks = data_ranks
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Makes room for the flat partitions."""
-        shapes = self._begin(shapes, self._num_ranks, LATEST)
-        self._slices, end = OrderedDict[str, tuple[int, int]](), 0
-        for name, shape in shapes.items():
-            self._slices[name] = (end, end + shape.numel())
-            end += shape.numel()
-        # DeepSpeed makes partitions of even length and saves the last one's weights, not its moments, without padding
-        self._size = math.ceil(end / (2 * self._num_ranks)) * 2
-        self._lengths = [max(0, min(self._size, end - rank * self._size)) for rank in range(self._num_ranks)]
-        self._flats = {
-            (kind, rank): _Flat(
-                self._scratch / f"{kind}.{rank}", length if kind == WEIGHT else self._size, torch.float32
-            )
-            for kind in self.kinds
-            for rank, length in enumerate(self._lengths)
-        }
+        local = self._begin(shapes, self._data_ranks, LATEST)
+        self._partitions = [
+            _Partitions(self._scratch, shapes, rank, self._data_ranks) for rank, shapes in enumerate(local)
+        ]
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
-        """Puts a tensor into the partitions that it touches."""
-        start, _ = self._slices[name]
-        for rank in range(self._num_ranks):
-            self._flats[kind, rank].put(start - rank * self._size, tensor.float())
-        if kind == WEIGHT:
-            self._module.put(name, tensor.float())
+        """Puts each rank's part of a tensor into its partitions."""
+        for rank, part in enumerate(self._split.parts(name, tensor.float())):
+            self._partitions[rank].put(kind, name, part)
+            if kind == WEIGHT:
+                self._modules[rank].put(name, part)
 
     def finish(self) -> None:
         """Saves the ranks' files."""
-        for rank in range(self._num_ranks):
-            torch.save(
-                {"optimizer_state_dict": self._optimizer_states(rank), "ds_config": {}, "ds_version": VERSION},
-                self.folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-            )
+        for partitions in self._partitions:
+            partitions.save(self.folder, self.step)
         self._finish()
-
-    def _optimizer_states(self, rank: int) -> dict[str, Any]:
-        state = {kind: self._flats[kind, rank].tensor for kind in self.kinds if kind != WEIGHT}
-        groups = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"]
-        return {
-            "base_optimizer_state": {
-                "state": {0: {"step": torch.tensor(float(self.step)), **state}},
-                "param_groups": groups,
-            },
-            "single_partition_of_fp32_groups": [self._flats[WEIGHT, rank].tensor],
-            "zero_stage": 1,
-            "overflow": False,
-            "group_paddings": [self._size - self._lengths[rank]],
-            "param_alignment_paddings": [[0] * len(self._slices)],
-            "partition_count": [self._num_ranks],
-            "param_slice_mappings": [self._fragments(rank)],
-            "ds_version": VERSION,
-        }
-
-    def _fragments(self, rank: int) -> OrderedDict[str, SimpleNamespace]:
-        """Where the parts of parameters stand in a rank's partition."""
-        found = OrderedDict()
-        begin, end = rank * self._size, rank * self._size + self._lengths[rank]
-        for name, (start, stop) in self._slices.items():
-            first, last = max(start, begin), min(stop, end)
-            if first < last:
-                found[name] = SimpleNamespace(numel=last - first, start=first - begin)
-        return found
 
 
 class UniversalWriter(_DeepSpeedWriter):
@@ -200,7 +224,7 @@ class UniversalWriter(_DeepSpeedWriter):
         torch.save({"param": whole, "cat_dim": 0}, place / f"{UNIVERSAL_NAMES[kind]}.pt")
         if kind == WEIGHT:
             torch.save(torch.tensor(float(self.step)), place / "step.pt")
-            self._module.put(name, whole)
+            self._modules[0].put(name, whole)
 
     def finish(self) -> None:
         """Saves what does not belong to one parameter."""

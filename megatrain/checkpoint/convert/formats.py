@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 
-from megatrain.checkpoint.convert.deepspeed_read import UniversalReader, ZeroReader, is_universal, is_zero
+from megatrain.checkpoint.convert.deepspeed_modules import ModulesReader
+from megatrain.checkpoint.convert.deepspeed_read import (
+    UniversalReader,
+    ZeroReader,
+    is_universal,
+    is_zero,
+    spread_experts,
+    tag_folder,
+)
 from megatrain.checkpoint.convert.deepspeed_write import UniversalWriter, ZeroWriter
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
@@ -27,7 +35,8 @@ class Choices:
     ``dtype``: of the weights in Hugging Face's and Megatron-core's files; ``vocab_multiple``: pad an imported
     vocabulary to a multiple; ``tokenizer``: a file or folder, by default what lies beside the source;
     ``model_file``: a config that says what model the source is, where its format does not; ``trust_pickle``: the
-    source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write;
+    source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write,
+    and ``tensor_ranks``: of each of these;
     ``weights_only``: leave the optimizer's states behind.
     """
 
@@ -38,6 +47,7 @@ class Choices:
     model_file: Path | None = None
     trust_pickle: bool = False
     zero_ranks: int = 1
+    tensor_ranks: int = 1
     weights_only: bool = False
 
 
@@ -112,6 +122,12 @@ def _read_megatron(path: Path, choices: Choices) -> Reader:
     return MegatronReader(folder, choices.model_file, choices.trust_pickle, choices.weights_only)
 
 
+def _read_deepspeed(path: Path, choices: Choices) -> Reader:
+    if choices.weights_only and spread_experts(tag_folder(path)):
+        return ModulesReader(path, choices.model_file, choices.trust_pickle)
+    return ZeroReader(path, choices.model_file, choices.trust_pickle)
+
+
 def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
     states = "exp_avg" in reader.kinds and not choices.weights_only
     return MegatronWriter(folder, reader.model, choices.dtype, choices.shard_bytes, reader.step, states)
@@ -121,15 +137,17 @@ FORMATS = {
     "megatrain": Format(lambda path: _native_checkpoint(path) is not None, _read_native, _write_native, _run_here),
     "huggingface": Format(
         lambda path: (path / CONFIG).is_file(),
-        lambda path, choices: HuggingFaceReader(path, choices.vocab_multiple),
+        lambda path, choices: HuggingFaceReader(path, choices.vocab_multiple, choices.trust_pickle),
         _write_hugging_face,
         _run_hugging_face,
     ),
     "megatron": Format(lambda path: iteration_folder(path) is not None, _read_megatron, _write_megatron, _run_here),
     "deepspeed": Format(
         is_zero,
-        lambda path, choices: ZeroReader(path, choices.model_file, choices.trust_pickle),
-        lambda folder, reader, choices: ZeroWriter(folder, reader.model, reader.step, choices.zero_ranks),
+        _read_deepspeed,
+        lambda folder, reader, choices: ZeroWriter(
+            folder, reader.model, reader.step, choices.zero_ranks, choices.tensor_ranks
+        ),
         _run_here,
     ),
     "universal": Format(

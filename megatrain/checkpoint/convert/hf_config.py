@@ -12,7 +12,7 @@ from megatrain.checkpoint.convert.families.llama import LLAMA
 from megatrain.checkpoint.convert.families.mixtral import MIXTRAL
 from megatrain.checkpoint.convert.families.qwen3 import QWEN3
 from megatrain.checkpoint.convert.families.qwen3_moe import QWEN3_MOE
-from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens, resolve_model
+from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens, original_length, resolve_model
 from megatrain.config.schema import ModelConfig
 
 FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
@@ -20,6 +20,7 @@ FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
 # kind of RoPE scaling -> its field elsewhere -> (field here, what holds where it is left out)
 ROPE: dict[str, dict[str, tuple[str, Any]]] = {
     "linear": {"factor": ("rope_scaling_factor", 1.0)},
+    "dynamic": {"factor": ("rope_scaling_factor", 1.0)},
     "llama3": {
         "factor": ("rope_scaling_factor", 1.0),
         "low_freq_factor": ("rope_low_freq_factor", 1.0),
@@ -32,9 +33,24 @@ ROPE: dict[str, dict[str, tuple[str, Any]]] = {
         "beta_slow": ("rope_beta_slow", 1.0),
         "original_max_position_embeddings": ("rope_original_max_seq_len", None),
     },
+    "longrope": {
+        "factor": ("rope_scaling_factor", None),
+        "short_factor": ("rope_short_factors", None),
+        "long_factor": ("rope_long_factors", None),
+        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+    },
 }
 _ROPE_NAMES = ("rope_theta", "rope_type", "type")
-NOT_COMPARED = ("dropout", "attention_dropout", "vocab_size", "vocab_padding", "router_balance_loss", "router_z_loss")
+# what says how a model is trained, stored or computed, and not what it computes
+NOT_COMPARED = (
+    "dropout",
+    "attention_dropout",
+    "document_attention",
+    "vocab_size",
+    "vocab_padding",
+    "router_balance_loss",
+    "router_z_loss",
+)
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
@@ -84,7 +100,7 @@ def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> Mod
         for theirs, (ours, default) in family.fields.items()
     }
     if family.ours != "gpt":
-        values |= _rope_from_config(config, family.rope_theta)
+        values |= _rope_from_config(config, family.rope_theta, values["max_seq_len"])
     if family.dense_blocks is not None:
         values["num_dense_layers"] = max(config.get(family.dense_blocks) or [-1]) + 1
     values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
@@ -113,6 +129,8 @@ def config_from_model(model: ModelConfig) -> dict[str, Any]:
         config[family.dense_blocks] = list(range(model.num_dense_layers))
     if family.ours != "gpt":
         config |= {"rope_theta": model.rope_theta, "rope_scaling": _rope_to_config(model)}
+    if model.rope_scaling == "dynamic":
+        config["max_position_embeddings"] = original_length(model)
     if different := list(differences(model, model_from_config(config))):
         raise ConversionError(f"{family.architecture} cannot be this model: " + "; ".join(different))
     return config
@@ -125,6 +143,8 @@ def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
         yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
     unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
     unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
+    if one.rope_scaling == "dynamic":
+        unused.remove("rope_original_max_seq_len")
     if len(mixture_layers(one)) == one.num_layers:
         unused.add("ffn_hidden_size")
     for name, value in one.model_dump().items():
@@ -147,8 +167,11 @@ def _with_expert_size(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"expert_hidden_size": size})
 
 
-def _rope_from_config(config: Mapping[str, Any], default: float) -> dict[str, Any]:
-    """Both spellings: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5)."""
+def _rope_from_config(config: Mapping[str, Any], default: float, length: int) -> dict[str, Any]:
+    """Both spellings: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5).
+
+    ``length``: ``max_position_embeddings``, which is the original length where scaling is dynamic.
+    """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     values = {"rope_theta": given.get("rope_theta", config.get("rope_theta", default))}
@@ -159,6 +182,10 @@ def _rope_from_config(config: Mapping[str, Any], default: float) -> dict[str, An
     if unknown := sorted(name for name in given if name not in (*ROPE[kind], *_ROPE_NAMES) and given[name] is not None):
         raise ConversionError(f"config.json: fields of RoPE scaling {kind} that are not known: {', '.join(unknown)}")
     scaling = {ours: given.get(theirs, default) for theirs, (ours, default) in ROPE[kind].items()}
+    if kind == "dynamic":
+        scaling |= {"rope_original_max_seq_len": length, "max_seq_len": int(length * scaling["rope_scaling_factor"])}
+    if kind == "longrope" and scaling["rope_scaling_factor"] is None:
+        scaling["rope_scaling_factor"] = length / (scaling["rope_original_max_seq_len"] or length)
     return values | {"rope_scaling": kind} | scaling
 
 

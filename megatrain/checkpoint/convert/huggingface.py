@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.convert import bin_files, safetensors_files
+from megatrain.checkpoint.convert.bin_files import BinReader
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.hf_config import (
     config_from_model,
@@ -17,6 +19,7 @@ from megatrain.checkpoint.convert.hf_config import (
     family_of_model,
     model_from_config,
 )
+from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.checkpoint.convert.safetensors_files import SafetensorsReader, SafetensorsWriter
 from megatrain.checkpoint.convert.table import WEIGHT
 from megatrain.config.schema import ModelConfig
@@ -38,8 +41,10 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 class HuggingFaceReader:
-    """A folder with ``config.json`` and safetensors.
+    """A folder with ``config.json`` and safetensors, or ``pytorch_model.bin`` where there are none.
 
+    Args:
+        trust: open the latter, a pickle.
     Raises:
         ConversionError: a file is missing or damaged, or the model is none that is computed here.
     """
@@ -47,12 +52,12 @@ class HuggingFaceReader:
     kinds: tuple[str, ...] = (WEIGHT,)
     step = 0
 
-    def __init__(self, folder: Path, vocab_multiple: int = 1):
+    def __init__(self, folder: Path, vocab_multiple: int = 1, trust: bool = False):
         self.path = folder
         self.config = read_json(folder / CONFIG)
         self.family = family_of_config(self.config)
         self.model, self.table = model_from_config(self.config, vocab_multiple), self.family.lines
-        self._tensors = SafetensorsReader(folder)
+        self._tensors = _tensors(folder, trust)
         self._prefix = (
             "" if any(name.startswith(self.family.prefix) for name in self._tensors.names()) else self.family.prefix
         )
@@ -66,6 +71,14 @@ class HuggingFaceReader:
         tied = {"lm_head.weight"} if self.model.tie_embeddings else set()
         there = {self._prefix + name for name in self._tensors.names() if not _BUFFERS.search(name)}
         return there - tied
+
+
+def _tensors(folder: Path, trust: bool) -> SafetensorsReader | BinReader:
+    pickles = [folder / name for name in (bin_files.INDEX, bin_files.SINGLE) if (folder / name).is_file()]
+    if not pickles or any((folder / name).is_file() for name in (safetensors_files.SINGLE, safetensors_files.INDEX)):
+        return SafetensorsReader(folder)
+    require_trust(pickles[0], trust)
+    return BinReader(folder)
 
 
 class HuggingFaceWriter:

@@ -28,7 +28,7 @@ class SafetensorsReader:
         self.folder = folder
         self._files: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self._file_of = self._index()
+            self._file_of = read_index(folder / INDEX)
         elif (folder / SINGLE).is_file():
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
@@ -48,16 +48,6 @@ class SafetensorsReader:
         except SafetensorError as error:
             raise ConversionError(f"{self.folder / file}: {name}: {error}") from error
 
-    def _index(self) -> dict[str, str]:
-        try:
-            file_of = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = set(file_of.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{self.folder / INDEX} is damaged: {error!r}") from error
-        if elsewhere := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ConversionError(f"{self.folder / INDEX} names files outside its folder: {elsewhere[:3]}")
-        return file_of
-
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
@@ -65,6 +55,22 @@ class SafetensorsReader:
             except (SafetensorError, OSError) as error:
                 raise ConversionError(f"{self.folder / file}: {error}") from error
         return self._files[file]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it.
+
+    Raises:
+        ConversionError: damaged, or it names files elsewhere.
+    """
+    try:
+        file_of: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(file_of.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path} is damaged: {error!r}") from error
+    if elsewhere := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ConversionError(f"{path} names files outside its folder: {elsewhere[:3]}")
+    return file_of
 
 
 class SafetensorsWriter:

@@ -8,8 +8,11 @@ import torch
 Tensors = dict[tuple[str, str], torch.Tensor]
 
 
-def engine_of(folder: str, zero_stage: int, load_universal: bool = False) -> Any:
-    """The model of a Hugging Face folder in an engine with AdamW, decay only for matrices."""
+def engine_of(folder: str, zero_stage: int, load_universal: bool = False, tensor_ranks: int = 1) -> Any:
+    """The model of a Hugging Face folder in an engine with AdamW, decay only for matrices.
+
+    On several ``tensor_ranks`` AutoTP cuts it, and makes the optimizer itself.
+    """
     import deepspeed
     from transformers import AutoModelForCausalLM
 
@@ -25,6 +28,13 @@ def engine_of(folder: str, zero_stage: int, load_universal: bool = False) -> Any
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": load_universal},
     }
+    if tensor_ranks > 1:
+        config["tensor_parallel"] = {"autotp_size": tensor_ranks}
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+        parameters = list(model.parameters())
+        return deepspeed.initialize(model=model, model_parameters=parameters, config=config, dist_init_required=False)[
+            0
+        ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
@@ -44,18 +54,21 @@ def state_of(engine: Any) -> Tensors:
     return found
 
 
-def train_and_save(folder: str, target: str, zero_stage: int) -> Tensors:
+def train_and_save(folder: str, target: str, zero_stage: int, tensor_ranks: int = 1) -> Tensors:
     """Two steps, then DeepSpeed's checkpoint."""
+    from deepspeed.utils import groups
+
     linear = torch.nn.functional.linear
-    engine = engine_of(folder, zero_stage)
+    engine = engine_of(folder, zero_stage, tensor_ranks=tensor_ranks)
     try:
-        _step(engine)
-        _step(engine)
+        for _ in range(2):
+            _step(engine, torch.distributed.get_rank() // tensor_ranks)
         engine.save_checkpoint(target)
         return state_of(engine)
     finally:
         engine.destroy()
         torch.nn.functional.linear = linear  # ZeRO 3 leaves its own behind
+        groups.mpu = None  # and AutoTP its groups
 
 
 def load_universal(folder: str, source: str) -> Tensors:
@@ -92,7 +105,49 @@ def to_fp32(source: str) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in get_fp32_state_dict_from_zero_checkpoint(source).items()}
 
 
-def _step(engine: Any) -> None:
-    tokens = torch.arange(1, 17)[None] + torch.distributed.get_rank()
+def save_spread_experts(folder: str, target: str) -> dict[str, torch.Tensor]:
+    """A Mixtral whose experts DeepSpeed's own layer spreads over two ranks; returns this rank's weights."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    from transformers import AutoModelForCausalLM
+
+    class Expert(torch.nn.Module):
+        def __init__(self, width: int, expert_width: int):
+            super().__init__()
+            self.w1, self.w3 = (torch.nn.Linear(width, expert_width, bias=False) for _ in range(2))
+            self.w2 = torch.nn.Linear(expert_width, width, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w2(torch.nn.functional.silu(self.w1(x)) * self.w3(x))
+
+    class Mixture(MoE):
+        def forward(self, *values: Any) -> torch.Tensor:
+            return super().forward(*values)[0]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sizes = model.config
+    torch.manual_seed(torch.distributed.get_rank())
+    for layer in model.model.layers:
+        expert = Expert(sizes.hidden_size, sizes.intermediate_size)
+        layer.mlp = Mixture(sizes.hidden_size, expert, sizes.num_local_experts, ep_size=2, k=2, drop_tokens=False)
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(groups)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    try:
+        engine.save_checkpoint(target)
+        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    finally:
+        engine.destroy()
+
+
+def _step(engine: Any, data_rank: int) -> None:
+    tokens = torch.arange(1, 17)[None] + data_rank
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()

@@ -26,6 +26,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 24,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 24}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+    "original_max_position_embeddings": 24,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 # name -> (config class, what it adds to the sizes)
@@ -39,6 +47,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
     "llama-tied-linear": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "llama-biases-yarn": ("LlamaConfig", {"attention_bias": True, "head_dim": 12, "rope_parameters": YARN}),
+    "llama-dynamic": ("LlamaConfig", {"max_position_embeddings": 24, "rope_parameters": DYNAMIC}),
+    "llama-longrope": ("LlamaConfig", {"rope_parameters": LONGROPE}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "rms_norm_eps": 1e-5}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
@@ -55,12 +65,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def save_model(name: str, folder: Path, **options: Any) -> Path:
+def save_model(name: str, folder: Path, tokens: int = VOCAB_SIZE, **options: Any) -> Path:
     """Saves a random model with its tokenizer as transformers saves it; norms and biases are random too."""
     import transformers
 
     class_name, extra = MODELS[name]
     values = extra if name == "gpt2" else {**_SIZES, "bos_token_id": 0, "eos_token_id": 0, **extra}
+    values = {**values, "vocab_size": tokens}
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
     with torch.no_grad():

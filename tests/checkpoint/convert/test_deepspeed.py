@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO and universal checkpoints both ways: its engine and tools take ours, we take theirs, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from megatrain.checkpoint.convert.formats import FORMATS, Choices
 from megatrain.checkpoint.convert.run import Request, convert
 from megatrain.checkpoint.convert.table import Reader, canonical_shapes
 from megatrain.config.schema import ModelConfig
-from tests.checkpoint.convert.deepspeed_model import Tensors, load_universal, to_fp32, to_universal, train_and_save
+from tests.checkpoint.convert.deepspeed_model import (
+    Tensors,
+    load_universal,
+    save_spread_experts,
+    to_fp32,
+    to_universal,
+    train_and_save,
+)
 from tests.checkpoint.convert.models import save_model
 from tests.pool import Pool
 
@@ -24,9 +32,7 @@ def equal(reader: Reader, tensors: Tensors) -> bool:
     return all(torch.equal(reader.read(*key), tensor) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "name"), [(1, "llama-tied-linear"), (2, "mixtral"), (3, "llama-tied-linear"), (3, "qwen3-moe-dense")]
-)
+@pytest.mark.parametrize(("zero_stage", "name"), [(1, "llama-tied-linear"), (2, "mixtral"), (3, "qwen3-moe-dense")])
 def test_what_deepspeed_saved_is_read_and_given_back(pool: Pool, tmp_path: Path, zero_stage: int, name: str) -> None:
     """Weights and moments: DeepSpeed -> here -> both of its formats -> its engine."""
     source = save_model(name, tmp_path / "source")
@@ -45,6 +51,57 @@ def test_what_deepspeed_saved_is_read_and_given_back(pool: Pool, tmp_path: Path,
         assert equal(FORMATS[to].read(tmp_path / to, TRUST), trained)
     loaded = pool.run(load_universal, 2, str(source), str(tmp_path / "universal"))[0]
     assert all(torch.equal(loaded[key], tensor) for key, tensor in trained.items())
+
+
+def test_several_tensor_ranks_are_read_and_written(pool: Pool, tmp_path: Path) -> None:
+    """What AutoTP saved on two tensor and two data-parallel ranks; ours for two and three, merged by DeepSpeed."""
+    source = save_model("llama3", tmp_path / "source", tokens=132)
+    trained = pool.run(train_and_save, 4, str(source), str(tmp_path / "ds"), 1, 2)
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))
+    choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml", zero_ranks=3, tensor_ranks=2)
+    reader = FORMATS["deepspeed"].read(tmp_path / "ds", choices)
+    assert len(list((tmp_path / "ds").rglob("zero_pp_rank_1_mp_rank_01_optim_states.pt"))) == 1
+    wholes = {}
+    for (kind, name), part in trained[0].items():
+        dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        wholes[kind, name] = reader.read(kind, name)
+        same = wholes[kind, name].shape == part.shape
+        parts = torch.cat([part, trained[1][kind, name]], dim)
+        assert torch.equal(wholes[kind, name], part if same else parts), (kind, name)
+    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    convert(Request(tmp_path / "run", tmp_path / "back", "deepspeed", longest=32, choices=choices))
+    assert equal(FORMATS["deepspeed"].read(tmp_path / "back", TRUST), wholes)
+    theirs, ours = (
+        torch.load(next((tmp_path / name).rglob("mp_rank_01_model_states.pt")), weights_only=False)["param_shapes"]
+        for name in ("ds", "back")
+    )
+    assert theirs == ours, "the same order, cut the same way"
+    (tmp_path / "theirs").mkdir()
+    merged = tmp_path / "theirs" / "global_step2_universal"
+    pool.run(to_universal, 1, str(tmp_path / "back" / "global_step2"), str(merged))
+    model_file = Choices(trust_pickle=True, model_file=tmp_path / "back" / "model.yaml")
+    assert equal(FORMATS["universal"].read(tmp_path / "theirs", model_file), wholes)
+
+
+def test_experts_that_deepspeed_spread_over_ranks_are_read(pool: Pool, tmp_path: Path) -> None:
+    source = save_model("mixtral", tmp_path / "source")
+    ranks = pool.run(save_spread_experts, 2, str(source), str(tmp_path / "ds"))
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))
+    choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml")
+    with pytest.raises(ConversionError, match=r"spread over ranks, .* --weights-only takes the weights"):
+        convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", choices=choices))
+    choices = replace(choices, weights_only=True)
+    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    prefix, experts = "model.layers.1.mlp.deepspeed_moe", "layers.1.feed_forward.experts"
+    assert torch.equal(
+        reader.read("weight", "layers.1.feed_forward.router.weight"), ranks[0][f"{prefix}.gate.wg.weight"]
+    )
+    for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
+        stacked = [
+            rank[f"{prefix}.experts.deepspeed_experts.{e}.{theirs}.weight"].t() for rank in ranks for e in range(2)
+        ]
+        assert torch.equal(reader.read("weight", f"{experts}.{ours}"), torch.stack(stacked))
 
 
 def test_deepspeeds_tools_take_ours(pool: Pool, tmp_path: Path) -> None:
@@ -101,6 +158,9 @@ def test_a_missing_rank_and_a_torn_file_are_named(tmp_path: Path, exported: Path
         convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
     file.unlink()
     with pytest.raises(ConversionError, match="ranks are missing"):
+        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
+    (file.parent / "layer_00-model_00-model_states.pt").touch()
+    with pytest.raises(ConversionError, match="of a pipeline, whose modules have numbers for names"):
         convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
 
 

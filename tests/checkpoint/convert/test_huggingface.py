@@ -92,12 +92,34 @@ def test_older_files_are_read(tmp_path: Path) -> None:
     assert convert(Request(source, tmp_path / "b", "megatrain", longest=TINY))["status"] == "verified"
 
 
+def test_files_of_pickled_tensors_are_read_on_request(tmp_path: Path) -> None:
+    """One ``pytorch_model.bin``, or shards; in today's format and in that of before PyTorch 1.6."""
+    source = save_model("llama2", tmp_path / "source")
+    there, trust = tensors(source), Choices(trust_pickle=True)
+    (source / "model.safetensors").unlink()
+    torch.save(there, source / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"pytorch_model.bin is a pickle, .* --trust-pickle"):
+        convert(Request(source, tmp_path / "a", "megatrain"))
+    assert convert(Request(source, tmp_path / "a", "megatrain", longest=32, choices=trust))["status"] == "verified"
+    (source / "pytorch_model.bin").unlink()
+    names = sorted(there)
+    shards = {"one.bin": names[:9], "two.bin": names[9:]}
+    for file, inside in shards.items():
+        torch.save({n: there[n] for n in inside}, source / file, _use_new_zipfile_serialization=file == "one.bin")
+    index = {"weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert convert(Request(source, tmp_path / "b", "megatrain", longest=32, choices=trust))["status"] == "verified"
+    torch.save({"model.norm.weight": tmp_path}, source / "two.bin")
+    with pytest.raises(ConversionError, match=r"two.bin holds more than tensors and is not opened"):
+        convert(Request(source, tmp_path / "c", "megatrain", choices=trust))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "bert"}, "'bert' is not known; these are: gpt2, llama"),
         ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act = 'gelu' is not computed here; .*mlp_bias = True"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not computed"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "RoPE scaling 'proportional' is not computed"),
         ({"rope_parameters": {"rope_type": "yarn", "mscale": 2.0}}, "not known: mscale"),
         ({"num_hidden_layers": 4}, r"missing: model.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, r"not known: model.layers.2.input_layernorm.weight"),
