@@ -4,7 +4,8 @@
     python -m benchmarks.checkpoint --reshard            two processes: a load in another layout against the same one
 
 Every candidate writes FP32 weights and both moments and waits for the disk (those that don't by themselves get an
-``fsync`` of each file). Loads come from the page cache. ``verified`` are ours: each chunk is checked against two CRCs.
+``fsync`` of each file). Before each save, outside its time, the last one of the candidate is deleted and the disk comes
+to rest. Loads come from the page cache. ``verified`` are ours: each chunk is checked against two CRCs.
 """
 
 import argparse
@@ -122,9 +123,13 @@ class Formats:
         self.engine._deepspeed.load_checkpoint(str(self.folder / "DeepSpeed"), tag="one")
 
     def _fresh(self, name: str) -> Path:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / name).mkdir(parents=True)
         return self.folder / name
+
+    def clean(self, name: str) -> None:
+        """Removes what the candidate ``name`` saved and lets the disk come to rest."""
+        shutil.rmtree(self.folder / NAMES[name][1], ignore_errors=True)
+        os.sync()
 
 
 NAMES = {
@@ -177,12 +182,14 @@ def measure_formats(hidden_size: int, repeats: int, folder: Path) -> None:
     print(f"{num_bytes / 1e6:.0f} MB in {len(formats.state)} tensors, {repeats} repeats, medians")
     saves = {name: getattr(formats, f"save_{method}") for name, (method, _) in NAMES.items()}
     loads = {name: getattr(formats, f"load_{method}") for name, (method, _) in NAMES.items()}
-    for candidates, title in ((saves, "save"), (loads, "load (ours verified, into the engine)")):
-        interleaved(candidates, 1)
-        report(title, interleaved(candidates, repeats, time.perf_counter), num_bytes)
+    interleaved(saves, 1, before=formats.clean)
+    report("save", interleaved(saves, repeats, time.perf_counter, formats.clean), num_bytes)
+    interleaved(loads, 1)
+    report("load (ours verified, into the engine)", interleaved(loads, repeats, time.perf_counter), num_bytes)
     for name, (_, place) in NAMES.items():
         files = [path for path in (folder / place).rglob("*") if path.is_file()]
         peaks = []
+        formats.clean(name)
         for action in (saves[name], loads[name]):
             with peak_memory() as peak:
                 action()

@@ -13,12 +13,19 @@ from megatrain.data.rows import Batch
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+    candidates: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call: all candidates in turn, ``repeats`` times, the order turned round every other time."""
+    """Seconds of each call: all candidates in turn, ``repeats`` times, the order turned round every other time.
+
+    ``before`` each call, outside its time, what is given is called with the candidate's name.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats):
         for name in list(candidates) if repeat % 2 == 0 else reversed(list(candidates)):
+            before(name)
             start = clock()
             candidates[name]()
             seconds[name].append(clock() - start)

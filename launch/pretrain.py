@@ -20,13 +20,13 @@ from megatrain.config.rules import check_ready_to_train
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
 from megatrain.train.environment import rank_from_environment, world_size_from_environment
-from megatrain.train.errors import EXPECTED
+from megatrain.train.errors import EXPECTED, exit_code
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
 
 
 def main(arguments: list[str]) -> int:
-    """The program; returns its exit code."""
+    """The program; returns its exit code: 0, 2 after a mistake, 74 where checkpoints can't be written or read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and exit")
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
         else:
             report(error, rank_from_environment())
-        return 2
+        return exit_code(error)
 
 
 def report(error: Exception, rank: int) -> None:

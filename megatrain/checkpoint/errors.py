@@ -1,8 +1,16 @@
 """The exceptions of the checkpoint room, and how an error of the operating system becomes one."""
 
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+# What network file systems report while a server restarts or fails over; a full disk does not pass by waiting.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
+PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
 
 
 class CheckpointError(Exception):
@@ -13,11 +21,40 @@ class UnfitError(CheckpointError):
     """A checkpoint is whole but not this run's to load: another model, other data, a newer format."""
 
 
+class TransientError(CheckpointError):
+    """The file system failed in a way that may pass: another attempt, with files opened anew, can succeed."""
+
+
+class StorageError(CheckpointError):
+    """Saves failed several times in a row, or no checkpoint can be loaded: the same start again won't help."""
+
+
 @contextmanager
 def explained(action: str) -> Iterator[None]:
-    """Turns an ``OSError`` of the body into ``CheckpointError("cannot <action>: <reason> (<errno name>)")``."""
+    """Turns an ``OSError`` of the body into ``CheckpointError("cannot <action>: <reason> (<errno name>)")``.
+
+    ``TransientError`` where trying again may help.
+    """
     try:
         yield
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "no errno")
-        raise CheckpointError(f"cannot {action}: {error.strerror or error} ({code})") from error
+        kind = TransientError if error.errno in TRANSIENT else CheckpointError
+        raise kind(f"cannot {action}: {error.strerror or error} ({code})") from error
+
+
+def persistently(action: Callable[[], Result]) -> Result:
+    """The result of ``action``, called again after each pause while it raises ``TransientError``.
+
+    Raises:
+        TransientError: of the last attempt, which says how many there were.
+    """
+    for pause in PAUSES:
+        try:
+            return action()
+        except TransientError:
+            time.sleep(pause)
+    try:
+        return action()
+    except TransientError as error:
+        raise TransientError(f"{error}; tried {len(PAUSES) + 1} times") from error

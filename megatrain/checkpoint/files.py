@@ -4,7 +4,10 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -13,42 +16,56 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.errors import CheckpointError, TransientError, explained, persistently
 from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
-from megatrain.disk.durable import fsync_folder
+from megatrain.disk.durable import begin_writeback, fsync_folder
 
 Array = npt.NDArray[Any]
 _BLOCK = 2**20  # bytes that stay in a core's cache between the disk's copy and the CRC
-_COPIES = 4  # files whose data is being handed to the system
-_IN_FLIGHT = 32  # files that are not yet confirmed: a disk confirms many together nearly as fast as one
+_AHEAD = 2**23  # bytes after which the disk is told to begin
+_WRITERS = 3  # threads that copy to the system; so many files hold data
+_SYNCERS = 16  # files that wait for the disk at once: it confirms many together nearly as fast as one
+_OPEN = 128  # files that are written but not yet confirmed
 
 
 class Files:
     """Writes files in threads. ``wait`` returns when the disk has confirmed all of them, or raises what went wrong.
 
-    What is written must not change before that. At most four files hold data to be written: ``write`` waits for room.
+    The disk begins with a file as it is written, and is asked to confirm it (``fsync``, by the descriptor that wrote
+    it, which hears of every error) only when many are there: each confirmation alone costs the journal of the file
+    system a commit, those that come together share one. What is written must not change before its file is.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_IN_FLIGHT, "checkpoint-file")
-        self._room = BoundedSemaphore(_COPIES)
-        self._pending: list[Future[None]] = []
+        self._writers = ThreadPoolExecutor(_WRITERS, "checkpoint-write")
+        self._syncers = ThreadPoolExecutor(_SYNCERS, "checkpoint-sync")
+        self._room = BoundedSemaphore(_WRITERS)
+        self._pending: list[Future[Written]] = []
 
     def write(self, path: Path, label: str, data: Array | bytes, crc_written: Callable[[str], None]) -> None:
-        """Writes ``data`` (an array with its CRC behind it) to ``path``; tells the CRC-32C as 8 hex digits."""
-        self._room.acquire()
-        self._pending.append(self._pool.submit(self._write, path, label, data, crc_written))
-        for done in [future for future in self._pending if future.done()]:
-            self._pending.remove(done)
-            done.result()
+        """Writes ``data`` (an array with its CRC behind it) to ``path``; tells the CRC-32C as 8 hex digits.
 
-    def _write(self, path: Path, label: str, data: Array | bytes, crc_written: Callable[[str], None]) -> None:
-        with ExitStack() as room, explained(f"write {label} to {path}"):
-            room.callback(self._room.release)
-            with open(path, "wb", buffering=0) as file:
+        Raises:
+            CheckpointError: a file before this one could not be written.
+        """
+        if len(self._pending) >= _OPEN:
+            oldest, self._pending = self._pending[: _OPEN // 2], self._pending[_OPEN // 2 :]
+            self._confirm(oldest)
+        self._room.acquire()
+        future = self._writers.submit(self._write, path, label, data, crc_written)
+        future.add_done_callback(lambda done: self._room.release())
+        self._pending.append(future)
+
+    def _write(self, path: Path, label: str, data: Array | bytes, crc_written: Callable[[str], None]) -> "Written":
+        with explained(f"write {label} to {path}"):
+            file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed once it is confirmed
+            try:
                 crc_written(f"{write_with_crc(file, data, trailer=not isinstance(data, bytes)):08x}")
-                room.close()
-                os.fsync(file.fileno())
+                begin_writeback(file.fileno())
+            except BaseException:
+                file.close()
+                raise
+        return Written(path, label, file)
 
     def sync_folders(self, folders: Iterable[Path]) -> None:
         """Waits until the names in ``folders`` are on disk.
@@ -56,34 +73,63 @@ class Files:
         Raises:
             OSError: one can't be opened or synced.
         """
-        for _ in self._pool.map(fsync_folder, folders):
+        for _ in self._syncers.map(fsync_folder, folders):
             pass
 
     def wait(self) -> None:
-        """
+        """Returns when all is on disk.
+
         Raises:
             CheckpointError: a file could not be written; names it and what it was to hold.
         """
         pending, self._pending = self._pending, []
-        for future in pending:
-            future.exception()  # all must have ended before one is reported
-        for future in pending:
-            future.result()
+        self._confirm(pending)
+
+    def _confirm(self, pending: list[Future["Written"]]) -> None:
+        """All must have ended before an error is raised."""
+        problems = [error for future in pending if (error := future.exception())]
+        written = [future.result() for future in pending if not future.exception()]
+        problems += filter(None, self._syncers.map(Written.confirm, written))
+        for problem in problems:
+            raise problem
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown()
+        """Ends the threads; what was not waited for is nowhere surely."""
+        self._writers.shutdown()
+        self._syncers.shutdown()
+        for future in self._pending:
+            if not future.exception():
+                future.result().file.close()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that the system has, and the disk not yet; still open."""
+
+    path: Path
+    label: str
+    file: FileIO
+
+    def confirm(self) -> CheckpointError | None:
+        """Waits for the disk and closes the file; returns what went wrong."""
+        try:
+            with explained(f"write {self.label} to {self.path}"), self.file:
+                os.fsync(self.file.fileno())
+        except CheckpointError as error:
+            return error
+        return None
 
 
 def write_with_crc(file: Any, data: Array | bytes, trailer: bool) -> int:
     """Writes all of ``data``, block by block, and its CRC-32C behind it if ``trailer``; returns the CRC."""
-    rest, crc = _bytes_of(data), 0
-    while rest.size:
-        block = rest[:_BLOCK]
+    content, crc = _bytes_of(data), 0
+    for start in range(0, content.size, _BLOCK):
+        block = content[start : start + _BLOCK]
         crc = google_crc32c.extend(crc, block)
         while block.size:
-            count = file.write(block)
-            block, rest = block[count:], rest[count:]
+            block = block[file.write(block) :]
+        if (start + _BLOCK) % _AHEAD == 0:
+            begin_writeback(file.fileno())
     if trailer:
         file.write(crc.to_bytes(CRC_BYTES, "little"))
     return crc
@@ -121,15 +167,25 @@ def require_files(folder: Path, chunks: Iterable[tuple[ArraySpec, Iterable[Index
         for index in indices:
             relative = f"{spec.folder}/{chunk_file(index)}"
             try:
-                num_bytes = inside(root, relative).stat().st_size
-                if num_bytes != spec.file_bytes:
-                    problems.append(f"{spec.label}: {relative} has {num_bytes} bytes instead of {spec.file_bytes}")
-            except FileNotFoundError:
-                problems.append(f"{spec.label}: {relative} is missing")
-            except (CheckpointError, OSError) as error:
+                num_bytes = persistently(partial(_size, root, relative))
+            except TransientError:  # the next file would be waited for as long
+                raise
+            except CheckpointError as error:
                 problems.append(f"{spec.label}: {relative}: {error}")
+                continue
+            if num_bytes is None:
+                problems.append(f"{spec.label}: {relative} is missing")
+            elif num_bytes != spec.file_bytes:
+                problems.append(f"{spec.label}: {relative} has {num_bytes} bytes instead of {spec.file_bytes}")
     if problems:
         raise CheckpointError(f"{folder} is damaged: " + "; ".join(problems))
+
+
+def _size(root: Path, relative: str) -> int | None:
+    """Bytes of a file of the checkpoint ``root``; None: it is missing."""
+    with explained(f"look at {root / relative}"), suppress(FileNotFoundError):
+        return inside(root, relative).stat().st_size
+    return None
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError, explained
-from megatrain.disk.durable import fsync_folder, write_durably
+from megatrain.disk.durable import fsync_folder
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -118,7 +118,9 @@ def publish(folder: Path, step: int) -> Path:
         if replaced.exists():
             _remove(replaced, final.name)
     with suppress(OSError):
-        write_durably(folder / LATEST, f"{final.name}\n".encode())
+        hint = folder / f".{LATEST}.tmp"
+        hint.write_text(f"{final.name}\n", encoding="utf-8")
+        hint.replace(folder / LATEST)
     return final
 
 

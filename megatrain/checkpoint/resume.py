@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError, UnfitError, explained
+from megatrain.checkpoint.errors import CheckpointError, StorageError, UnfitError, explained
 from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints
 from megatrain.checkpoint.load import ResumeData, load_checkpoint
 from megatrain.checkpoint.store import CheckpointReader
@@ -34,7 +34,8 @@ def resume(
         load: a checkpoint of another run, for a folder that has none.
     Raises:
         UnfitError: the newest whole one is of another model or data.
-        CheckpointError: there are checkpoints, or traces of some, but none can be loaded.
+        StorageError: there are checkpoints, but none can be loaded.
+        CheckpointError: only traces of some, or ``mode`` forbids them.
     """
     skipped: list[tuple[Path, str]] = []
     for path in _agreed(engine, lambda: _candidates(folder, mode)):
@@ -47,7 +48,7 @@ def resume(
             skipped.append((path, str(error)))
     if skipped:
         told = "\n  ".join(f"{path.name}: {problem}" for path, problem in skipped)
-        raise CheckpointError(
+        raise StorageError(
             f"no checkpoint in {folder} can be loaded:\n  {told}\n"
             f"repair or replace one, or set checkpoint.resume: restart to begin again at step 0"
         )

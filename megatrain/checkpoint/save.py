@@ -1,17 +1,17 @@
 """Saves a run, whatever its layout: copied aside at once, written while training goes on, committed together."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.errors import PAUSES, CheckpointError, TransientError
 from megatrain.checkpoint.folder import checkpoint_name, require_free_space
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.retention import Retention, prune
@@ -19,6 +19,8 @@ from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, write_share
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import optimizer_step_count
+
+Result = TypeVar("Result")
 
 _LONGEST_SAVE = timedelta(hours=6)  # that a rank waits for the others
 
@@ -82,13 +84,14 @@ class Saver:
         assert self._thread is None and self._outcome is None, "finish the save before this one"
         start = time.perf_counter()
         whole_state = {**_engine_state(self.engine, step), **state}
-        problem, pieces = None, {}
+        pieces: dict[PieceKey, Tensor] = {}
+        problem: CheckpointError | None = None
         try:
             pieces = self._shares.pieces()
             if self.background:
                 pieces = self._staging.copy(pieces)
         except (RuntimeError, MemoryError) as error:
-            problem = f"no memory to copy {self._shares.own_bytes} bytes of state aside: {error}"
+            problem = CheckpointError(f"no memory to copy {self._shares.own_bytes} bytes of state aside: {error}")
         arguments = (start, step, whole_state, versions, pieces, problem)
         if self.background:
             self._thread = Thread(target=self._save, args=arguments, name=f"save-{step}", daemon=True)
@@ -119,52 +122,65 @@ class Saver:
         state: dict[str, Any],
         versions: Mapping[str, str],
         pieces: dict[PieceKey, Tensor],
-        problem: str | None,
+        problem: CheckpointError | None,
     ) -> None:
-        writer = CheckpointWriter(self.folder, step, self.run_id)
+        """All attempts: more than one where the file system fails in a way that may pass."""
         notes: list[str] = []
-        try:
-            problem, notes = self._write(writer, pieces, problem, state, versions)
-        except Exception as error:  # a thread has nobody above it
-            problem = f"{type(error).__name__}: {error}"
-        finally:
-            writer.close()
+        for attempt, pause in enumerate((*PAUSES, None), 1):
+            found, new_notes = self._attempt(
+                CheckpointWriter(self.folder, step, self.run_id), pieces, problem, state, versions
+            )
+            notes += new_notes
+            if pause is None or not isinstance(found, TransientError):
+                break
+            notes.append(f"attempt {attempt} to save step {step} failed, the next one begins in {pause:.0f} s: {found}")
+            time.sleep(pause)
+        text = None if found is None else f"{found}; tried {attempt} times" if attempt > 1 else str(found)
         path = self.folder / checkpoint_name(step)
         seconds = time.perf_counter() - start
-        self._outcome = Outcome(step, path, problem, tuple(notes), seconds, seconds, self._shares.total_bytes)
+        self._outcome = Outcome(step, path, text, tuple(notes), seconds, seconds, self._shares.total_bytes)
+
+    def _attempt(
+        self,
+        writer: CheckpointWriter,
+        pieces: dict[PieceKey, Tensor],
+        problem: CheckpointError | None,
+        state: dict[str, Any],
+        versions: Mapping[str, str],
+    ) -> tuple[CheckpointError | None, list[str]]:
+        try:
+            return self._write(writer, pieces, problem, state, versions)
+        except Exception as error:  # a thread has nobody above it
+            return CheckpointError(f"{type(error).__name__}: {error}"), []
+        finally:
+            writer.close()
 
     def _write(
         self,
         writer: CheckpointWriter,
         pieces: dict[PieceKey, Tensor],
-        problem: str | None,
+        problem: CheckpointError | None,
         state: dict[str, Any],
         versions: Mapping[str, str],
-    ) -> tuple[str | None, list[str]]:
+    ) -> tuple[CheckpointError | None, list[str]]:
         """All steps of a save, each agreed on by all ranks; returns what rank 0 says: problem and notes."""
         notes: list[str] = []
         if self._is_first and problem is None:
             problem, notes = _told(lambda: self._prepare(writer))
-        if problem := self._first_problem(problem):
+        if problem := _worst(self._gathered(problem)):
             return problem, notes
         problem = write_shares(self._shares, pieces, writer)
-        records, late_problem = [], None
-        try:
-            records = writer.records()
-        except CheckpointError as error:
-            late_problem = str(error)
+        late_problem, records = _told(writer.records)
         everything = self._gathered((problem or late_problem, records))
-        problem = next((f"rank {rank}: {text}" for rank, (text, _) in enumerate(everything) if text), None)
+        problem = _worst([error for error, _ in everything])
         if self._is_first:
             if problem is None:
                 all_records = [record for _, rank_records in everything for record in rank_records]
-                problem, _ = _told(lambda: [str(writer.commit(all_records, state, versions))])
+                problem, _ = _told(lambda: [writer.commit(all_records, state, versions)])
             if problem is None:
                 self._damaged.discard(writer.step)
-                late_problem, removed = _told(
-                    lambda: [str(p) for p in prune(self.folder, self.retention, self._damaged)]
-                )
-                notes += [f"removed {path}" for path in removed] + ([late_problem] if late_problem else [])
+                late_problem, removed = _told(lambda: prune(self.folder, self.retention, self._damaged))
+                notes += [f"removed {path}" for path in removed] + ([str(late_problem)] if late_problem else [])
             else:
                 writer.close()
                 writer.discard()
@@ -181,10 +197,6 @@ class Saver:
             self.lock.require()
         require_free_space(self.folder, self._shares.total_bytes)
         return [f"removed {stump}, left by a save that was killed" for stump in writer.prepare()]
-
-    def _first_problem(self, problem: str | None) -> str | None:
-        texts = self._gathered(problem)
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), None)
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self._group)
@@ -229,9 +241,18 @@ def _engine_state(engine: Engine, step: int) -> dict[str, Any]:
     }
 
 
-def _told(action: Any) -> tuple[str | None, list[str]]:
-    """(problem, result): an action of rank 0, whose failure the other ranks must hear of."""
+def _told(action: Callable[[], list[Result]]) -> tuple[CheckpointError | None, list[Result]]:
+    """(problem, result): an action of one rank, whose failure the others must hear of."""
     try:
         return None, action()
     except CheckpointError as error:
-        return str(error), []
+        return error, []
+
+
+def _worst(problems: list[CheckpointError | None]) -> CheckpointError | None:
+    """Of all ranks' problems one, with its rank: rather one that stays than one that may pass."""
+    found = [(rank, error) for rank, error in enumerate(problems) if error is not None]
+    if not found:
+        return None
+    rank, error = min(found, key=lambda entry: isinstance(entry[1], TransientError))
+    return type(error)(f"rank {rank}: {error}")

@@ -107,12 +107,12 @@ class Staging:
         return copies
 
 
-def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: CheckpointWriter) -> str | None:
+def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: CheckpointWriter) -> CheckpointError | None:
     """Writes this rank's chunks; what other ranks hold of them is exchanged round by round.
 
     Returns the first problem: after one the exchange goes on to its end, or the others would wait forever.
     """
-    problem = None
+    problem: CheckpointError | None = None
     for circle in shares.circles:
         for kind in KINDS:
             for chunks in circle.plan.rounds:
@@ -152,7 +152,7 @@ def _assembled(circle: Circle, kind: str, chunk: Chunk, pieces: Mapping[PieceKey
     return values
 
 
-def _write(circle: Circle, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter) -> str | None:
+def _write(circle: Circle, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter) -> CheckpointError | None:
     where = circle.placements[chunk.name]
     rest = where.shape[1:]
     offset, chunk_shape, shape = where.offset, where.shape, where.shape
@@ -170,5 +170,5 @@ def _write(circle: Circle, kind: str, chunk: Chunk, values: Tensor, writer: Chec
             chunk_shape=chunk_shape,
         )
     except CheckpointError as error:
-        return str(error)
+        return error
     return None

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import google_crc32c
 import numpy as np
 
 from megatrain.checkpoint import folder as layout
-from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.errors import CheckpointError, explained, persistently
 from megatrain.checkpoint.files import Array, Files, inside, padded, read_with_crc, require_files
 from megatrain.checkpoint.grid import index_of, ints, overlap, overlapping
 from megatrain.checkpoint.manifest import (
@@ -36,6 +37,7 @@ from megatrain.checkpoint.manifest import (
     zarr_array,
     zarr_group,
 )
+from megatrain.disk.durable import fsync_folder, write_durably
 
 _MAX_HEADER_BYTES = 2**26
 _MAX_MANIFEST_BYTES = 2**28  # some million chunks; a file that claims more isn't read into memory
@@ -68,7 +70,7 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             removed = layout.clean_stumps(self.folder)
             self.partial.mkdir()
-            layout.fsync_folder(self.folder.parent)
+            fsync_folder(self.folder.parent)
         return removed
 
     def write(
@@ -146,10 +148,12 @@ class CheckpointWriter:
         require_files(self.partial, ((array.spec, array.spec.indices()) for array in arrays.values()))
         with explained(f"commit the checkpoint {self.partial}"):
             for kind, header in groups.items():
-                (self.partial / TENSORS / kind).mkdir(exist_ok=True)
-                layout.write_durably(self.partial / TENSORS / kind / HEADER, header)
+                place = self.partial / TENSORS / kind
+                place.mkdir(exist_ok=True)
+                self._files.write(place / HEADER, f"the group {kind or TENSORS}", header, lambda crc: None)
+            self._files.wait()
             self._files.sync_folders(Path(place) for place, _, _ in os.walk(self.partial))
-            layout.write_durably(self.partial / layout.MANIFEST, content)
+            write_durably(self.partial / layout.MANIFEST, content)
             return layout.publish(self.folder, self.step)
 
     def close(self) -> None:
@@ -179,7 +183,7 @@ class CheckpointReader:
         if not os.path.lexists(path / layout.MANIFEST):
             raise CheckpointError(f"{path} was never committed: it has no {layout.MANIFEST}")
         try:
-            manifest = self._manifest()
+            manifest = persistently(self._manifest)
         except CheckpointError as error:
             raise type(error)(f"{path / layout.MANIFEST}: {error}") from error
         self.step, self.run_id, self.versions = manifest.step, manifest.run_id, manifest.versions
@@ -196,9 +200,9 @@ class CheckpointReader:
         """
         require_files(self.path, ((array.spec, array.spec.indices()) for array in self._arrays.values()))
         for kind, crc in self._groups.items():
-            self._check_header(f"the group {kind or TENSORS}", f"{TENSORS}/{kind}", crc)
+            self._require_header(f"the group {kind or TENSORS}", f"{TENSORS}/{kind}", crc)
         for array in self._arrays.values():
-            self._check_header(array.spec.label, array.spec.folder, array.header)
+            self._require_header(array.spec.label, array.spec.folder, array.header)
 
     def read(
         self,
@@ -232,7 +236,7 @@ class CheckpointReader:
         indices = overlapping(spec, start, size)
         require_files(self.path, [(spec, indices)])
         if spec.key not in self._checked_headers:
-            self._check_header(spec.label, spec.folder, array.header)
+            self._require_header(spec.label, spec.folder, array.header)
             self._checked_headers.add(spec.key)
         region: Array = np.empty(size, DTYPES[spec.dtype]) if out is None else out
         assert (region.shape, region.dtype) == (size, DTYPES[spec.dtype]), "out does not fit the region"
@@ -241,7 +245,7 @@ class CheckpointReader:
             part = region[(*target, ...)]  # the dots keep a view of an array without dims
             whole = part.shape == spec.chunk_shape and part.flags.c_contiguous
             chunk = part if whole else np.empty(spec.chunk_shape, region.dtype)
-            self._read_chunk(array, index, chunk)
+            persistently(partial(self._read_chunk, array, index, chunk))
             if not whole:
                 part[...] = chunk[source]
         return region
@@ -281,6 +285,9 @@ class CheckpointReader:
                 if any(crc in array.chunks.values() for array in manifest._arrays.values()):
                     return f"it is that of step {manifest.step}, run {manifest.run_id}"
         return "it comes from another place, step or run"
+
+    def _require_header(self, label: str, folder: str, crc: str | None) -> None:
+        persistently(lambda: self._check_header(label, folder, crc))
 
     def _check_header(self, label: str, folder: str, crc: str | None) -> None:
         relative = f"{folder}/{HEADER}"

@@ -1,9 +1,16 @@
 """Mistakes of the user and of the world around: told in one message, without a traceback."""
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.errors import CheckpointError, StorageError
 from megatrain.config.problems import ConfigError
 from megatrain.data.errors import DataError
 from megatrain.engine.errors import LossScaleError
 from megatrain.train.run_folder import RunFolderError
 
 EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError)
+
+MISTAKE, STORAGE_FAILED = 2, 74  # exit codes; 74: an input/output error in sysexits.h
+
+
+def exit_code(error: Exception) -> int:
+    """By which a script tells what another start would meet again (2) from a disk that somebody must look at (74)."""
+    return STORAGE_FAILED if isinstance(error, StorageError) else MISTAKE

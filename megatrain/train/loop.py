@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError, UnfitError
+from megatrain.checkpoint.errors import StorageError, UnfitError
 from megatrain.checkpoint.folder import step_of
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed, resume
@@ -56,7 +56,7 @@ class Trainer:
         """Trains, evaluates, saves. Returns whether the run is complete (a signal may have stopped it).
 
         Raises:
-            CheckpointError: what there is can't be resumed, or saving failed again and again, or at the end.
+            CheckpointError: what there is can't be resumed; StorageError: saving failed again and again, or at the end.
             DataError: the data can't be read, or end before the run does.
         """
         resumed = self._resume()
@@ -189,7 +189,7 @@ class Trainer:
         if outcome.problem and self._saved_step == outcome.step:
             self._saved_step = None
         if self._failed_saves >= self.config.checkpoint.max_failures:
-            raise CheckpointError(
+            raise StorageError(
                 f"{self._failed_saves} checkpoints in a row were not saved, the last one of step {outcome.step}: "
                 f"{outcome.problem}. The run ends here; older checkpoints are whole"
             )
@@ -200,7 +200,7 @@ class Trainer:
             self._save(metrics)
             self._finish_save(metrics)
         if self._failed_saves:
-            raise CheckpointError(f"step {self.step}, the last of this start, was not saved; the reason stands above")
+            raise StorageError(f"step {self.step}, the last of this start, was not saved; the reason stands above")
 
     def _resume_data(self, saved: dict[str, Any], step: int) -> None:
         try:

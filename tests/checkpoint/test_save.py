@@ -37,9 +37,9 @@ def train_during_a_save(folder: str, layout: Layout) -> dict[str, Any]:
     engine = engine_of("llama", layout)
     original, gate = Files._write, threading.Event()
 
-    def behind_the_gate(*args: Any) -> None:
+    def behind_the_gate(*args: Any) -> Any:
         gate.wait()
-        original(*args)
+        return original(*args)
 
     try:
         train_steps(engine, 1, 2)
@@ -91,14 +91,13 @@ def fail_on_one_rank(folder: str, failing_rank: int) -> list[Any]:
     engine = engine_of("llama", TWO_RANKS)
     original = Files._write
 
-    def full(self: Any, path: Path, label: str, *rest: Any) -> None:
+    def full(self: Any, path: Path, label: str, *rest: Any) -> Any:
         from megatrain.checkpoint.errors import explained
 
         if engine.mesh.rank == failing_rank and label.startswith("exp_avg of"):
-            self._room.release()
             with explained(f"write {label} to {path}"):
                 raise OSError(errno.ENOSPC, "No space left on device")
-        original(self, path, label, *rest)
+        return original(self, path, label, *rest)
 
     saver = saver_of(engine, folder)
     outcomes = []
