@@ -49,7 +49,7 @@ def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
             Trainer(config, engine, TrainingData(config, 300), {}, lock).train()
         return ""
     except CheckpointError as error:
-        return str(error)
+        return f"{type(error).__name__}: {error}"
     finally:
         Saver._prepare = original  # type: ignore[method-assign]
         if engine is not None:
@@ -78,11 +78,11 @@ def test_a_run_survives_failed_saves_and_ends_when_they_repeat(pool: Pool, folde
     assert "no room for step 2" in saves[0]["problem"]
     assert steps_on_disk(folder) == [6]
     texts = pool.run(train, 2, config_of(folder, 20, max_failures=2), (10, 12))
-    assert "2 checkpoints in a row were not saved, the last one of step 12" in texts[0] == texts[1]
+    assert "StorageError: 2 checkpoints in a row were not saved, the last one of step 12" in texts[0] == texts[1]
     assert steps_on_disk(folder) == [6, 8]
     assert max(record["step"] for record in records(folder, "step")) < 15, "it ended soon after"
     texts = pool.run(train, 2, config_of(folder, 9), (9,))
-    assert "step 9, the last of this start, was not saved" in texts[0] == texts[1]
+    assert "StorageError: step 9, the last of this start, was not saved" in texts[0] == texts[1]
 
 
 def test_a_damaged_checkpoint_is_skipped_aloud(pool: Pool, folder: Path) -> None:
