@@ -99,7 +99,7 @@ def test_a_look_at_the_files_waits_once_for_a_disk_that_is_gone(
     assert pauses == list(errors.PAUSES)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_what_does_not_pass_is_not_tried_again(code: int) -> None:
     calls = []
 

@@ -121,6 +121,7 @@ def test_a_failed_save_is_everyones_and_harms_nothing(pool: Pool, memory_path: P
         assert good.problem is later.problem is None
         assert failed.problem.startswith(f"rank {failing_rank}: cannot write exp_avg of ")
         assert "No space left on device (ENOSPC)" in failed.problem
+        assert failed.notes == (), "a full disk is not tried again"
     assert [path.name for path in list_checkpoints(memory_path)] == ["step-00000001", "step-00000003"]
     assert not list(memory_path.glob(".step*")), "the space is given back"
 
@@ -149,6 +150,34 @@ def test_a_full_disk(pool: Pool, small_disk: Path, told_free: int | None) -> Non
         else:
             assert "No space left on device (ENOSPC)" in outcome.problem
     assert not list(small_disk.iterdir()), "nothing is left on the disk"
+
+
+def save_without_memory(folder: str) -> list[Any]:
+    """Rank 1 finds no host memory for its first copy."""
+    engine = engine_of("llama", TWO_RANKS)
+    saver = saver_of(engine, folder)
+    copy = saver._staging.copy
+    outcomes = []
+
+    def fails(pieces: Any) -> Any:
+        raise MemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    try:
+        for step, action in ((1, fails), (2, copy)):
+            saver._staging.copy = action if engine.mesh.rank == 1 else copy
+            begin(saver, step)
+            outcomes.append(saver.finish())
+        return [*outcomes, saver._shares.own_bytes]
+    finally:
+        engine.close()
+
+
+def test_no_memory_for_the_copy(pool: Pool, memory_path: Path) -> None:
+    ranks = pool.run(save_without_memory, 2, str(memory_path))
+    for failed, later, _ in ranks:
+        assert failed.problem.startswith(f"rank 1: no memory to copy {ranks[1][2]} bytes of state aside: DefaultCPU")
+        assert later.problem is None
+    assert [path.name for path in list_checkpoints(memory_path)] == ["step-00000002"]
 
 
 def save_three_times(folder: str, actions: list[str]) -> list[Any]:
