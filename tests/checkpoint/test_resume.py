@@ -63,13 +63,14 @@ def train_and_save(family: str, layout: Layout, folder: str) -> Saved:
     from megatrain.checkpoint.save import save_checkpoint
 
     engine = engine_of(family, layout)
-    limit, shares.MIN_CHUNK_ELEMENTS = shares.MIN_CHUNK_ELEMENTS, 512
+    limits = shares.MIN_CHUNK_ELEMENTS, shares.CHUNKS_PER_RANK
+    shares.MIN_CHUNK_ELEMENTS, shares.CHUNKS_PER_RANK = 1024, 1000
     try:
         train_steps(engine, 1, 3)
         path = save_checkpoint(engine, Path(folder), 3, "test", {})
         return Saved(str(path), *next_steps(engine))
     finally:
-        shares.MIN_CHUNK_ELEMENTS = limit
+        shares.MIN_CHUNK_ELEMENTS, shares.CHUNKS_PER_RANK = limits
         engine.close()
 
 
@@ -104,6 +105,7 @@ def every_pair(pool: Pool, folder: Path, family: str, layouts: list[Layout]) -> 
         pool.run(train_and_save, layout.world_size, family, layout, str(folder / str(layout)))[0] for layout in layouts
     ]
     paths = [saved.path for saved in uninterrupted]
+    assert any(spec.grid[0] > 1 for spec in CheckpointReader(Path(paths[0])).arrays.values() if spec.grid)
     for layout in layouts:
         place = folder / f"to-{layout}"
         for saved_in, before, after in zip(
