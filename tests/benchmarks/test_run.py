@@ -15,6 +15,7 @@ SMALL = {
     "data_write": ["--repeats", "1", "--megabytes", "1"],
     "data_read": ["--tokens", "3000000", "--documents", "1000000", "--repeats", "1", "--steps", "200"],
     "start": ["--repeats", "1"],
+    "memory": [],
     "step": ["--repeats", "1"],
     "wire": ["--axes", "ZeRO 1", "tensor + sequence", "--peers", "--worlds", "16", "10240"],
     "throughput": ["--batch", "1", "--steps", "1", "--eager"],

@@ -1,0 +1,176 @@
+"""Bytes of model state per rank by ZeRO stage, and of activations by recompute mode, against their formulas.
+
+    python -m benchmarks.memory
+
+Model state: one rank of eight on torch's fake process group (benchmarks/traffic.py), a Llama in BF16 with FP32
+gradients and AdamW; every tensor that is alive when the step's gradients are summed. Activations: what is still alive
+of all that a forward pass made, of each block; FP32 on the CPU, whose attention is torch's flash kernel. Shapes: N
+positions of a micro-batch, D width, F feed-forward width, H heads, G key/value heads, K head width.
+"""
+
+import argparse
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.paired import describe_machine, random_batch
+from benchmarks.traffic import Traffic, start_fake_world
+from benchmarks.wire import layout_config
+from megatrain.config.schema import ModelConfig, TrainConfig
+from megatrain.models.build import build_model
+from megatrain.models.recompute import apply_recompute
+
+RANKS = 8
+BUCKET = 1 << 18  # elements of DeepSpeed's buckets here
+SEQ_LEN, BATCH = 256, 2
+MODES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {},
+    "every_nth": {"checkpoint_every_nth": 2},
+    "attention": {},
+    "feed_forward": {},
+}
+
+
+def state_formula(stage: int, weights: int) -> float:
+    """Rajbhandari et al. 2020, section 3: 2 bytes of a BF16 weight, 4 of its FP32 gradient, 12 of AdamW's master
+    weight and moments; each divided by the ranks from the stage on that shards it (3, 2, 1)."""
+    shares = [RANKS if stage >= sharded else 1 for sharded in (3, 2, 1)]
+    return weights * sum(size / share for size, share in zip((2, 4, 12), shares, strict=True))
+
+
+def live_tensor_bytes(skip: set[int]) -> int:
+    """Bytes of all storages that Python's tensors hold, but those whose addresses are in ``skip``."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and not thing.is_meta:
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(size for address, size in storages.items() if address not in skip)
+
+
+def addresses() -> set[int]:
+    gc.collect()
+    return {x.untyped_storage().data_ptr() for x in gc.get_objects() if issubclass(type(x), Tensor) and not x.is_meta}
+
+
+def model_state(stage: int) -> tuple[int, float]:
+    """(bytes, weights) of one rank, at the second step's end of the last backward pass."""
+    from megatrain.train.build import build_engine
+
+    start_fake_world(RANKS)
+    buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), BUCKET)
+    options = {f"deepspeed.zero_optimization.{key}": value for key, value in buckets.items()}
+    options |= {
+        "deepspeed.zero_optimization.stage3_param_persistence_threshold": 0,
+        "deepspeed.zero_optimization.stage3_max_live_parameters": 0,
+        "deepspeed.zero_optimization.stage3_max_reuse_distance": 0,
+    }
+    config = layout_config(
+        {"parallel.dp": RANKS, "parallel.zero_stage": stage, "precision.dtype": "bf16", **(options if stage else {})}, 2
+    )
+    before = addresses()
+    engine = build_engine(config, torch.device("cpu"))
+    size = config.train.micro_batch_size * 2
+    one = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": size})})
+    found = []
+    update = engine._deepspeed.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        found.append(live_tensor_bytes(before))
+        return update(*args, **kwargs)
+
+    engine._deepspeed.step = step
+    with Traffic():
+        for number in (1, 2):
+            engine.train_step(random_batch(one, torch.device("cpu")), number)
+    weights = sum(getattr(p, "ds_shape", p.shape).numel() for _, p in engine.parameters)
+    engine.close()
+    return found[-1], weights
+
+
+class Kept(TorchDispatchMode):
+    """Follows the storages that operators make, weights' apart; ``bytes`` of those that still live."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._weights:
+                    self._storages[storage._cdata] = weakref.ref(storage)
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for ref in self._storages.values() if (storage := ref()) is not None)
+
+
+def activation_bytes(model: ModelConfig, mode: str) -> float:
+    """Bytes that a block keeps: what two blocks more keep more, in the mean."""
+    kept = []
+    for blocks in (2, 4):
+        shape = model.model_copy(update={"num_layers": blocks})
+        decoder = build_model(shape, 0)
+        apply_recompute(decoder, TrainConfig(activation_checkpointing=mode, **MODES[mode]))
+        tokens = torch.randint(0, model.vocab_size, (BATCH, SEQ_LEN))
+        with Kept(decoder) as storages:
+            loss = decoder(tokens, tokens)
+        gc.collect()
+        kept.append(storages.bytes)
+        del loss
+    return (kept[1] - kept[0]) / 2
+
+
+def activation_formula(model: ModelConfig, mode: str) -> float:
+    """Bytes of a Llama block by mode.
+
+    Each norm keeps its input, the normalised, the scaled and a factor a position; the rotation its angles; attention
+    queries, keys, values (as a view of all three), its result and a logarithm a head and position; SwiGLU both
+    products, the activated and the product of the two.
+    """
+    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
+    H, G = model.num_heads, model.num_kv_heads or model.num_heads
+    K = D // H
+    norms, angles = 2 * (3 * N * D + N), 4 * SEQ_LEN * K // 2
+    attention = N * (H + 2 * G) * K + N * (H + G) * K + N * H * K
+    elements = {
+        "none": norms + angles + attention + N * H + 4 * N * F,
+        "full": N * D,
+        "attention": norms + angles + attention + 4 * N * F,
+        "feed_forward": norms + angles + attention + N * H,
+    }
+    elements["every_nth"] = (elements["none"] + elements["full"]) // 2
+    return 4.0 * elements[mode]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print(describe_machine("torch", "deepspeed"))
+    print("ZeRO stage | formula MB | measured MB | ratio | over, in buckets")
+    for stage in range(4):
+        found, weights = model_state(stage)
+        expected = state_formula(stage, weights)
+        over = (found - expected) / (4 * BUCKET)
+        print(f"{stage} | {expected / 1e6:.3f} | {found / 1e6:.3f} | {found / expected:.4f} | {over:.2f}", flush=True)
+    print("recompute mode | formula bytes a block | measured | ratio")
+    model = layout_config({}, 1).model
+    for mode in MODES:
+        measured, expected = activation_bytes(model, mode), activation_formula(model, mode)
+        print(f"{mode} | {expected:.0f} | {measured:.0f} | {measured / expected:.4f}")
+
+
+if __name__ == "__main__":
+    main()
