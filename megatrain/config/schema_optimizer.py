@@ -18,9 +18,10 @@ class OptimizerRule(Section):
 class OptimizerConfig(Section):
     """How gradients become updates; decoupled weight decay (Loshchilov & Hutter 2019) in all of them."""
 
-    name: Literal["adamw", "lion", "muon", "cpu_adamw"] = Field(
+    name: Literal["adamw", "lion", "adafactor", "muon", "cpu_adamw"] = Field(
         "adamw",
-        description="adamw; lion (Chen et al. 2023); muon: orthogonalised momentum for matrices, adamw for embeddings, "
+        description="adamw; lion (Chen et al. 2023); adafactor (Shazeer & Stern 2018): no first moment, lr relative to "
+        "the size of a weight, a factored second moment; muon: orthogonalised momentum for matrices, adamw for embeddings, "
         "head and vectors (Jordan et al. 2024); cpu_adamw: DeepSpeed's, for offload.optimizer (compiled at the start: "
         "needs g++ and ninja).",
     )

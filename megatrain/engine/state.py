@@ -155,7 +155,7 @@ def _has_moment(parameter: nn.Parameter, kind: str) -> bool:
 
 
 def _moments_exist(optimizer: Any) -> bool:
-    return any("exp_avg" in state for state in optimizer.state.values())
+    return any(kind in state for state in optimizer.state.values() for kind in MOMENTS)
 
 
 def _make_moments(engine: Engine) -> None:

@@ -8,9 +8,11 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.config.schema import OptimizerConfig
+from megatrain.optim.adafactor import Adafactor
 from megatrain.optim.lion import Lion
 from megatrain.optim.muon import MatrixPart, Muon
 
+_MOMENTS = {"lion": ("exp_avg",), "adafactor": ("exp_avg_sq",)}
 _NOT_ORTHOGONAL = ("embedding.*", "head.*", "*.router.*")  # rows are looked up or scored one by one
 
 
@@ -37,7 +39,7 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
             "weight_decay": decay,
             "lr_scale": lr_scale,
             "orthogonal": matrix,
-            "moments": ("exp_avg",) if matrix or config.name == "lion" else ("exp_avg", "exp_avg_sq"),
+            "moments": ("exp_avg",) if matrix else _MOMENTS.get(config.name, ("exp_avg", "exp_avg_sq")),
             **({} if spread is None else {"name": spread, "moe": True}),
         }
         for (decay, lr_scale, matrix, spread), members in groups.items()
@@ -53,14 +55,18 @@ def build_optimizer(
     """The optimizer of ``config.name``, FP32.
 
     Args:
-        tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both.
+        tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both,
+            Adafactor sums.
     """
     groups, betas = parameter_groups(parameters, config), (config.beta1, config.beta2)
     if config.name == "lion":
         return Lion(groups, lr=config.lr, betas=betas)
-    if config.name == "muon":
+    if config.name in ("adafactor", "muon"):
         for group in groups:
             group["parts"] = [MatrixPart.of(parameter) for parameter in group["params"]]
+    if config.name == "adafactor":
+        return Adafactor(groups, config.lr, tp_group, shard_group)
+    if config.name == "muon":
         return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

@@ -10,9 +10,9 @@ from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
 
 # Lion's step is a sign: where the momentum is zero but for rounding, so is the direction, by 2 lr of weights of 0.1.
-WEIGHT = {"adamw": 5e-3, "muon": 1e-4, "lion": 2.5e-2}
+WEIGHT = {"adamw": 5e-3, "muon": 1e-4, "lion": 2.5e-2, "adafactor": 1e-4}
 OPTIMIZER = {"grad_clip": 0.5}
-RATE = {"adamw": 1e-2, "muon": 1e-2, "lion": 1e-3}
+RATE = {"adamw": 1e-2, "muon": 1e-2, "lion": 1e-3, "adafactor": 1e-2}
 slow = pytest.mark.slow
 
 
@@ -34,6 +34,10 @@ def check(pool: Pool, name: str, layout: Layout, **sections: Any) -> None:
         ("muon", Layout(pp=2, dp=2, zero_stage=1, schedule="zbv")),
         pytest.param("muon", Layout(tp=2, pp=2), marks=slow),
         pytest.param("muon", Layout(dp=4, zero_stage=2), marks=slow),
+        ("adafactor", Layout(tp=2, dp=2, sequence_parallel=True, zero_stage=1)),
+        pytest.param("adafactor", Layout(tp=2, pp=2), marks=slow),
+        pytest.param("adafactor", Layout(dp=4, zero_stage=2), marks=slow),
+        pytest.param("adafactor", Layout(pp=2, cp=2, zero_stage=1, schedule="zbv"), marks=slow),
         ("lion", Layout(tp=2, dp=2, zero_stage=2)),
         pytest.param("lion", Layout(dp=2, zero_stage=3), marks=slow),
         pytest.param("lion", Layout(pp=2, dp=2, zero_stage=1), marks=slow),
@@ -79,7 +83,7 @@ def resume_train(layout: Layout, optimizer: dict[str, Any], folder: Path) -> lis
         engine.close()
 
 
-@pytest.mark.parametrize("name", ["muon", "lion"])
+@pytest.mark.parametrize("name", ["muon", "lion", "adafactor"])
 def test_state_moves_to_another_layout(pool: Pool, tmp_path: Path, name: str) -> None:
     optimizer = {**OPTIMIZER, "name": name, "lr": RATE[name]}
     reference = pool.run(train, 1, "llama", ONE_PROCESS, 5, optimizer=optimizer)[0]

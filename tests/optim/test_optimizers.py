@@ -45,6 +45,26 @@ def test_an_update_of_muon_is_as_large_as_adamws() -> None:
     assert 0.1 < float(update.pow(2).mean().sqrt()) < 0.3
 
 
+def test_adafactor_is_torchs() -> None:
+    """A matrix and a vector of one process, as torch.optim.Adafactor updates them where its rate does not decay."""
+    config = OptimizerConfig(name="adafactor", lr=1e-2, weight_decay=0.1)
+    torch.manual_seed(0)
+    start = {"layers.0.feed_forward.up.weight": torch.randn(12, 5), "final_norm.weight": torch.ones(5)}
+    mine = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    theirs = [nn.Parameter(value.clone()) for value in start.values()]
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+    a = build_optimizer(list(mine.items()), config)
+    b = torch.optim.Adafactor(groups, lr=1e-2, eps=(1e-30, 1e-3))
+    for _ in range(6):
+        for ours, other in zip(mine.values(), theirs, strict=True):
+            ours.grad = torch.randn_like(ours) * 10 ** torch.randn(())
+            other.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    for ours, other in zip(mine.values(), theirs, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
 def test_muons_adamw_is_torchs() -> None:
     config = OptimizerConfig(name="muon", lr=1e-2)
     torch.manual_seed(0)
