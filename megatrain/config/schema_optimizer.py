@@ -21,9 +21,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "lion", "adafactor", "muon", "cpu_adamw"] = Field(
         "adamw",
         description="adamw; lion (Chen et al. 2023); adafactor (Shazeer & Stern 2018): no first moment, lr relative to "
-        "the size of a weight, a factored second moment; muon: orthogonalised momentum for matrices, adamw for embeddings, "
-        "head and vectors (Jordan et al. 2024); cpu_adamw: DeepSpeed's, for offload.optimizer (compiled at the start: "
-        "needs g++ and ninja).",
+        "the size of a weight, a factored second moment; muon: orthogonalised momentum for matrices, adamw for "
+        "embeddings, head and vectors (Jordan et al. 2024); cpu_adamw: DeepSpeed's, for offload.optimizer (compiled "
+        "at the start: needs g++ and ninja).",
     )
     lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     beta1: Probability = Field(0.9, description="Decay of the first moment.")
