@@ -36,7 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def state_formula(stage: int, weights: int) -> float:
+def state_formula(stage: int, weights: float) -> float:
     """Rajbhandari et al. 2020, section 3: 2 bytes of a BF16 weight, 4 of its FP32 gradient, 12 of AdamW's master
     weight and moments; each divided by the ranks from the stage on that shards it (3, 2, 1)."""
     shares = [RANKS if stage >= sharded else 1 for sharded in (3, 2, 1)]
@@ -123,7 +123,7 @@ def activation_bytes(model: ModelConfig, mode: str) -> float:
     for blocks in (2, 4):
         shape = model.model_copy(update={"num_layers": blocks})
         decoder = build_model(shape, 0)
-        apply_recompute(decoder, TrainConfig(activation_checkpointing=mode, **MODES[mode]))
+        apply_recompute(decoder, TrainConfig.model_validate({"activation_checkpointing": mode, **MODES[mode]}))
         tokens = torch.randint(0, model.vocab_size, (BATCH, SEQ_LEN))
         with Kept(decoder) as storages:
             loss = decoder(tokens, tokens)
