@@ -165,12 +165,18 @@ REFUSALS = (
         "compile", "true", "pp_schedule", _SPLIT,
         "the backward pass of a compiled block gives the gradients of inputs and weights at once",
     ),
-    _refuse("optimizer", "muon", "zero_stage", "3", "ZeRO-3 updates pieces of matrices, not whole ones"),
+    _refuse("optimizer", "adafactor muon", "zero_stage", "3", "ZeRO-3 updates pieces of matrices, not whole ones"),
     _refuse(
         "optimizer", "cpu_adamw", "offload_optimizer", "none",
         "it updates weights in host memory, and they are kept elsewhere",
     ),
-    _refuse("offload_optimizer", "cpu nvme", "optimizer", "muon", "muon gathers matrices between GPUs"),
+    _refuse(
+        "optimizer", "adafactor", "num_experts", "number",
+        "it scales a step by the size of the whole weight, and experts stand in one array that is spread over ranks",
+    ),
+    _refuse(
+        "offload_optimizer", "cpu nvme", "optimizer", "adafactor muon", "it puts matrices together between GPUs",
+    ),
     _refuse("offload_optimizer", "cpu nvme", "zero_stage", "0", "only a sharded state is moved"),
     _refuse("offload_optimizer", "nvme", "zero_stage", "1 2", "DeepSpeed writes only ZeRO-3's state to a disk"),
     _refuse(
