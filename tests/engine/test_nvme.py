@@ -1,0 +1,55 @@
+"""Master weights and moments on a disk: the numbers of one process."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layouts import ONE_PROCESS, Layout, Trained, build_engine, run_config, train_steps, worst_state_error
+from tests.parallel.test_layouts import LOSS, NORM
+from tests.pool import Pool
+
+# DeepSpeed swaps no piece below 1 MiB
+MODEL = {"num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 2048}
+
+
+def missing_tool() -> str | None:
+    """What DeepSpeed lacks to compile its reader of disks."""
+    from megatrain.engine.start import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not all(map(shutil.which, ("g++", "ninja"))):
+        return "g++ or ninja"
+    return None if AsyncIOBuilder().is_compatible() else "libaio"
+
+
+def train_on(layout: Layout, disk: Path | None, offload: dict[str, str]) -> tuple[Trained, int]:
+    """Three steps, and the bytes that lie on the disk then."""
+    sections: dict[str, Any] = {"model": MODEL, "offload": offload}
+    engine = build_engine(run_config("llama", layout, **sections))
+    try:
+        trained = train_steps(engine, 1, 3)
+        return trained, sum(file.stat().st_size for file in disk.rglob("*") if file.is_file()) if disk else 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the operator is compiled once
+def test_a_disk_changes_no_number(pool: Pool, tmp_path: Path) -> None:
+    missing = pool.run(missing_tool, 1)[0]
+    if missing is not None:
+        pytest.skip(f"DeepSpeed cannot compile its async_io operator: no {missing}")
+    reference, _ = pool.run(train_on, 1, ONE_PROCESS, None, {})[0]
+    offload = {"optimizer": "nvme", "nvme_path": str(tmp_path)}
+    ranks = pool.run(train_on, 2, Layout(dp=2, zero_stage=3), tmp_path, offload)
+    for trained, _ in ranks:
+        assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
+        assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
+    error, where = worst_state_error([trained for trained, _ in ranks], reference)
+    assert error < 5e-3, f"{where} differs by {error:.1e}"  # AdamW, as in test_optimizers
+    weights = sum(part.size for (kind, _), (part, _) in reference.state.items() if kind == "weight")
+    assert ranks[0][1] > 0.9 * 3 * 4 * weights, "master weights and both moments lie on the disk"
