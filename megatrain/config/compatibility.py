@@ -186,4 +186,5 @@ REFUSALS = (
     _refuse(
         "offload_parameters", "cpu nvme", "zero_stage", "0 1 2", "only ZeRO-3 fetches weights when they are used",
     ),
+    _refuse("offload_parameters", "nvme", "dtype", "fp32", "DeepSpeed keeps weights that lie on a disk in 16 bits"),
 )  # fmt: skip

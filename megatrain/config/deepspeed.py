@@ -3,7 +3,11 @@
 import math
 from typing import Any
 
+from megatrain.config.derive import num_parameters
 from megatrain.config.schema import OffloadConfig, RunConfig
+
+DEEPSPEED_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once unless it is told otherwise."""
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -28,6 +32,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": {
             "stage": zero_stage,
             "overlap_comm": False,
+            # DeepSpeed allocates a whole bucket; more than all gradients are would be waste
+            "reduce_bucket_size": min(DEEPSPEED_BUCKET, num_parameters(config.model)),
             "use_multi_rank_bucket_allreduce": False,  # each partition to its rank: half the bytes of an all-reduce
             # in one buffer: else ZeRO 1 all-reduces, and sums experts as if all ranks held the same
             "contiguous_gradients": parallel.zero_stage > 0 or parallel.ep > 1,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import set_aside
 from megatrain.config.derive import num_tokens
@@ -15,7 +16,7 @@ from megatrain.data.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
 from megatrain.train.build import build_engine
 from megatrain.train.loop import Trainer
-from megatrain.train.run_folder import RunFolder
+from megatrain.train.run_folder import RunFolder, RunFolderError
 
 
 def run(config: RunConfig) -> bool:
@@ -42,17 +43,27 @@ def run(config: RunConfig) -> bool:
 
 @contextlib.contextmanager
 def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
-    """The run folder, ready and this run's alone. Rank 0 acts; a problem ends it, and with it the other ranks."""
-    run, first = RunFolder.of(config), dist.get_rank() == 0
+    """The run folder, ready and this run's alone. Rank 0 acts; a problem that it meets is raised on every rank."""
+    run = RunFolder.of(config)
     lock = FolderLock(run.checkpoints)
+    problem: list[Exception | None] = [None]
     try:
-        if first:
-            if (dead := lock.take()) is not None:
-                print(f"took {run.checkpoints} over from {dead}, which runs no more", flush=True)
-            if config.checkpoint.resume == "restart" and (place := set_aside(run.checkpoints)) is not None:
-                print(f"set the checkpoints of {run.checkpoints} aside in {place}", flush=True)
-            run.prepare(config)
-        dist.barrier()
+        if dist.get_rank() == 0:
+            try:
+                _claim(run, lock, config)
+            except (CheckpointError, RunFolderError) as error:
+                problem = [error]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise problem[0]
         yield lock
     finally:
         lock.release()
+
+
+def _claim(run: RunFolder, lock: FolderLock, config: RunConfig) -> None:
+    if (dead := lock.take()) is not None:
+        print(f"took {run.checkpoints} over from {dead}, which runs no more", flush=True)
+    if config.checkpoint.resume == "restart" and (place := set_aside(run.checkpoints)) is not None:
+        print(f"set the checkpoints of {run.checkpoints} aside in {place}", flush=True)
+    run.prepare(config)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
 from megatrain.config.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
+from megatrain.config.derive import num_parameters
 from megatrain.config.problems import Problem
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ParallelConfig, RunConfig
 
 GOOD: dict[type, Any] = {bool: True, int: 1000, str: "flops.txt", list: ["all_reduce"]}
 
@@ -80,3 +82,13 @@ def test_bounds() -> None:
     assert problems_of("flops_profiler.profile_step", -1)
     assert problems_of("zero_optimization.reduce_bucket_size", 0)
     assert problems_of("comms_logger.prof_ops", [1])
+
+
+def test_a_bucket_holds_no_more_than_all_gradients() -> None:
+    config = RunConfig(parallel=ParallelConfig(dp=1), deepspeed={})
+    bucket = deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"]
+    assert bucket == num_parameters(config.model) < DEEPSPEED_BUCKET
+    large = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 10_000})})
+    assert deepspeed_config(large)["zero_optimization"]["reduce_bucket_size"] == DEEPSPEED_BUCKET
+    own = RunConfig(parallel=ParallelConfig(dp=1), deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
+    assert deepspeed_config(own)["zero_optimization"]["reduce_bucket_size"] == 1000

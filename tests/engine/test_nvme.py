@@ -1,8 +1,7 @@
-"""Master weights and moments on a disk: the numbers of one process."""
+"""Weights, master weights and moments on a disk: the same numbers."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,10 +25,9 @@ def missing_tool() -> str | None:
     return None if AsyncIOBuilder().is_compatible() else "libaio"
 
 
-def train_on(layout: Layout, disk: Path | None, offload: dict[str, str]) -> tuple[Trained, int]:
+def train_on(layout: Layout, disk: Path | None, **sections: dict[str, str]) -> tuple[Trained, int]:
     """Three steps, and the bytes that lie on the disk then."""
-    sections: dict[str, Any] = {"model": MODEL, "offload": offload}
-    engine = build_engine(run_config("llama", layout, **sections))
+    engine = build_engine(run_config("llama", layout, model=MODEL, **sections))
     try:
         trained = train_steps(engine, 1, 3)
         return trained, sum(file.stat().st_size for file in disk.rglob("*") if file.is_file()) if disk else 0
@@ -37,15 +35,20 @@ def train_on(layout: Layout, disk: Path | None, offload: dict[str, str]) -> tupl
         engine.close()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # the operator is compiled once
-def test_a_disk_changes_no_number(pool: Pool, tmp_path: Path) -> None:
+@pytest.fixture
+def disk(pool: Pool, tmp_path: Path) -> Path:
     missing = pool.run(missing_tool, 1)[0]
     if missing is not None:
         pytest.skip(f"DeepSpeed cannot compile its async_io operator: no {missing}")
-    reference, _ = pool.run(train_on, 1, ONE_PROCESS, None, {})[0]
-    offload = {"optimizer": "nvme", "nvme_path": str(tmp_path)}
-    ranks = pool.run(train_on, 2, Layout(dp=2, zero_stage=3), tmp_path, offload)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the operator is compiled once
+def test_optimizer_state_on_a_disk_changes_no_number(pool: Pool, disk: Path) -> None:
+    reference, _ = pool.run(train_on, 1, ONE_PROCESS, None)[0]
+    offload = {"optimizer": "nvme", "nvme_path": str(disk)}
+    ranks = pool.run(train_on, 2, Layout(dp=2, zero_stage=3), disk, offload=offload)
     for trained, _ in ranks:
         assert trained.losses == pytest.approx(reference.losses, rel=LOSS)
         assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=NORM)
@@ -53,3 +56,15 @@ def test_a_disk_changes_no_number(pool: Pool, tmp_path: Path) -> None:
     assert error < 5e-3, f"{where} differs by {error:.1e}"  # AdamW, as in test_optimizers
     weights = sum(part.size for (kind, _), (part, _) in reference.state.items() if kind == "weight")
     assert ranks[0][1] > 0.9 * 3 * 4 * weights, "master weights and both moments lie on the disk"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_on_a_disk_change_no_bit(pool: Pool, disk: Path, dtype: str) -> None:
+    layout, precision = Layout(dp=2, zero_stage=3), {"dtype": dtype}
+    reference, _ = pool.run(train_on, 2, layout, None, precision=precision)[0]
+    offload = {"parameters": "nvme", "nvme_path": str(disk)}
+    trained, bytes_on_disk = pool.run(train_on, 2, layout, disk, precision=precision, offload=offload)[0]
+    assert (trained.losses, trained.grad_norms) == (reference.losses, reference.grad_norms)
+    assert bytes_on_disk > 0

@@ -14,9 +14,6 @@ __all__ = ["arguments"]  # a fixture
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="rank 0 is refused alone; rank 1 loses its connection and ends the job with code 1", strict=True
-)
 @pytest.mark.timeout(600)
 def test_the_second_job_is_refused(tmp_path: Path, arguments: list[str]) -> None:
     endless = ["launch/pretrain.py", *arguments, "--train.steps", "100000", "--schedule.name", "constant"]
