@@ -77,6 +77,12 @@ def test_what_is_sound_passes(overrides: str, world_size: int | None) -> None:
     assert problems_of(overrides, world_size) == []
 
 
+def test_a_capacity_of_nothing_is_refused() -> None:
+    (problem,) = problems_of("model.num_experts=4 model.expert_capacity=0")
+    assert (problem.key, problem.message) == ("model.expert_capacity", "is too small")
+    assert "above 0" in problem.allowed and "above 0, or null" in problem.cure
+
+
 def test_a_run_without_data_is_valid_but_not_ready() -> None:
     (problem,) = check_ready_to_train(RunConfig())
     assert problem.key == "data.train" and "tokenize_text.py" in problem.cure

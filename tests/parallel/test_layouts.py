@@ -118,20 +118,3 @@ def check_equal(
         assert trained.evaluation == pytest.approx(reference.evaluation, rel=LOSS)
     error, name = worst_state_error(ranks, reference)
     assert error < WEIGHT, f"{name} differs by {error:.1e}"
-
-
-@pytest.mark.parametrize(
-    ("layout", "mode"),
-    [
-        (Layout(tp=2, pp=2, sequence_parallel=True, schedule="interleaved_1f1b"), "full"),
-        pytest.param(Layout(dp=2, zero_stage=3), "full", marks=pytest.mark.slow),
-        (Layout(tp=2, dp=2, sequence_parallel=True, zero_stage=2), "budget"),
-        (Layout(pp=2, schedule="zbv"), "attention"),
-        pytest.param(Layout(tp=2, pp=2, schedule="dualpipev"), "attention", marks=pytest.mark.slow),
-        (Layout(tp=2, dp=2, zero_stage=2), "feed_forward"),
-        pytest.param(Layout(pp=2), "every_nth", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_recomputing_changes_nothing(pool: Pool, layout: Layout, mode: str) -> None:
-    check_equal(pool, "llama", layout, train={"activation_checkpointing": mode, "offload_activations": True})

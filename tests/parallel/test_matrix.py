@@ -1,0 +1,207 @@
+"""The parity matrix: cases that together hold every pair of features that go together, each against one process.
+
+The cases are computed from the table of compatibility (tests/covering.py). By default those run that together hold
+every feature; all others with ``-m slow``.
+"""
+
+import functools
+import tempfile
+import unittest.mock
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatrain.config.compatibility import AXES
+from megatrain.config.rules import check
+from tests.covering import (
+    COMPILED,
+    FEATURES,
+    MOST_RANKS,
+    Case,
+    allowed_pairs,
+    covering,
+    num_ranks,
+    raw,
+    sample,
+    sections,
+)
+from tests.layouts import (
+    SEQ_LEN,
+    Layout,
+    Trained,
+    build_engine,
+    global_batch,
+    run_config,
+    train_steps,
+    worst_state_error,
+)
+from tests.parallel.test_layouts import LOSS, NORM
+from tests.pool import Pool
+
+# Features that change the numbers: one process has them too. All others must not.
+NUMBERS = (
+    *("family", "dropout", "num_experts", "expert_capacity", "num_shared_experts", "num_dense_layers"),
+    *("expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "optimizer"),
+    *("dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
+)
+# With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
+# gradient near zero into a whole step. Lion's are signs, whatever the momentum: small ones.
+OPTIMIZERS: dict[str, dict[str, Any]] = {"lion": {"lr": 1e-3}, "": {"eps": 1e-2}}
+WEIGHT = {"adamw": 1e-5, "cpu_adamw": 1e-5, "muon": 1e-4, "lion": 2.5e-2}
+# (loss, norm) in 16 bits, as in tests/engine/test_precision.py
+BANDS = {"fp32": (LOSS, NORM), "bf16": (1e-3, 3e-2), "fp16": (5e-4, 1e-2)}
+STEPS = 3
+
+
+def layout_of(case: Case) -> Layout:
+    sizes = {name: raw(name, case[name]) for name in ("tp", "pp", "dp", "cp", "ep", "zero_stage")}
+    sequence_parallel = case["sequence_parallel"] == "true"
+    return Layout(
+        **sizes, sequence_parallel=sequence_parallel, schedule=case["pp_schedule"], cp_method=case["cp_method"]
+    )
+
+
+def config_of(case: Case, folder: str) -> Any:
+    """The resolved config of a case."""
+    values = sections(case)
+    values.pop("parallel")  # the layout says it
+    values["model"] |= {"experts_per_token": 2, "expert_hidden_size": 16}
+    values["optimizer"] |= OPTIMIZERS.get(case["optimizer"], OPTIMIZERS[""])
+    values["offload"] |= {"nvme_path": folder}
+    return run_config(case["family"], layout_of(case), **values)
+
+
+def alone(case: Case) -> Case:
+    """What changes the numbers, in one process."""
+    plain = {axis.name: axis.values[0] for axis in AXES.values()} | {"pp_schedule": "1f1b"}
+    same_numbers = {"cpu_adamw": "adamw"}
+    return plain | {name: same_numbers.get(case[name], case[name]) for name in NUMBERS}
+
+
+def batch_of(sequences: str, step: int, rank: int, num_ranks: int, documents: bool = False) -> SimpleNamespace:
+    """A rank's share of a step's batch, as ``data.sequences`` makes it."""
+    batch = global_batch(step, rank, num_ranks, documents=sequences in ("mask_documents", "pack_documents"))
+    places = torch.arange(SEQ_LEN)
+    if sequences == "pack_documents":  # the last token of a document has no label
+        ends = torch.nn.functional.pad(batch.positions[:, 1:] == 0, (0, 1), value=True)
+        batch.labels = batch.labels.masked_fill(ends, -100)
+    elif sequences == "one_document":  # then padding, which sees only itself
+        lengths = 5 + batch.sample_ids[:, None] % (SEQ_LEN - 4)
+        batch.labels = batch.labels.masked_fill(places >= lengths - 1, -100)
+        batch.positions = torch.where(places < lengths, places, places - lengths)
+    return batch
+
+
+@dataclass
+class Ran:
+    """What a rank saw. ``again``: the loss of the last step, done again from a checkpoint of the state before it."""
+
+    trained: Trained
+    again: float
+
+
+def run_case(case: Case, folder: str) -> Ran:
+    """The steps of a case; a checkpoint is written while the last of them runs. Runs on every rank."""
+    # traced and differentiated, but without C++ for each block, which takes half a minute
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    with unittest.mock.patch.object(torch, "compile", traced):
+        engine = build_engine(config_of(case, folder))
+        try:
+            return train_around_a_save(engine, functools.partial(batch_of, case["sequences"]), Path(folder))
+        finally:
+            engine.close()
+            torch._dynamo.reset()
+
+
+def train_around_a_save(engine: Any, batch: Any, folder: Path) -> Ran:
+    from megatrain.checkpoint.load import load_checkpoint
+    from megatrain.checkpoint.save import Saver
+
+    saver = Saver(engine, folder, "run", background=engine.config.checkpoint.background)
+    share = engine.mesh.coordinate("dp"), engine.mesh.topology.dp
+    before = [engine.train_step(batch(step, *share), step) for step in range(1, STEPS)]
+    saver.begin(STEPS - 1, {"data": {}}, {})
+    trained = train_steps(engine, STEPS, STEPS, batch_of=batch)
+    trained.losses[:0] = [float(result.loss) for result in before]
+    trained.grad_norms[:0] = [float(result.grad_norm) for result in before]
+    outcome = saver.finish()
+    assert outcome is not None and outcome.problem is None, outcome
+    load_checkpoint(engine, outcome.path, lambda data, step: None)
+    return Ran(trained, float(engine.train_step(batch(STEPS, *share), STEPS).loss))
+
+
+@functools.cache
+def one_process(pool: Pool, numbers: tuple[tuple[str, str], ...]) -> Trained:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
+        return pool.run(run_case, 1, dict(numbers), folder)[0].trained
+
+
+def memory() -> str | None:
+    """Where folders lie in memory, if there is such a place: the disk is not what is tested."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def cases() -> list:
+    """All that ``covering`` finds, by number and layout; the rest of a case stands in the failure."""
+    chosen = sample()
+    return [
+        pytest.param(case, id=f"{number}-{layout_of(case)}", marks=() if case in chosen else pytest.mark.slow)
+        for number, case in enumerate(covering())
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_features_together_equal_one_process(pool: Pool, memory_path: Path, case: Case) -> None:
+    if "nvme" in case.values() and not can_write_nvme():
+        pytest.skip("DeepSpeed cannot compile its operator for NVMe here: no libaio")
+    reference = one_process(pool, tuple(alone(case).items()))
+    ranks = pool.run(run_case, num_ranks(case), case, str(memory_path))
+    loss, norm = BANDS[case["dtype"]]
+    for ran in ranks:
+        trained = ran.trained
+        assert trained.losses == pytest.approx(reference.losses, rel=loss)
+        assert trained.grad_norms == pytest.approx(reference.grad_norms, rel=norm)
+        assert trained.evaluation == pytest.approx(reference.evaluation, rel=loss)
+        assert trained.skipped == [False]
+        assert ran.again == pytest.approx(trained.losses[-1], rel=1e-6), "the checkpoint is the state that was saved"
+    if case["dtype"] == "fp32":
+        check_state(case, [ran.trained for ran in ranks], reference)
+
+
+@functools.cache
+def can_write_nvme() -> bool:
+    from megatrain.engine.start import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible()
+
+
+def check_state(case: Case, ranks: list[Trained], reference: Trained) -> None:
+    """Weights and routing, where nothing is rounded to 16 bits."""
+    error, name = worst_state_error(ranks, reference)
+    assert error < WEIGHT[case["optimizer"]], f"{name} differs by {error:.1e}"
+    for trained in ranks:
+        assert trained.sequence_losses == pytest.approx(reference.sequence_losses, rel=LOSS)
+        for layer, values in reference.routing[0].items():
+            for name, value in values.items():
+                assert trained.routing[0][layer][name] == pytest.approx(value, rel=LOSS), f"{layer}: {name}"
+
+
+def test_the_cases_hold_every_allowed_pair() -> None:
+    held = {frozenset(pair) for case in covering() for pair in combinations(case.items(), 2)}
+    assert {frozenset(pair) for pair in allowed_pairs()} <= held
+    assert len(allowed_pairs()) > 2000
+    for case in covering():
+        assert check(config_of(case, "disk"), num_ranks(case)) == []
+        assert num_ranks(case) <= MOST_RANKS
+
+
+def test_the_default_cases_hold_every_feature() -> None:
+    assert {feature for case in sample() for feature in case.items()} == set(FEATURES) - COMPILED
