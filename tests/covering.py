@@ -114,11 +114,16 @@ COMPILED = {("optimizer", "cpu_adamw"), ("offload_optimizer", "nvme"), ("offload
 
 @functools.cache
 def sample() -> tuple[Case, ...]:
-    """Some of ``covering``, small ones first, that together hold every feature but ``COMPILED``."""
+    """Some of ``covering``, cheap ones first, that together hold every feature but ``COMPILED``."""
     missing, chosen = set(FEATURES) - COMPILED, []
     cases = [case for case in covering() if not COMPILED & set(case.items())]
     while missing:
-        best = max(cases, key=lambda case: len(missing & set(case.items())) - num_ranks(case) / 4)
+        best = max(cases, key=lambda case: len(missing & set(case.items())) / _cost(case))
         missing -= set(best.items())
         chosen.append(best)
     return tuple(chosen)
+
+
+def _cost(case: Case) -> float:
+    """Of a run, about: its ranks; each of them traces blocks that are compiled."""
+    return num_ranks(case) * (4 if case["compile"] == "true" else 1) + 1

@@ -9,7 +9,7 @@ import torch
 
 from megatrain.config.schema import RunConfig
 
-SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE = 16, 64, 16
+SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, LEARNING_RATE = 16, 64, 16, 1e-2
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
             "pp_schedule": layout.schedule,
         },
         "precision": {"dtype": "fp32"},
-        "optimizer": {"lr": 1e-2, "grad_clip": 0.5},
+        "optimizer": {"lr": LEARNING_RATE, "grad_clip": 0.5},
         "schedule": {"warmup_steps": 2, "decay_steps": 100},
         "train": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": micro_batch_size},
         "data": {"seq_len": SEQ_LEN},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatrain.config.stages import SCHEDULES
-from tests.layouts import ONE_PROCESS, VOCAB_SIZE, Layout, Trained, train, worst_state_error
+from tests.layouts import LEARNING_RATE, ONE_PROCESS, VOCAB_SIZE, Layout, Trained, train, worst_state_error
 from tests.pool import Pool
 
 # FP32: sums over ranks and micro-batches in another order than one process adds them; eps is 1.2e-7 and
@@ -56,8 +56,11 @@ def schedule_cases() -> list:
 
 
 @functools.cache
-def one_process(pool: Pool, family: str, num_layers: int = 3, documents: bool = False) -> Trained:
-    return pool.run(train, 1, family, ONE_PROCESS, model=options(family, num_layers), documents=documents)[0]
+def one_process(
+    pool: Pool, family: str, num_layers: int = 3, documents: bool = False, lr: float = LEARNING_RATE
+) -> Trained:
+    sections: dict[str, Any] = {"model": options(family, num_layers), "optimizer": {"lr": lr}}
+    return pool.run(train, 1, family, ONE_PROCESS, documents=documents, **sections)[0]
 
 
 def options(family: str, num_layers: int) -> dict[str, Any]:
@@ -78,8 +81,12 @@ def test_layout_equals_one_process(pool: Pool, family: str, layout: Layout) -> N
 
 @pytest.mark.parametrize(("family", "layout", "num_layers"), schedule_cases())
 def test_schedule_equals_one_process(pool: Pool, family: str, layout: Layout, num_layers: int) -> None:
-    train_options = {} if layout.pp * layout.dp <= 4 else {"train": {"micro_batch_size": 1}}
-    check_equal(pool, family, layout, num_layers, **train_options)
+    if layout.pp == 2:
+        check_equal(pool, family, layout, num_layers)
+    else:
+        # at the other learning rate, eight layers blow rounding up: one process differs from itself, with micro-batches
+        # of another size, by 2e-3 in the norm of the fifth step
+        check_equal(pool, family, layout, num_layers, lr=LEARNING_RATE / 5, train={"micro_batch_size": 1})
 
 
 DOCUMENT_LAYOUTS = [
@@ -104,12 +111,18 @@ def test_documents_one_by_one_in_any_layout_equal_the_dense_mask(pool: Pool, lay
 
 
 def check_equal(
-    pool: Pool, family: str, layout: Layout, num_layers: int | None = None, documents: bool = False, **sections: Any
+    pool: Pool,
+    family: str,
+    layout: Layout,
+    num_layers: int | None = None,
+    documents: bool = False,
+    lr: float = LEARNING_RATE,
+    **sections: Any,
 ) -> None:
     # no even split over the stages of two ranks
     num_layers = num_layers or (3 if layout.stages_per_rank == 1 else 5)
-    reference = one_process(pool, family, num_layers, documents)
-    sections = {"model": options(family, num_layers), **sections}
+    reference = one_process(pool, family, num_layers, documents, lr)
+    sections = {"model": options(family, num_layers), "optimizer": {"lr": lr}, **sections}
     ranks = pool.run(train, layout.world_size, family, layout, documents=documents, **sections)
     for trained in ranks:
         assert trained.losses == pytest.approx(reference.losses, rel=LOSS)

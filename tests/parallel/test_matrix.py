@@ -52,7 +52,7 @@ NUMBERS = (
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
 # gradient near zero into a whole step. Lion's are signs, whatever the momentum: small ones.
 OPTIMIZERS: dict[str, dict[str, Any]] = {"lion": {"lr": 1e-3}, "": {"eps": 1e-2}}
-WEIGHT = {"adamw": 1e-5, "cpu_adamw": 1e-5, "muon": 1e-4, "lion": 2.5e-2}
+WEIGHT = {"adamw": 1e-5, "cpu_adamw": 1e-5, "adafactor": 1e-4, "muon": 1e-4, "lion": 2.5e-2}
 # (loss, norm) in 16 bits, as in tests/engine/test_precision.py
 BANDS = {"fp32": (LOSS, NORM), "bf16": (1e-3, 3e-2), "fp16": (5e-4, 1e-2)}
 STEPS = 3
