@@ -58,7 +58,7 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
+        context.set_forkserver_preload(["megatrain.train.preload"])
         while len(self._workers) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

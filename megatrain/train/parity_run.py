@@ -38,7 +38,9 @@ def run_layout(config: RunConfig) -> list[RankCapture]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with multiprocessing.get_context("spawn").Pool(world_size) as pool:  # all wait for each other: one task each
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatrain.train.preload"])
+    with context.Pool(world_size) as pool:  # all wait for each other: one task each
         tasks = [(config, rank, world_size, port) for rank in range(world_size)]
         return pool.starmap(_run_rank, tasks, chunksize=1)
 

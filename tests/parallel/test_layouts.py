@@ -106,7 +106,7 @@ def test_documents_in_any_layout_equal_one_process(pool: Pool, family: str, layo
 
 @pytest.mark.parametrize("layout", [DOCUMENT_LAYOUTS[1], DOCUMENT_LAYOUTS[3]], ids=str)
 def test_documents_one_by_one_in_any_layout_equal_the_dense_mask(pool: Pool, layout: Layout) -> None:
-    model = {**options("llama", 5), "document_attention": "per_document"}
+    model = {**options("llama", 3), "document_attention": "per_document"}
     check_equal(pool, "llama", layout, documents=True, model=model)
 
 

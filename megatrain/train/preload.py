@@ -1,4 +1,4 @@
-"""What every worker of the pool needs: imported once, in the process that the workers are forked from."""
+"""What ranks that one program starts need: imported once, in the process that they are forked from."""
 
 import gc
 
@@ -12,5 +12,5 @@ import megatrain.parallel.pipeline  # noqa: E402
 import megatrain.train.build  # noqa: E402, F401
 from megatrain.parallel import tensor  # noqa: E402, F401
 
-gc.freeze()  # shared with the workers, unchanged
+gc.freeze()  # shared with the ranks, unchanged
 gc.enable()
