@@ -1,5 +1,6 @@
 """Weights, master weights and moments on a disk: the same numbers."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.pool import Pool
 MODEL = {"num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 2048}
 
 
+@functools.cache
 def missing_tool() -> str | None:
     """What DeepSpeed lacks to compile its reader of disks."""
     from megatrain.engine.start import import_deepspeed

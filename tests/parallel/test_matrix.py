@@ -30,6 +30,7 @@ from tests.covering import (
     sample,
     sections,
 )
+from tests.engine.test_nvme import missing_tool
 from tests.layouts import (
     SEQ_LEN,
     Layout,
@@ -157,8 +158,8 @@ def cases() -> list:
 
 @pytest.mark.parametrize("case", cases())
 def test_features_together_equal_one_process(pool: Pool, memory_path: Path, case: Case) -> None:
-    if "nvme" in case.values() and not can_write_nvme():
-        pytest.skip("DeepSpeed cannot compile its operator for NVMe here: no libaio")
+    if "nvme" in case.values() and (missing := missing_tool()):
+        pytest.skip(f"DeepSpeed cannot compile its async_io operator: no {missing}")
     reference = one_process(pool, tuple(alone(case).items()))
     ranks = pool.run(run_case, num_ranks(case), case, str(memory_path))
     loss, norm = BANDS[case["dtype"]]
@@ -171,16 +172,6 @@ def test_features_together_equal_one_process(pool: Pool, memory_path: Path, case
         assert ran.again == pytest.approx(trained.losses[-1], rel=1e-6), "the checkpoint is the state that was saved"
     if case["dtype"] == "fp32":
         check_state(case, [ran.trained for ran in ranks], reference)
-
-
-@functools.cache
-def can_write_nvme() -> bool:
-    from megatrain.engine.start import import_deepspeed
-
-    import_deepspeed()
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return AsyncIOBuilder().is_compatible()
 
 
 def check_state(case: Case, ranks: list[Trained], reference: Trained) -> None:
