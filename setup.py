@@ -28,6 +28,7 @@ setup(
         "mpi": ["mpi4py>=4"],
         "data": [
             "gigatoken>=0.10",
+            "orjson>=3.10",
             "sentencepiece>=0.2",
             "pyarrow>=18",
             "zstandard>=0.23",

@@ -4,7 +4,8 @@
 
 Without --input the text is the standard library's sources, as often as needed, and without --tokenizer one is trained.
 Each candidate runs in a process of its own. Counted are, from the end of its imports to the end of its writing, the
-time on the clock, the CPU time of it and its workers, and the highest resident memory of all of them together.
+time on the clock, the CPU time of it and its workers, and the highest memory of all of them together (PSS: a page that
+several of them share counts once).
 """
 
 import argparse
@@ -153,7 +154,7 @@ def _watch(stop: threading.Event, peaks: list[int]) -> None:
         total = 0
         for process in (me, *me.children(recursive=True)):
             try:
-                total += process.memory_info().rss
+                total += process.memory_full_info().pss
             except psutil.NoSuchProcess:
                 continue
         peaks[0] = max(peaks[0], total)
@@ -177,7 +178,6 @@ def run_apart(name: str, options: argparse.Namespace) -> Cost:
     """The cost of a candidate in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         job = Job(str(options.input), str(options.tokenizer), f"{folder}/out", options.workers)
-        # not by -m: workers that are spawned would import this module, and what it imports, too
         program = f"from benchmarks.data_write import *; run_here({name!r}, {job!r})"
         printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
         return Cost(*json.loads(printed.splitlines()[-1]))

@@ -23,8 +23,8 @@ from megatrain.data.shuffle import shuffle_documents
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.tokenizing import Output, TokenizeRun, note_path
 
-# less input than this is encoded faster than a worker starts
-_BYTES_PER_WORKER = {"tokenizers": 4 << 20, "gigatoken": 64 << 20}
+# with less input than this, a worker costs more time than it saves
+_BYTES_PER_WORKER = {"tokenizers": 1 << 20, "gigatoken": 32 << 20}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,11 @@ from megatrain.data.chunks import Chunk, Part, read_chunks
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import Source
 
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment]
+
 BadPolicy = Literal["fail", "skip", "replace"]
 EmptyPolicy = Literal["fail", "skip"]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -83,19 +88,22 @@ class RecordReader:
                     yield from self._document(line.removesuffix(b"\r"), origin)
 
     def _json(self, line: bytes, origin: str, field: str) -> Iterator[Document]:
-        decoded = self._decode(line, origin)
-        if decoded is None:
-            return
         try:
-            text = text_under(parse_json(decoded), field)
+            record = _parse_quickly(line)
+            if record is None:
+                decoded = self._decode(line, origin)
+                if decoded is None:
+                    return
+                record = parse_json(decoded)
+            text = text_under(record, field)
         except BadRecord as error:
             self._leave_out(origin, str(error))
             return
         # JSON can spell half a surrogate pair ("\ud800"), which is no text in any encoding.
-        yield from self._document(text.encode("utf-8", "surrogatepass"), origin)
+        yield from self._document(text if text.isascii() else text.encode("utf-8", "surrogatepass"), origin)
 
-    def _document(self, content: bytes, origin: str) -> Iterator[Document]:
-        if text := self._decode(content, origin):
+    def _document(self, content: bytes | str, origin: str) -> Iterator[Document]:
+        if text := content if isinstance(content, str) else self._decode(content, origin):
             yield Document(text, origin)
         elif text is not None:
             self._leave_out_empty(origin)
@@ -120,6 +128,14 @@ class RecordReader:
         if self.empty == "fail":
             raise DataError(f"{origin}: an empty document. --empty skip leaves such records out")
         self.problems.append(f"{origin}: empty, left out")
+
+
+def _parse_quickly(line: bytes) -> Any:
+    """The value of one JSON line by orjson; None where that is not installed, or finds a fault: ``json`` names it."""
+    try:
+        return orjson and orjson.loads(line)
+    except ValueError:
+        return None
 
 
 def parse_json(line: str | bytes) -> Any:

@@ -24,7 +24,7 @@ from megatrain.data.tokenizer_files import load_tokenizer
 
 Backend = Literal["auto", "tokenizers", "gigatoken"]
 _USUAL_EODS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-_CHECKED_FIRST = 1 << 18  # characters of the first documents that gigatoken is compared on
+_CHECKED_FIRST = 1 << 16  # characters of the first documents that gigatoken is compared on
 _CHECKED_LATER = 1 << 14  # and of one in sixteen of the later chunks
 _HELD_OUT_BYTES = 1 << 16
 # texts with a cut between two letters, at the space
@@ -243,17 +243,25 @@ def _split_literals(tokenizer: Any) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
 
 
+def _without_specials(tokenizer_json: str, eod: str) -> str:
+    """A tokenizer.json without its special tokens: one that gigatoken does not know is text to it.
+
+    Parses their list only; the vocabulary, most of the file, would take longer than gigatoken does to load it.
+    """
+    for key in re.finditer(r'"added_tokens"\s*:\s*', tokenizer_json):
+        tokens, end = json.JSONDecoder().raw_decode(tokenizer_json, key.end())
+        if isinstance(tokens, list):  # not the number of a token of this name
+            kept = [token for token in tokens if not token.get("special") and token["content"] != eod]
+            return f"{tokenizer_json[: key.end()]}{json.dumps(kept)}{tokenizer_json[end:]}"
+    return tokenizer_json
+
+
 def _gigatoken(tokenizer_json: bytes, eod: str, backend: Backend) -> Any:
     """gigatoken's tokenizer; None where it is not installed or can't take this one, and need not."""
-    content = json.loads(tokenizer_json)
-    # a special token that it does not know is text to it
-    content["added_tokens"] = [
-        token for token in content.get("added_tokens") or [] if not token.get("special") and token["content"] != eod
-    ]
     try:
         from gigatoken.gigatoken_rs import load_hf_json
 
-        return load_hf_json(json.dumps(content))
+        return load_hf_json(_without_specials(tokenizer_json.decode(), eod))
     except Exception as error:  # not installed, or whatever its parser raises
         if backend == "auto":
             return None

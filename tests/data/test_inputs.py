@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data import chunks
+from megatrain.data import chunks, documents
 from megatrain.data.chunks import Position, read_chunks
 from megatrain.data.documents import RecordReader
 from megatrain.data.errors import DataError
@@ -199,6 +199,11 @@ def test_whatever_json_lines_hold_each_is_read_or_named(tmp_path_factory, lines,
     path.write_bytes(content)
     reader = RecordReader(bad="skip")
     found = [document.text for document in reader.read_all(find_sources([path]))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "orjson", None)
+        without = RecordReader(bad="skip")
+        assert [document.text for document in without.read_all(find_sources([path]))] == found
+        assert without.problems == reader.problems
     records = [line for line in bytes(content).removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     expected = [text_in(line) for line in records]
     assert found == [text for text in expected if text is not None]
