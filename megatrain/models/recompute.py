@@ -100,7 +100,8 @@ class _ProductRecorder(TorchDispatchMode):
             tensors = result if isinstance(result, tuple) else (result,)
             size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
             operations = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-            self._products.append((operations / size, size, (func, self._counts[func])))
+            if size:  # an expert may have no rows
+                self._products.append((operations / size, size, (func, self._counts[func])))
         self._counts[func] += 1
         return result
 
