@@ -111,6 +111,18 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
     assert recorder.worth_keeping(1.0) == set(sizes) and not recorder.worth_keeping(0.0)
 
 
+def test_a_budget_meets_experts_without_rows() -> None:
+    # a width for which experts are multiplied one by one
+    model = {"num_experts": 8, "experts_per_token": 1, "router_balance_loss": 0.0, "expert_hidden_size": 3}
+    train = {"activation_checkpointing": "budget", "activation_budget": 0.5}
+    config = run_config("llama", ONE_PROCESS, model=model, train=train)
+    net = build_model(config.model, config.train.seed)
+    apply_recompute(net, config.train)
+    tokens = global_batch(1).tokens[:1, :4]  # four rows for eight experts
+    net(tokens, tokens, dropout_keys(0, torch.zeros(1, dtype=torch.int64))).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
 def test_offloaded_tensors_go_to_the_host_and_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[Tensor] = []
     copy = torch.Tensor.copy_
