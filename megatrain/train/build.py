@@ -4,7 +4,7 @@ import torch
 
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
-from megatrain.config.stages import own_stages, stage_blocks
+from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
 from megatrain.models.compiled import compile_blocks
@@ -12,6 +12,9 @@ from megatrain.models.recompute import apply_recompute
 from megatrain.parallel.context import build_context
 from megatrain.parallel.layers import Layers
 from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
+
+_SPLITS_BACKWARD = "2.13"
+"""torch that is known to run the schedules which split the backward pass; 2.11 is known not to."""
 
 
 def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
@@ -29,9 +32,10 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
     """Groups, this rank's part of the model, and the engine. Collective over all ranks.
 
     Raises:
-        ConfigError: the device has no such kernel.
+        ConfigError: the device has no such kernel, or this torch no such schedule.
     """
     _require_kernel(config.model.document_attention, device)
+    _require_torch(config.parallel.pp_schedule)
     parallel = config.parallel
     mesh = build_mesh(topology_of(parallel), device)
     parts = build_stages(
@@ -56,3 +60,11 @@ def _require_kernel(document_attention: str, device: torch.device) -> None:
         cure = "set it to per_document or dense"
         problem = Problem("model.document_attention", document_attention, "trains on GPUs only", "dense", cure)
         raise ConfigError([problem])
+
+
+def _require_torch(schedule: str) -> None:
+    if SCHEDULES[schedule].splits_backward and torch.__version__ < _SPLITS_BACKWARD:
+        complaint = f"needs torch {_SPLITS_BACKWARD} or newer to split the backward pass; this is {torch.__version__}"
+        allowed = ", ".join(name for name, traits in SCHEDULES.items() if not traits.splits_backward)
+        cure = f"install torch {_SPLITS_BACKWARD}, or set one of these"
+        raise ConfigError([Problem("parallel.pp_schedule", schedule, complaint, allowed, cure)])
