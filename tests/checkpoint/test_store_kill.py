@@ -20,6 +20,7 @@ def test_data_without_a_commit_does_not_exist(tmp_path):
     writer.prepare()
     write_array(writer, "layers.0.weight", sample(4, 6), (2, 6))
     assert newest_checkpoint(tmp_path) == old
+    writer.close()  # a killed one writes no more
     again = CheckpointWriter(tmp_path, 3, "run")
     assert again.prepare() == [writer.partial]
     assert not writer.partial.exists()
