@@ -8,6 +8,7 @@ nothing, so what is lost is the schedule's own. Theory is the time of the same a
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import socket
@@ -26,7 +27,6 @@ from megatrain.config.stages import SCHEDULES, num_stages, own_stages
 from megatrain.plan.schedule import timeline
 
 UNIT = 0.02  # seconds of each F, I and W, unless --unit says otherwise
-REPEATS = 3
 
 
 class _Nap(torch.autograd.Function):
@@ -76,7 +76,7 @@ def bare_step(parallel: ParallelConfig, rank: int, stages: list[nn.Module], batc
     return lambda: schedule.step(*arguments, **target, return_outputs=False)
 
 
-def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool) -> float:
+def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool, repeats: int) -> float:
     """Seconds of a step, from a barrier to the end of the last rank; the median of some."""
     from megatrain.parallel.mesh import build_mesh, topology_of
     from megatrain.parallel.pipeline import Pipeline
@@ -93,9 +93,11 @@ def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool) -
     else:
         pipeline = Pipeline(stages, parallel, 1, mesh, lambda: None)
         step = partial(pipeline.forward_backward, StepInput(ones, ones.long(), ones[:, 0].long(), None))
-    step()
-    times = []
-    for _ in range(REPEATS):
+    unit, times = 1000 * UNIT, []
+    set_unit(0)
+    step()  # learns the shapes
+    set_unit(unit)
+    for _ in range(repeats):
         dist.barrier()
         start = time.perf_counter()
         step()
@@ -106,19 +108,25 @@ def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool) -
 
 
 def run_rank(
-    rank: int, pp: int, port: int, schedules: list[str], factors: list[int], bare: bool, unit: float
+    rank: int, pp: int, port: int, schedules: list[str], factors: list[int], bare: bool, unit: float, repeats: int
 ) -> dict[tuple[str, int], float]:
     """All measurements of one pipeline size, on one rank: seconds by (schedule, micro-batches)."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(pp), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     set_unit(unit)
+    wake_in_time()
     dist.init_process_group("gloo")
     wanted = [(schedule, factor * pp) for schedule in schedules for factor in factors]
     wanted = [(schedule, count) for schedule, count in wanted if schedule != "dualpipev" or count >= 2 * pp]
-    found = {key: step_seconds(layout(key[0], pp), key[1], bare) for key in wanted}
+    found = {key: step_seconds(layout(key[0], pp), key[1], bare, repeats) for key in wanted}
     dist.destroy_process_group()
     return found
+
+
+def wake_in_time() -> None:
+    """Lets this process's sleeps end when they should; Linux may add 50 us to each (prctl(2), PR_SET_TIMERSLACK)."""
+    ctypes.CDLL(None).prctl(29, ctypes.c_ulong(1))
 
 
 def set_unit(milliseconds: float) -> None:
@@ -138,6 +146,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="which schedules")
     parser.add_argument("--bare", action="store_true", help="torch's own stages and schedules, without ours")
     parser.add_argument("--unit", type=float, default=1000 * UNIT, help="milliseconds of each piece of work")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each case; the median counts")
     options = parser.parse_args()
     set_unit(options.unit)
     print(f"torch {torch.__version__}, {UNIT * 1000:g} ms a unit")
@@ -147,9 +156,8 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         with multiprocessing.get_context("spawn").Pool(pp) as pool:
-            tasks = [
-                (rank, pp, port, options.schedules, options.factors, options.bare, options.unit) for rank in range(pp)
-            ]
+            rest = (options.schedules, options.factors, options.bare, options.unit, options.repeats)
+            tasks = [(rank, pp, port, *rest) for rank in range(pp)]
             measured = pool.starmap(run_rank, tasks, chunksize=1)[0]
         for (schedule, count), seconds in measured.items():
             ideal = timeline(layout(schedule, pp), count)

@@ -14,16 +14,21 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 class WorkerFailure(AssertionError):
     """A worker raised; the text holds its traceback."""
 
 
 class Pool:
-    """``run(function, world_size, ...)`` calls ``function(...)`` on each rank of a gloo world."""
+    """``run(function, world_size, ...)`` calls ``function(...)`` on each rank of a gloo world.
 
-    def __init__(self, size: int, timeout: float = 180.0):
-        self.size, self.timeout = size, timeout
+    ``timeout`` in seconds; workers that hold more than ``memory`` bytes are replaced.
+    """
+
+    def __init__(self, size: int, timeout: float = 180.0, memory: int = 2**30):
+        self.size, self.timeout, self.memory = size, timeout, memory
         self._folder = tempfile.TemporaryDirectory(prefix="megatrain-pool-")
         self._calls = 0
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
@@ -36,7 +41,10 @@ class Pool:
         pipes = [pipe for _, pipe in self._workers[:world_size]]
         for rank, pipe in enumerate(pipes):
             pipe.send((function, rank, world_size, store, args, options))
-        return self._collect(pipes)
+        results = self._collect(pipes)
+        if any(psutil.Process(process.pid).memory_info().rss > self.memory for process, _ in self._workers):
+            self.close()  # what compilers and libraries keep of each engine adds up
+        return results
 
     def _collect(self, pipes: list[Connection]) -> list[Any]:
         results: dict[int, Any] = {}
@@ -49,11 +57,15 @@ class Pool:
                     f"no answer within {self.timeout} s from ranks {set(range(len(pipes))) - set(results)}"
                 )
             for pipe in ready:
-                ok, value = pipe.recv()  # type: ignore[union-attr]
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, f"rank {rank} of {len(pipes)} ended without an answer"
                 if not ok:
                     self.close()
                     raise WorkerFailure(value)
-                results[pipes.index(pipe)] = value  # type: ignore[arg-type]
+                results[rank] = value
         return [results[rank] for rank in range(len(pipes))]
 
     def _start(self) -> None:
@@ -114,5 +126,7 @@ def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..
             setattr(groups, name, {} if isinstance(value, dict) else None)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     torch.nn.functional.linear = linear  # an engine that was not closed leaves ZeRO-3's, on the ranks that it had
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if "megatrain.parallel.tensor" in sys.modules:
         sys.modules["megatrain.parallel.tensor"].forget_groups()

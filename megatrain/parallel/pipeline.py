@@ -82,13 +82,16 @@ class Pipeline:
         ]
         for stage in pipeline_stages:
             stage.collect_gradients = self._collect_gradients
-        schedule: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
-        return schedule(
-            pipeline_stages if issubclass(schedule, PipelineScheduleMulti) else pipeline_stages[0],
+        kind: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
+        schedule = kind(
+            pipeline_stages if issubclass(kind, PipelineScheduleMulti) else pipeline_stages[0],
             n_microbatches=num_micro_batches,
             loss_fn=self._scale,
             scale_grads=False,  # the loss is already divided by the global number of tokens
         )
+        if parallel.pp_schedule == "dualpipev":
+            _split_pairs(schedule)
+        return schedule
 
     def forward_backward(self, batch: StepInput) -> Tensor:
         """Leaves the gradients of the scaled losses of all micro-batches, summed, in ``.grad``.
@@ -122,3 +125,15 @@ class Pipeline:
         scaled = losses_B.sum() * self.loss_factor
         scaled.unscaled = losses_B.detach()  # type: ignore[attr-defined]
         return scaled
+
+
+def _split_pairs(schedule: Any) -> None:
+    """Lets each part of a pair of forward and backward be followed by its own message.
+
+    Torch runs a pair's parts in turn, but sends what the first one computed only after the second.
+    """
+    schedule.pipeline_order = {
+        rank: [part for action in order if action is not None for part in (action.sub_actions or (action,))]
+        for rank, order in schedule.pipeline_order.items()
+    }
+    schedule._prepare_schedule_with_comms(schedule.pipeline_order)
