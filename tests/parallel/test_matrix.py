@@ -72,7 +72,8 @@ def config_of(case: Case, folder: str) -> Any:
     values = sections(case)
     values.pop("parallel")  # the layout says it
     values["model"] |= {"experts_per_token": 2, "expert_hidden_size": 16}
-    if case["optimizer"] == "lion":  # the gradient of a key's bias is zero but for rounding, and Lion takes its sign
+    if case["optimizer"] in ("lion", "adafactor"):  # a key's bias has a gradient of zero but for rounding,
+        # of which Lion takes the sign, and Adafactor divides it by its own size
         values["model"]["attention_bias"] = False
     values["optimizer"] |= OPTIMIZERS.get(case["optimizer"], OPTIMIZERS[""])
     values["offload"] |= {"nvme_path": folder}
