@@ -1,13 +1,13 @@
 """Pipeline stages as arithmetic: which rank runs them, which blocks they hold, what a schedule asks for.
 
-A stage is as slow as its work: the head multiplies by the whole vocabulary, so its stage gets fewer blocks.
-Where blocks do not divide, this evens out the slowest stage and not the number of blocks.
+A stage is as slow as its work: the head multiplies by the whole vocabulary, so its stage gets fewer blocks, and a
+block with experts is not as slow as a dense one. This evens out the slowest stage and not the number of blocks.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from megatrain.config.derive import block_parameters
+from megatrain.config.derive import block_parameters, head_width
 from megatrain.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 
@@ -63,29 +63,40 @@ def own_stages(parallel: ParallelConfig, pp_rank: int) -> list[int]:
 
 def stage_blocks(config: RunConfig) -> list[range]:
     """Blocks of each stage: as ``parallel.stage_layers`` says, or so that the slowest stage is as fast as can be."""
-    sizes = config.parallel.stage_layers or _balanced(config.model, config.data.seq_len, num_stages(config.parallel))
+    costs = stage_costs(config.model, config.data.seq_len)
+    sizes = config.parallel.stage_layers or _balanced(costs, num_stages(config.parallel))
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
-def block_costs(model: ModelConfig, seq_len: int) -> tuple[float, float, float]:
-    """Forward operations per token of the embedding, one block, and the head with its loss.
+def stage_costs(model: ModelConfig, seq_len: int) -> list[float]:
+    """Forward operations per token of each block; the first also embeds, the last has the head and its loss.
 
-    A block's attention counts half its products: it is causal. The embedding multiplies nothing, but copies a
-    row and, backward, adds one: counted as two operations an element.
+    A block's attention counts half its products: it is causal. Of experts those that a token visits count. The
+    embedding multiplies nothing, but copies a row and, backward, adds one: counted as two operations an element.
     """
-    last = model.num_layers - 1
-    block = 2 * block_parameters(model, last, active=True) + 2 * model.hidden_size * seq_len
-    return 4.0 * model.hidden_size, float(block), 2.0 * model.vocab_size * model.hidden_size
+    attention = 2.0 * model.num_heads * head_width(model) * seq_len
+    costs = [2.0 * block_parameters(model, layer, active=True) + attention for layer in range(model.num_layers)]
+    costs[0] += 4.0 * model.hidden_size
+    costs[-1] += 2.0 * model.vocab_size * model.hidden_size
+    return costs
 
 
-def _balanced(model: ModelConfig, seq_len: int, stages: int) -> list[int]:
-    """Blocks go one by one to the stage that is the least slow with it; each stage has one at least."""
-    embedding, block, head = block_costs(model, seq_len)
-    sizes, costs = [1] * stages, [block] * stages
-    costs[0] += embedding
-    costs[-1] += head
-    for _ in range(model.num_layers - stages):
-        least = min(range(stages), key=costs.__getitem__)
-        sizes[least] += 1
-        costs[least] += block
-    return sizes
+def _balanced(costs: list[float], stages: int) -> list[int]:
+    """Blocks of each stage, one at least: with the least slowest stage, of those plans the most even one.
+
+    Plans of the first stages are kept by the number of their blocks, the best of each.
+    """
+    sums = [0.0, *accumulate(costs)]
+    most = sums[-1] / stages + max(costs)  # taking blocks until a stage reaches its share exceeds it by one at most
+    plans: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    for _ in range(stages):
+        longer: dict[int, tuple[float, float, list[int]]] = {}
+        for start, (slowest, squares, sizes) in plans.items():
+            for end in range(start + 1, len(costs) + 1):
+                cost = sums[end] - sums[start]
+                if cost > most:
+                    break
+                plan = (max(slowest, cost), squares + cost * cost, [*sizes, end - start])
+                longer[end] = min(longer.get(end, plan), plan)
+        plans = longer
+    return plans[len(costs)][2]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatrain.config.schema import ParallelConfig, RunConfig
-from megatrain.config.stages import SCHEDULES, block_costs, own_stages, stage_blocks
+from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks, stage_costs
 
 
 def config(**sections: dict[str, Any]) -> RunConfig:
@@ -26,22 +26,35 @@ def test_stages_go_round_or_down_and_up() -> None:
         assert [own_stages(bent, rank) for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
 
 
-@pytest.mark.parametrize(("num_layers", "pp", "expected"), [(8, 4, [2, 3, 2, 1]), (3, 3, [1, 1, 1]), (5, 1, [5])])
+@pytest.mark.parametrize(("num_layers", "pp", "expected"), [(8, 4, [2, 2, 3, 1]), (3, 3, [1, 1, 1]), (5, 1, [5])])
 def test_the_head_takes_the_place_of_blocks(num_layers: int, pp: int, expected: list[int]) -> None:
     """The default model's head costs more than two of its blocks, the embedding nearly nothing."""
     assert sizes(num_layers, pp) == expected
 
 
-def test_no_other_split_has_a_faster_slowest_stage() -> None:
-    run = config(model={"num_layers": 9, "vocab_size": 3000}, parallel={"pp": 3})
-    embedding, block, head = block_costs(run.model, run.data.seq_len)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"vocab_size": 3000},
+        {"num_experts": 8, "experts_per_token": 4, "expert_interval": 3, "vocab_size": 64},
+        {"num_experts": 8, "num_dense_layers": 5, "ffn_hidden_size": 4096, "expert_hidden_size": 64},
+    ],
+)
+def test_no_other_split_has_a_faster_slowest_stage(model: dict[str, Any]) -> None:
+    run = config(model={"num_layers": 9, "vocab_size": 3000, **model}, parallel={"pp": 3})
+    costs = stage_costs(run.model, run.data.seq_len)
 
-    def slowest(first: int, second: int, third: int) -> float:
-        return max(embedding + first * block, second * block, third * block + head)
+    def slowest(a: int, b: int) -> float:
+        return max(sum(costs[:a]), sum(costs[a:b]), sum(costs[b:]))
 
-    splits = [(a, b, 9 - a - b) for a in range(1, 8) for b in range(1, 9 - a)]
-    first, second, third = (len(stage) for stage in stage_blocks(run))
-    assert slowest(first, second, third) == min(slowest(*split) for split in splits)
+    first, second, _ = stage_blocks(run)
+    assert slowest(first.stop, second.stop) == min(slowest(a, b) for b in range(2, 9) for a in range(1, b))
+
+
+def test_a_deep_model_of_unequal_blocks_is_split_evenly() -> None:
+    model = {"num_layers": 128, "num_experts": 8, "expert_interval": 2, "vocab_size": 64}
+    run = config(model=model, parallel={"pp": 32})
+    assert {len(stage) for stage in stage_blocks(run)[1:-1]} == {4}
 
 
 def test_a_list_is_taken_as_it_is() -> None:
