@@ -1,13 +1,14 @@
 """Cases made of the table of compatibility: few, and together they hold every pair of features that go together.
 
 A greedy covering array (Cohen et al. 1997): each case begins with a pair that no case has yet, and then takes axis
-by axis the value that brings the most new pairs. Nothing is random.
+by axis the value that brings the most new pairs. Nothing is random. A case holds a pair only where both fields do
+something: a way of scoring experts is not tried by a dense model.
 """
 
 import functools
 import math
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from megatrain.config.combine import values_left
@@ -19,10 +20,16 @@ Case = dict[str, str]
 FEATURES: list[Feature] = [(axis.name, value) for axis in AXES.values() for value in axis.values]
 # what stands for a class of values in a config
 SAMPLES: dict[str, Any] = {
-    "dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1, "num_dense_layers": 1,
+    "dropout": 0.1, "attention_dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1, "num_dense_layers": 1,
     "expert_interval": 2, "router_groups": 2, "router_balance_rate": 0.01, "tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 2,
 }  # fmt: skip
 MOST_RANKS = 8
+RAMPS: dict[str, list[dict[str, int]]] = {"one_length": [], "shorter_first": [{"until_step": 1, "seq_len": 8}]}
+GPU_ONLY = {
+    ("document_attention", "flex"): "FlexAttention gives no gradients on CPUs",
+    ("document_attention", "varlen"): "FlashAttention runs on GPUs only",
+}
+"""Features that are left out of the cases, and why: tests/models/test_document_attention.py has what can be had."""
 _SIZES = ("tp", "cp", "pp", "dp")
 
 
@@ -30,6 +37,8 @@ def raw(axis: str, value: str) -> Any:
     """A config's value for a feature."""
     if value == AXES[axis].values[-1] and AXES[axis].is_open:
         return SAMPLES[axis]
+    if axis == "ramp":
+        return RAMPS[value]
     return {"null": None, "true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
 
 
@@ -60,10 +69,43 @@ def allowed_pairs() -> tuple[tuple[Feature, Feature], ...]:
     return tuple(pair for pair in pairs() if is_allowed(*pair))
 
 
+def is_used(feature: Feature, case: Case) -> bool:
+    """Whether a feature of a case does anything there."""
+    needs = AXES[feature[0]].used_with
+    return needs is None or case[needs[0]] in needs[1]
+
+
+def used(case: Case) -> set[Feature]:
+    return {feature for feature in case.items() if is_used(feature, case)}
+
+
+def in_use(features: Case) -> Iterator[Case]:
+    """``features`` with every choice of others that they need to do anything."""
+    needs = [needs for name in features if (needs := AXES[name].used_with)]
+    own = [(name, [features[name]] if name in features else values) for name, values in needs]
+    for choice in product(*(values for _, values in own)):
+        yield features | dict(zip((name for name, _ in own), choice, strict=True))
+
+
+@functools.cache
+def pairs_in_use() -> dict[tuple[Feature, Feature], list[Case]]:
+    """The allowed pairs that a CPU can try, and the features that a case needs for each."""
+    found = {}
+    for one, two in allowed_pairs():
+        whole = [case for case in in_use(dict((one, two))) if left_to(case) is not None and {one, two} <= used(case)]
+        if whole and not GPU_ONLY.keys() & {one, two}:
+            found[one, two] = whole
+    return found
+
+
 def left_to(chosen: Case) -> dict[str, tuple[str, ...]] | None:
     """The values that a case still may have on its other axes; None where it can't be completed."""
     left = values_left(chosen)
-    values = {axis: own for axis, own in left.values.items() if axis not in chosen}
+    values = {
+        axis: tuple(value for value in own if (axis, value) not in GPU_ONLY)
+        for axis, own in left.values.items()
+        if axis not in chosen
+    }
     full = [name for name in _SIZES if chosen.get(name) == ">1"]
     if len(full) == 3:  # two ranks each: all that there are
         values = {axis: ("1",) if axis in _SIZES else own for axis, own in values.items()}
@@ -77,34 +119,40 @@ def left_to(chosen: Case) -> dict[str, tuple[str, ...]] | None:
 
 @functools.cache
 def covering() -> tuple[Case, ...]:
-    """Complete cases that together hold every allowed pair."""
-    missing = {frozenset(pair): pair for pair in allowed_pairs()}
+    """Complete cases that together hold every pair in use."""
+    missing = {frozenset(pair): starts for pair, starts in pairs_in_use().items()}
     cases: list[Case] = []
     while missing:
-        one, two = next(iter(missing.values()))
-        case = _completed(one, two, missing, len(cases))
-        for pair in combinations(case.items(), 2):
-            missing.pop(frozenset(pair), None)
+        starts = next(iter(missing.values()))
+        case = _completed(starts[len(cases) % len(starts)], missing, len(cases))
+        for pair in held(case):
+            missing.pop(pair, None)
         cases.append(case)
     return tuple(cases)
 
 
-def _completed(one: Feature, two: Feature, missing: dict, turn: int) -> Case:
-    """A case with both features and as many missing pairs as a greedy search finds; ties go to each value in turn."""
-    chosen = dict((one, two))
+def held(case: Case) -> Iterator[frozenset[Feature]]:
+    """The pairs of features that a case tries."""
+    yield from map(frozenset, combinations(sorted(used(case)), 2))
+
+
+def _completed(start: Case, missing: dict, turn: int) -> Case:
+    """A case with these features and as many missing pairs as a greedy search finds; ties go to each value in turn."""
+    chosen = dict(start)
     while left := left_to(chosen):
         # the axis with the fewest values left first: others must not take its last one
         axis = min(left, key=lambda name: (len(left[name]), -len(AXES[name].values)))
         values = left[axis]
         found = []
+        shift = 0 if axis in _SIZES else turn  # few ranks are cheap
         for number in range(len(values)):
-            feature = (axis, values[(number + turn) % len(values)])
+            feature = (axis, values[(number + shift) % len(values)])
             if left_to({**chosen, axis: feature[1]}) is not None:
                 news = sum(frozenset({feature, other}) in missing for other in chosen.items())
                 found.append((news, -number, feature))
         assert found, f"{chosen} leaves no value to {axis}"
         chosen |= [max(found)[2]]
-    assert left is not None, f"{one} and {two} are said to go together"
+    assert left is not None, f"{start} is said to go together"
     return {name: chosen[name] for name in AXES}
 
 
@@ -112,18 +160,21 @@ COMPILED = {("optimizer", "cpu_adamw"), ("offload_optimizer", "nvme"), ("offload
 """Features for which DeepSpeed first compiles C++, which takes minutes."""
 
 
+IN_SAMPLE = set(FEATURES) - COMPILED - GPU_ONLY.keys()
+
+
 @functools.cache
 def sample() -> tuple[Case, ...]:
-    """Some of ``covering``, cheap ones first, that together hold every feature but ``COMPILED``."""
-    missing, chosen = set(FEATURES) - COMPILED, []
+    """Some of ``covering``, cheap ones first, that together use every feature of ``IN_SAMPLE``."""
+    missing, chosen = set(IN_SAMPLE), []
     cases = [case for case in covering() if not COMPILED & set(case.items())]
     while missing:
-        best = max(cases, key=lambda case: len(missing & set(case.items())) / _cost(case))
-        missing -= set(best.items())
+        best = max(cases, key=lambda case: len(missing & used(case)) / _cost(case))
+        missing -= used(best)
         chosen.append(best)
     return tuple(chosen)
 
 
 def _cost(case: Case) -> float:
-    """Of a run, about: its ranks; each of them traces blocks that are compiled."""
-    return num_ranks(case) * (4 if case["compile"] == "true" else 1) + 1
+    """Of a run, about: its ranks, each of which traces blocks that are compiled; and one process before it."""
+    return num_ranks(case) * (4 if case["compile"] == "true" else 1) + 5

@@ -35,14 +35,22 @@ def problem_of(refusal: Refusal, config: RunConfig, world_size: int | None = Non
     raw, other_raw = value_at(config, axis.key), value_at(config, other.key)
     if axis.value_of(raw) not in refusal.values or other.value_of(other_raw) not in refusal.other_values:
         return
+    if not (_is_used(axis, config) and _is_used(other, config)):
+        return
     yield Problem(
         axis.key,
-        raw,
-        f"cannot be used with {other.key} = {one_line(other_raw)}: {refusal.reason}",
+        _plain(raw),
+        f"cannot be used with {other.key} = {one_line(_plain(other_raw))}: {refusal.reason}",
         f"{_any_of(_fitting(axis, other, other.value_of(other_raw)))} where {other.key} is "
         f"{_as_is(other.value_of(other_raw))}",
         _cure(refusal, axis.value_of(raw), other.value_of(other_raw)),
     )
+
+
+def keys_of(refusal: Refusal) -> tuple[str, ...]:
+    """The dotted keys that ``problem_of`` reads."""
+    axes = refusal.axis, refusal.other
+    return (*(axis.key for axis in axes), *(AXES[axis.used_with[0]].key for axis in axes if axis.used_with))
 
 
 def refusals_of(features: Features) -> list[str]:
@@ -132,6 +140,19 @@ def read_features(text: str) -> dict[str, str]:
 def shown(name: str, value: str) -> str:
     """A feature in words: ``zero_stage = 2``, ``pp > 1``."""
     return f"{name} {value[0]} {value[1:]}" if value.startswith(">") else f"{name} = {value}"
+
+
+def _is_used(axis: Axis, config: RunConfig) -> bool:
+    """Whether the field does anything."""
+    if axis.used_with is None:
+        return True
+    needed = AXES[axis.used_with[0]]
+    return needed.value_of(value_at(config, needed.key)) in axis.used_with[1]
+
+
+def _plain(raw: object) -> object:
+    """As a file would say it."""
+    return [stage.model_dump(exclude_none=True) for stage in raw] if isinstance(raw, list) else raw
 
 
 def _value_in(axis: Axis, text: str) -> str | None:

@@ -1,7 +1,8 @@
 """Which features go together: one table, for validation, the page docs/compatibility.md, `plan.py --compat` and tests.
 
 An axis is a field of the config with its values, or with classes of them (`>1` stands for every larger number).
-Two values of two axes go together unless a refusal says why not; no refusal looks at more than two axes.
+Two values of two axes go together unless a refusal says why not; no refusal looks at more than two axes. A field that
+does nothing without another (``cp_method`` without context ranks) is refused nothing there.
 Rules that count (what divides what) stand in the ``rules_*`` modules.
 """
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import WHOLE_DOCUMENTS, RunConfig
 from megatrain.config.stages import SCHEDULES
 
 CLASSES = {
@@ -17,25 +18,33 @@ CLASSES = {
     ">0": ("more than 0", "more than 0"),
     "number": ("set", "a number"),
     "null": ("not set", "null"),
+    "one_length": ("of one sequence length", "stages without seq_len"),
+    "shorter_first": ("of shorter sequences", "stages with seq_len"),
 }
 """Values that stand for many: how a sentence says that a field has one, and that it should."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A field as a feature. ``name``: in questions; ``values``: all choices, or one value and the class of the rest."""
+    """A field as a feature. ``name``: in questions; ``values``: all choices, or one value and the class of the rest.
+
+    ``used_with``: another axis' name and its values, without which the field does nothing.
+    """
 
     name: str
     key: str
     values: tuple[str, ...]
+    used_with: tuple[str, tuple[str, ...]] | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether the last value stands for all numbers that are not named."""
-        return self.values[-1] in CLASSES
+        return self.values[-1] in (">1", ">0", "number")
 
     def value_of(self, raw: Any) -> str:
         """The value of ``values`` that a config's ``raw`` value is or belongs to."""
+        if isinstance(raw, list):  # the stages of a ramp
+            return self.values[any(stage.seq_len is not None for stage in raw)]
         text = (
             str(raw).lower()
             if isinstance(raw, bool)
@@ -79,14 +88,22 @@ def _choices(key: str) -> tuple[str, ...]:
 
 def _axes(**axes: str | tuple[str, tuple[str, ...]]) -> dict[str, Axis]:
     pairs = {name: (field, _choices(field)) if isinstance(field, str) else field for name, field in axes.items()}
-    return {name: Axis(name, key, values) for name, (key, values) in pairs.items()}
+    return {name: Axis(name, key, values, _USED_WITH.get(name)) for name, (key, values) in pairs.items()}
 
 
 _ONE, _NONE, _UNSET = ("1", ">1"), ("0", ">0"), ("null", "number")
 
+_USED_WITH = {
+    "document_attention": ("sequences", ("mask_documents", "pack_documents", "one_document")),
+    "cp_method": ("cp", (">1",)),
+    **dict.fromkeys(("router_score", "router_groups", "router_balance_rate"), ("num_experts", ("number",))),
+}
+
 AXES = _axes(
     family="model.family",
     dropout=("model.dropout", _NONE),
+    attention_dropout=("model.attention_dropout", _NONE),
+    document_attention="model.document_attention",
     num_experts=("model.num_experts", _UNSET),
     expert_capacity=("model.expert_capacity", _UNSET),
     num_shared_experts=("model.num_shared_experts", _NONE),
@@ -96,6 +113,8 @@ AXES = _axes(
     router_groups=("model.router_groups", _ONE),
     router_balance_rate=("model.router_balance_rate", _NONE),
     sequences="data.sequences",
+    eod_loss=("data.eod_loss", ("null", "false", "true")),
+    ramp=("train.ramp", ("one_length", "shorter_first")),
     tp=("parallel.tp", _ONE),
     sequence_parallel="parallel.sequence_parallel",
     cp=("parallel.cp", _ONE),
@@ -133,6 +152,24 @@ def _refuse(
 
 
 REFUSALS = (
+    _refuse(
+        "document_attention", "per_document flex varlen", "attention_dropout", ">0",
+        "the kernels that see one document at a time draw no dropout",
+    ),
+    _refuse(
+        "document_attention", "per_document flex varlen", "cp_method", "all_gather",
+        "it leaves a rank a part of the queries, and the kernels take whole sequences",
+    ),
+    _refuse(
+        "document_attention", "per_document flex varlen", "compile", "true",
+        "its work depends on the lengths of the documents, which a compiled block would be traced for anew",
+    ),
+    _refuse("document_attention", "varlen", "dtype", "fp32", "FlashAttention computes in 16 bits"),
+    _refuse(
+        "eod_loss", "false true", "sequences", WHOLE_DOCUMENTS,
+        "it has no effect, as the end of a whole document never has a loss",
+    ),
+    _refuse("ramp", "shorter_first", "sequences", WHOLE_DOCUMENTS, "shorter sequences would cut the documents"),
     _refuse(
         "zero_stage", "2 3", "pp", ">1",
         "ZeRO-2 and ZeRO-3 partition gradients inside backward hooks, which a pipeline schedule's backward for several "

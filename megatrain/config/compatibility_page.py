@@ -26,10 +26,16 @@ def _features() -> str:
         numbers[refusal.axis.name].append(number)
         numbers[refusal.other.name].append(number)
     rows = [
-        (f"`{axis.name}`", f"`{axis.key}`", ", ".join(axis.values), ", ".join(map(str, numbers[axis.name])))
+        (
+            f"`{axis.name}`",
+            f"`{axis.key}`",
+            ", ".join(axis.values),
+            _listed(axis.used_with) if axis.used_with else "",
+            ", ".join(map(str, numbers[axis.name])),
+        )
         for axis in AXES.values()
     ]
-    return markdown_table(("feature", "key", "values", "refusals"), rows)
+    return markdown_table(("feature", "key", "values", "counts only with", "refusals"), rows)
 
 
 def _refused() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatrain.config import rules_batch, rules_data, rules_experts, rules_layout, rules_model
-from megatrain.config.combine import problem_of
+from megatrain.config.combine import keys_of, problem_of
 from megatrain.config.compatibility import REFUSALS
 from megatrain.config.deepspeed_keys import forbidden_keys
 from megatrain.config.problems import Problem
@@ -45,17 +45,6 @@ RULES = (
             "model.rope_high_freq_factor",
             "model.rope_beta_fast",
             "model.rope_beta_slow",
-        ),
-    ),
-    Rule(
-        rules_model.documents_fit_kernel,
-        (
-            "model.document_attention",
-            "model.attention_dropout",
-            "parallel.cp",
-            "parallel.cp_method",
-            "train.compile",
-            "precision.dtype",
         ),
     ),
     Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
@@ -104,10 +93,9 @@ RULES = (
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_data.sources_have_weight, ("data.train",)),
     Rule(rules_data.schedule_names_sources, ("data.train", "data.weight_schedule")),
-    Rule(rules_data.eod_loss_has_effect, ("data.eod_loss", "data.sequences")),
     Rule(
         rules_data.ramp_fits,
-        ("train.ramp", "train.steps", "train.global_batch_size", "data.seq_len", "data.sequences"),
+        ("train.ramp", "train.steps", "train.global_batch_size", "data.seq_len"),
     ),
     Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),
     Rule(
@@ -118,7 +106,7 @@ RULES = (
     Rule(forbidden_keys, ("deepspeed",)),
 )
 
-REFUSED_PAIRS = tuple(Rule(partial(problem_of, refusal), (refusal.axis.key, refusal.other.key)) for refusal in REFUSALS)
+REFUSED_PAIRS = tuple(Rule(partial(problem_of, refusal), keys_of(refusal)) for refusal in REFUSALS)
 """A rule for each refusal in the table of compatibility."""
 
 _FOR_EACH_STAGE = (

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from megatrain.config.problems import Problem
-from megatrain.config.schema import WHOLE_DOCUMENTS, RunConfig
+from megatrain.config.schema import RunConfig
 
 
 def sources_have_weight(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -40,19 +40,6 @@ def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterato
             yield Problem(f"{key}.weights", change.weights, "makes all weights 0", "at least one above 0", cure)
 
 
-def eod_loss_has_effect(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Where no token follows the end of a document in its row, no label is another document's."""
-    data = config.data
-    if data.eod_loss is not None and data.sequences in WHOLE_DOCUMENTS:
-        yield Problem(
-            "data.eod_loss",
-            data.eod_loss,
-            f"has no effect with data.sequences = {data.sequences}: the end of a document never has a loss there",
-            "null",
-            "leave it out, or set data.sequences to mask_documents",
-        )
-
-
 def ramp_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Stages come in order, and each one's step cuts whole samples of data.seq_len tokens."""
     train, data, last = config.train, config.data, 0
@@ -76,12 +63,4 @@ def ramp_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
                 f"does not cut whole samples of data.seq_len = {data.seq_len} tokens into {batch} sequences",
                 "divisors of data.seq_len, with a batch that is a multiple of the quotient",
                 f"set seq_len to {data.seq_len} divided by a whole number that divides {batch}",
-            )
-        elif seq_len != data.seq_len and data.sequences in WHOLE_DOCUMENTS:
-            yield Problem(
-                f"{key}.seq_len",
-                seq_len,
-                f"would cut the documents of data.sequences = {data.sequences}",
-                f"{data.seq_len}",
-                "leave it out, or set data.sequences to mask_documents",
             )

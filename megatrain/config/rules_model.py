@@ -103,25 +103,6 @@ def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iter
         )
 
 
-def documents_fit_kernel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The kernels without a mask see whole sequences, draw no dropout, and are no part of a compiled block."""
-    model, parallel = config.model, config.parallel
-    kernel = model.document_attention
-    reasons = {
-        "model.attention_dropout = 0": model.attention_dropout > 0,
-        "parallel.cp_method = ulysses (all_gather leaves a rank a part of the queries)": parallel.cp > 1
-        and parallel.cp_method == "all_gather",
-        "train.compile = false": config.train.compile,
-        "precision.dtype = bf16 or fp16": kernel == "varlen" and config.precision.dtype == "fp32",
-    }
-    missing = [reason for reason, holds in reasons.items() if holds]
-    if kernel != "dense" and missing:
-        text = f"needs {' and '.join(missing)}"
-        yield Problem(
-            "model.document_attention", kernel, text, "dense", "set that, or model.document_attention to dense"
-        )
-
-
 def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """One stretch for each frequency."""
     model = config.model

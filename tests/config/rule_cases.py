@@ -46,10 +46,6 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         None, "data.weight_schedule.1.from_sample", 5, "does not come after sample 5", "in the order of their samples",
     ),
     (
-        "data.sequences=pack_documents data.eod_loss=true", None, "data.eod_loss", True,
-        "has no effect with data.sequences = pack_documents", "leave it out",
-    ),
-    (
         'train.ramp=[{"until_step":100}]', None, "train.ramp.0.until_step", 100,
         "does not come after step 0 and before the last", "all before train.steps = 100",
     ),
@@ -59,22 +55,8 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "does not cut whole samples of data.seq_len = 256 tokens into 2 sequences", "that divides 2",
     ),
     (
-        'train.ramp=[{"until_step":9,"seq_len":64}] data.seq_len=256 data.sequences=pack_documents', None,
-        "train.ramp.0.seq_len", 64, "would cut the documents of data.sequences = pack_documents", "leave it out",
-    ),
-    (
         'train.ramp=[{"until_step":9,"global_batch_size":3}] train.micro_batch_size=2 data.seq_len=256', None,
         "train.ramp.0.global_batch_size", 3, "is not divisible by the 2 sequences", "to 2 or 4",
-    ),
-    (
-        "model.document_attention=per_document model.attention_dropout=0.1 parallel.cp=2 train.compile=true", None,
-        "model.document_attention", "per_document",
-        "needs model.attention_dropout = 0 and parallel.cp_method = ulysses (all_gather leaves a rank a part of the "
-        "queries) and train.compile = false", "model.document_attention to dense",
-    ),
-    (
-        "model.document_attention=varlen precision.dtype=fp32", None, "model.document_attention", "varlen",
-        "needs precision.dtype = bf16 or fp16", "model.document_attention to dense",
     ),
     ("data.seq_len=2048", None, "data.seq_len", 2048, "more than model.max_seq_len = 1024", "to 1024 or less"),
     (

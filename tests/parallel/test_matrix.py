@@ -8,7 +8,6 @@ import functools
 import tempfile
 import unittest.mock
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +18,19 @@ import torch
 from megatrain.config.compatibility import AXES
 from megatrain.config.rules import check
 from tests.covering import (
-    COMPILED,
-    FEATURES,
+    GPU_ONLY,
+    IN_SAMPLE,
     MOST_RANKS,
     Case,
     allowed_pairs,
     covering,
+    held,
     num_ranks,
+    pairs_in_use,
     raw,
     sample,
     sections,
+    used,
 )
 from tests.engine.test_nvme import missing_tool
 from tests.layouts import (
@@ -46,9 +48,9 @@ from tests.pool import Pool
 
 # Features that change the numbers: one process has them too. All others must not.
 NUMBERS = (
-    *("family", "dropout", "num_experts", "expert_capacity", "num_shared_experts", "num_dense_layers"),
-    *("expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "optimizer"),
-    *("dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
+    *("family", "dropout", "attention_dropout", "num_experts", "expert_capacity", "num_shared_experts", "num_dense_layers"),
+    *("expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "eod_loss"),
+    *("ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
 )
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
 # gradient near zero into a whole step. Lion's are signs, whatever the momentum: small ones.
@@ -87,17 +89,25 @@ def alone(case: Case) -> Case:
     return plain | {name: same_numbers.get(case[name], case[name]) for name in NUMBERS}
 
 
-def batch_of(sequences: str, step: int, rank: int, num_ranks: int, documents: bool = False) -> SimpleNamespace:
-    """A rank's share of a step's batch, as ``data.sequences`` makes it."""
-    batch = global_batch(step, rank, num_ranks, documents=sequences in ("mask_documents", "pack_documents"))
+def batch_of(case: Case, step: int, rank: int, num_ranks: int, documents: bool = False) -> SimpleNamespace:
+    """A rank's share of a step's batch, as the fields of ``data`` and the ramp make it."""
+    sequences = case["sequences"]
+    batch = global_batch(step, rank, num_ranks, documents=sequences != "one_document")
     places = torch.arange(SEQ_LEN)
-    if sequences == "pack_documents":  # the last token of a document has no label
-        ends = torch.nn.functional.pad(batch.positions[:, 1:] == 0, (0, 1), value=True)
-        batch.labels = batch.labels.masked_fill(ends, -100)
-    elif sequences == "one_document":  # then padding, which sees only itself
+    if sequences == "one_document":  # then padding, which sees only itself
         lengths = 5 + batch.sample_ids[:, None] % (SEQ_LEN - 4)
         batch.labels = batch.labels.masked_fill(places >= lengths - 1, -100)
         batch.positions = torch.where(places < lengths, places, places - lengths)
+    else:
+        if case["eod_loss"] == "false" or (case["eod_loss"] == "null" and sequences != "concatenate"):
+            ends = torch.nn.functional.pad(batch.positions[:, 1:] == 0, (0, 1), value=True)
+            batch.labels = batch.labels.masked_fill(ends, -100)
+        if sequences == "concatenate":
+            batch.positions = None
+    for stage in raw("ramp", case["ramp"]):
+        if step <= stage["until_step"]:
+            cut = {name: getattr(batch, name) for name in ("tokens", "labels", "positions")}
+            vars(batch).update({name: None if x is None else x[:, : stage["seq_len"]] for name, x in cut.items()})
     return batch
 
 
@@ -116,7 +126,7 @@ def run_case(case: Case, folder: str) -> Ran:
     with unittest.mock.patch.object(torch, "compile", traced):
         engine = build_engine(config_of(case, folder))
         try:
-            return train_around_a_save(engine, functools.partial(batch_of, case["sequences"]), Path(folder))
+            return train_around_a_save(engine, functools.partial(batch_of, case), Path(folder))
         finally:
             engine.close()
             torch._dynamo.reset()
@@ -189,13 +199,21 @@ def check_state(case: Case, ranks: list[Trained], reference: Trained) -> None:
 
 
 def test_the_cases_hold_every_allowed_pair() -> None:
-    held = {frozenset(pair) for case in covering() for pair in combinations(case.items(), 2)}
-    assert {frozenset(pair) for pair in allowed_pairs()} <= held
-    assert len(allowed_pairs()) > 2000
+    tried = {pair for case in covering() for pair in held(case)}
+    assert {frozenset(pair) for pair in pairs_in_use()} <= tried
     for case in covering():
         assert check(config_of(case, "disk"), num_ranks(case)) == []
         assert num_ranks(case) <= MOST_RANKS
 
 
-def test_the_default_cases_hold_every_feature() -> None:
-    assert {feature for case in sample() for feature in case.items()} == set(FEATURES) - COMPILED
+def test_an_allowed_pair_that_no_case_holds_does_nothing_or_needs_a_gpu() -> None:
+    routing = ("router_score", "router_groups", "router_balance_rate")
+    idle = {("cp", "cp_method"), ("document_attention", "sequences")}  # at cp 1, and without documents
+    idle |= {("num_experts", name) for name in routing} | {(name, "optimizer") for name in routing}  # dense
+    left_out = set(allowed_pairs()) - pairs_in_use().keys()
+    assert {(one[0], two[0]) for one, two in left_out if not GPU_ONLY.keys() & {one, two}} == idle
+    assert len(pairs_in_use()) > 3500
+
+
+def test_the_default_cases_use_every_feature() -> None:
+    assert set().union(*map(used, sample())) >= IN_SAMPLE
