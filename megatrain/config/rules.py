@@ -69,6 +69,7 @@ RULES = (
     Rule(rules_layout.ulysses_divides_heads, ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads")),
     Rule(rules_layout.expert_ranks_share_data_ranks, (*_LAYOUT, "parallel.ep")),
     Rule(rules_experts.tokens_find_experts, ("model.num_experts", "model.experts_per_token")),
+    Rule(rules_experts.experts_take_tokens, ("model.num_experts", "model.expert_capacity")),
     Rule(
         rules_experts.groups_share_experts,
         ("model.num_experts", "model.experts_per_token", "model.router_groups", "model.router_groups_per_token"),

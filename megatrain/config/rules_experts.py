@@ -21,6 +21,19 @@ def tokens_find_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+def experts_take_tokens(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """An expert that takes no token never learns."""
+    model = config.model
+    if model.num_experts is not None and model.expert_capacity == 0:
+        yield Problem(
+            "model.expert_capacity",
+            model.expert_capacity,
+            f"drops every token before the experts of model.num_experts = {model.num_experts}",
+            "above 0, or null for no limit",
+            "set model.expert_capacity to 1 or more (1: the even share), or leave model.num_experts out",
+        )
+
+
 def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The router's groups are equal, and those that a token may use hold as many experts as it needs."""
     model = config.model

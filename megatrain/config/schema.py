@@ -52,7 +52,7 @@ class ModelConfig(Section):
     expert_interval: Positive = Field(
         1, description="n: of every n blocks, counted from the first, only the last has experts; the others are dense."
     )
-    expert_capacity: PositiveFloat | None = Field(
+    expert_capacity: Weight | None = Field(
         None,
         description="Choices that an expert takes of one sequence, as a multiple of its even share; what comes later "
         "in the sequence is dropped. Default: no limit (dropless).",

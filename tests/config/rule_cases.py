@@ -98,6 +98,10 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "is not divisible by parallel.tp = 2 × parallel.cp = 3, over which", "set data.seq_len to 252",
     ),
     (
+        "model.num_experts=4 model.expert_capacity=0.0", None, "model.expert_capacity", 0.0,
+        "drops every token before the experts of model.num_experts = 4", "to 1 or more",
+    ),
+    (
         "parallel.ep=3 model.num_experts=6", 4, "parallel.ep", 3,
         "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these",
     ),

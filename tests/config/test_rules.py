@@ -77,10 +77,39 @@ def test_what_is_sound_passes(overrides: str, world_size: int | None) -> None:
     assert problems_of(overrides, world_size) == []
 
 
-def test_a_capacity_of_nothing_is_refused() -> None:
-    (problem,) = problems_of("model.num_experts=4 model.expert_capacity=0")
-    assert (problem.key, problem.message) == ("model.expert_capacity", "is too small")
-    assert "above 0" in problem.allowed and "above 0, or null" in problem.cure
+@pytest.mark.parametrize(
+    ("overrides", "first", "second", "allowed"),
+    [
+        ("model.num_experts=6 parallel.ep=4", "model.num_experts = 6", "parallel.ep = 4", "multiples of 4"),
+        ("data.seq_len=250 parallel.cp=2", "data.seq_len = 250", "parallel.cp = 2 × 2", "multiples of 4"),
+        (
+            "model.num_heads=8 parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255",
+            *("model.num_heads = 8", "parallel.cp = 3", "multiples of 3"),
+        ),
+        (
+            "parallel.pp=2 parallel.pp_schedule=zbv model.num_layers=8 parallel.stages_per_rank=3",
+            *("parallel.stages_per_rank = 3", "parallel.pp_schedule = zbv", "1 with gpipe and 1f1b; 2 with zbv and"),
+        ),
+        (
+            "model.num_experts=4 model.experts_per_token=5",
+            *("model.experts_per_token = 5", "model.num_experts = 4", "1 to 4"),
+        ),
+        (
+            "model.num_experts=4 model.expert_capacity=0",
+            *("model.expert_capacity = 0", "model.num_experts = 4", "above 0, or null for no limit"),
+        ),
+        (
+            "offload.optimizer=nvme parallel.zero_stage=3",
+            *("offload.nvme_path = null", "offload.optimizer = nvme", "a folder on a local disk"),
+        ),
+    ],
+)
+def test_bad_input_names_both_fields_and_what_is_allowed(overrides: str, first: str, second: str, allowed: str) -> None:
+    (problem,) = problems_of(overrides)
+    header, message, allowed_line, _ = str(problem).split("\n    ")
+    assert header.startswith(first), problem
+    assert second in message, problem
+    assert allowed_line.startswith(f"allowed: {allowed}"), problem
 
 
 def test_a_run_without_data_is_valid_but_not_ready() -> None:
