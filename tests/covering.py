@@ -20,8 +20,9 @@ Case = dict[str, str]
 FEATURES: list[Feature] = [(axis.name, value) for axis in AXES.values() for value in axis.values]
 # what stands for a class of values in a config
 SAMPLES: dict[str, Any] = {
-    "dropout": 0.1, "attention_dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1, "num_dense_layers": 1,
-    "expert_interval": 2, "router_groups": 2, "router_balance_rate": 0.01, "tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 2,
+    "dropout": 0.1, "attention_dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1,
+    "num_dense_layers": 1, "expert_interval": 2, "router_groups": 2, "router_balance_rate": 0.01,
+    "tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 2,
 }  # fmt: skip
 MOST_RANKS = 8
 RAMPS: dict[str, list[dict[str, int]]] = {"one_length": [], "shorter_first": [{"until_step": 1, "seq_len": 8}]}

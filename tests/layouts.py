@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatrain.config.rules import check
 from megatrain.config.schema import RunConfig
 
 SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, LEARNING_RATE = 16, 64, 16, 1e-2
@@ -43,7 +44,10 @@ ONE_PROCESS = Layout()
 
 
 def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunConfig:
-    """A resolved config of a tiny model (5 layers: no even split over 2 stages)."""
+    """A resolved config of a tiny model (5 layers: no even split over 2 stages).
+
+    It must pass the rules: so whatever a test trains is a witness against a refusal that should not be.
+    """
     # the size of a micro-batch changes no number; at least two of them are summed
     micro_batch_size = 4 if layout.stages_per_rank == 1 and layout.dp <= 2 else 2
     config: dict[str, dict[str, Any]] = {
@@ -78,7 +82,9 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
     }
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values}
-    return RunConfig.model_validate(config)
+    checked = RunConfig.model_validate(config)
+    assert (problems := check(checked, layout.world_size)) == [], problems
+    return checked
 
 
 def global_batch(step: int, rank: int = 0, num_ranks: int = 1, documents: bool = False) -> SimpleNamespace:

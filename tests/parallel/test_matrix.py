@@ -48,7 +48,15 @@ from tests.pool import Pool
 
 # Features that change the numbers: one process has them too. All others must not.
 NUMBERS = (
-    *("family", "dropout", "attention_dropout", "num_experts", "expert_capacity", "num_shared_experts", "num_dense_layers"),
+    *(
+        "family",
+        "dropout",
+        "attention_dropout",
+        "num_experts",
+        "expert_capacity",
+        "num_shared_experts",
+        "num_dense_layers",
+    ),
     *("expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "eod_loss"),
     *("ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
 )
