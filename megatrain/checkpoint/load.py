@@ -15,9 +15,11 @@ from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import (
-    KINDS,
+    WEIGHT,
     Fragment,
+    factors,
     finish_import,
+    kinds_of,
     local_fragments,
     prepare_import,
     set_optimizer_step_count,
@@ -88,12 +90,16 @@ def _read_state(reader: CheckpointReader, engine: Engine) -> None:
     """Reads in threads, a few fragments ahead, and sets each as it comes."""
     prepare_import(engine)
     work = iter(
-        (kind, fragment, place(engine, fragment.parameter)) for fragment in local_fragments(engine) for kind in KINDS
+        (kind, fragment, place(engine, fragment.parameter))
+        for fragment in local_fragments(engine)
+        for kind in kinds_of(engine, fragment.parameter)
     )
     with ThreadPoolExecutor(_READERS, "checkpoint-read") as pool:
         for kind, fragment, values in _ahead(pool, work, reader):
             if values is not None:
                 fragment.set(kind, values.to(engine.mesh.device))
+    for key, factor in factors(engine).items():
+        factor.copy_(torch.from_numpy(reader.read(*key)) if key in reader.arrays else torch.zeros(factor.shape))
 
 
 def _ahead(
@@ -113,7 +119,7 @@ def _ahead(
 
 def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, where: Placement) -> Tensor | None:
     """[size] FP32, from the rows that the fragment touches; None if they were read into their place at once."""
-    if kind not in {there for there, _ in reader.arrays}:  # moments, which a converted model does not have
+    if kind != WEIGHT and (kind, fragment.name) not in reader.arrays:  # a converted model, or another optimizer
         return torch.zeros(fragment.size)
     row_elements = torch.Size(where.shape[1:]).numel()
     first = fragment.start // row_elements

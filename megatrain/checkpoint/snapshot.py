@@ -12,7 +12,7 @@ from megatrain.checkpoint.placement import Placement, place, saves, sharing_rank
 from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
-from megatrain.engine.state import KINDS, Fragment, local_fragments
+from megatrain.engine.state import FACTORS, KINDS, Fragment, factors, kinds_of, local_fragments
 
 PieceKey = tuple[str, str, int]  # kind, name, first element
 _BYTES = 4  # of an element: all state is FP32
@@ -35,7 +35,9 @@ class Shares:
         own = {fragment.name: (fragment.start, fragment.size) for fragment in local_fragments(engine)}
         dist.all_gather_object(held, own, group=group)
         self.circles = [Circle(engine, group, ranks, names, held) for ranks, names in sharing_ranks(engine) if names]
-        self.own_bytes = sum(circle.own_elements for circle in self.circles) * _BYTES * len(KINDS)
+        own_elements = sum(circle.own_elements for circle in self.circles)
+        own_elements += sum(values.numel() for values in self._factors().values())
+        self.own_bytes = own_elements * _BYTES
         total = torch.tensor(self.own_bytes)
         dist.all_reduce(total, group=group)
         self.total_bytes = int(total)
@@ -46,7 +48,20 @@ class Shares:
         pieces: dict[PieceKey, Tensor] = {}
         for circle in self.circles:
             pieces |= circle.pieces(fragments)
-        return pieces
+        return pieces | {(kind, name, 0): values for (kind, name), values in self._factors().items()}
+
+    def _factors(self) -> dict[tuple[str, str], Tensor]:
+        """Those that this rank writes: of all that hold them, the first."""
+        if self.engine.mesh.coordinate("tp") > 0:
+            return {}
+        mine = {
+            name
+            for circle in self.circles
+            if circle.position == 0
+            for name in circle.placements
+            if saves(self.engine, circle.parameters[name])
+        }
+        return {key: values for key, values in factors(self.engine).items() if key[1] in mine}
 
 
 class Circle:
@@ -55,10 +70,16 @@ class Circle:
     def __init__(self, engine: Engine, group: dist.ProcessGroup, ranks: list[int], names: list[str], held: Held):
         self.engine, self.group, self.ranks = engine, group, ranks
         self.position = ranks.index(engine.mesh.rank)
-        parameters = dict(engine.parameters)
-        self.placements: dict[str, Placement] = {name: place(engine, parameters[name]) for name in names}
+        self.parameters = {name: parameter for name, parameter in engine.parameters if name in names}
+        self.placements: dict[str, Placement] = {name: place(engine, self.parameters[name]) for name in names}
         self.plan = self._make_plan(held)
-        self.own_elements = sum(chunk.size for chunk in self.plan.chunks if chunk.owner == self.position)
+        own = [(kind, chunk) for kind in KINDS for round_ in self.rounds(kind) for chunk in round_]
+        self.own_elements = sum(chunk.size for _, chunk in own if chunk.owner == self.position)
+
+    def rounds(self, kind: str) -> list[list[Chunk]]:
+        """Of the plan, without parameters that have no such state."""
+        having = {name for name, parameter in self.parameters.items() if kind in kinds_of(self.engine, parameter)}
+        return [[chunk for chunk in chunks if chunk.name in having] for chunks in self.plan.rounds]
 
     def _make_plan(self, held: Held) -> Plan:
         parts = []
@@ -67,17 +88,18 @@ class Circle:
             row_elements = torch.Size(where.shape[1:]).numel()
             parts.append(Part(name, where.rows, row_elements, ranges, even=where.splits_rows))
         limit = chunk_limit(parts, len(self.ranks))
-        parameters = dict(self.engine.parameters)
-        return plan_shares(
-            [part for part in parts if saves(self.engine, parameters[part.name])], len(self.ranks), limit
-        )
+        own = [part for part in parts if saves(self.engine, self.parameters[part.name])]
+        return plan_shares(own, len(self.ranks), limit)
 
     def pieces(self, fragments: Mapping[str, Fragment]) -> dict[PieceKey, Tensor]:
         """This rank's part of the chunks."""
         pieces = {}
         for kind in KINDS:
-            values = {name: fragment.values(kind) for name, fragment in fragments.items() if name in self.placements}
-            for chunk in self.plan.chunks:
+            chunks = [chunk for round_ in self.rounds(kind) for chunk in round_]
+            values = {
+                name: fragments[name].values(kind) for name in {chunk.name for chunk in chunks} & fragments.keys()
+            }
+            for chunk in chunks:
                 for rank, start, size in chunk.pieces:
                     if rank == self.position:
                         first = start - fragments[chunk.name].start
@@ -115,7 +137,7 @@ def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: Chec
     problem: CheckpointError | None = None
     for circle in shares.circles:
         for kind in KINDS:
-            for chunks in circle.plan.rounds:
+            for chunks in circle.rounds(kind):
                 sends = _send_pieces(circle, kind, chunks, pieces)
                 own = next((chunk for chunk in chunks if chunk.owner == circle.position), None)
                 if own is not None:
@@ -123,7 +145,17 @@ def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: Chec
                     problem = problem or _write(circle, kind, own, values, writer)
                 for _, work in sends:  # the tensor is kept until it is sent
                     work.wait()
-    return problem
+    return problem or _write_factors(pieces, writer)
+
+
+def _write_factors(pieces: Mapping[PieceKey, Tensor], writer: CheckpointWriter) -> CheckpointError | None:
+    try:
+        for (kind, name, _), values in pieces.items():
+            if kind in FACTORS:
+                writer.write(kind, name, values.detach().cpu().numpy(), offset=(0,), full_shape=values.shape)
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _send_pieces(

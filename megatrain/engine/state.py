@@ -1,4 +1,4 @@
-"""The whole training state in layout-free form: FP32 weights and both moments under canonical names.
+"""The whole training state in layout-free form: FP32 weights and moments under canonical names.
 
 DeepSpeed keeps them in flat partitions, spread over the ranks of a data-parallel group. A ``Fragment`` is what this
 rank holds of one parameter: a run of elements of the flattened tensor-parallel part. No call here communicates but
@@ -19,7 +19,9 @@ from megatrain.engine.start import import_deepspeed
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""Every parameter has all of them in a checkpoint, whatever optimizer made it; those that it lacks are zeros."""
+"""What has a number for each weight; which of them a parameter has, its optimizer says (``kinds_of``)."""
+FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns")
+"""Adafactor's second moment of a matrix, [rows] and [columns] of the whole one, on every rank that has a part of it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ class Fragment:
         return kind == WEIGHT or _has_moment(self.parameter, kind)
 
 
+def kinds_of(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Those of ``KINDS`` that this rank's optimizer keeps of a parameter."""
+    return (WEIGHT, *engine.moments[parameter])
+
+
+def factors(engine: Engine) -> dict[tuple[str, str], Tensor]:
+    """By kind (``FACTORS``) and canonical name, the live state; none but Adafactor's."""
+    own: dict[str, tuple[Tensor, Tensor]] = getattr(engine.base_optimizer, "factors", {})
+    return {(kind, name): values for name, pair in own.items() for kind, values in zip(FACTORS, pair, strict=True)}
+
+
 def local_fragments(engine: Engine) -> list[Fragment]:
     """What this rank holds of its parameters, in their order; those that lie on other ranks altogether are left out."""
     if _moments_exist(engine.base_optimizer):
@@ -111,11 +124,9 @@ def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
     for name, parameter in engine.parameters:
         weight = utils.safe_get_full_fp32_param(parameter).detach().float().cpu()
         yield WEIGHT, name, weight
-        for kind in MOMENTS:
-            moment = None
-            if made and kind in engine.moments[parameter]:
-                moment = utils.safe_get_full_optimizer_state(parameter, kind)
-            yield kind, name, torch.zeros_like(weight) if moment is None else moment.detach().float().cpu()
+        for kind in engine.moments[parameter]:
+            moment = utils.safe_get_full_optimizer_state(parameter, kind) if made else torch.zeros_like(weight)
+            yield kind, name, moment.detach().float().cpu()
 
 
 def optimizer_step_count(engine: Engine) -> int:

@@ -1,9 +1,9 @@
 """Adafactor: steps scaled by a factored second moment and by the size of the weight; no first moment.
 
-Shazeer & Stern 2018, algorithm 4, with decoupled weight decay. The second moment of a matrix is the outer product of
-its rows' and columns' means. ZeRO shows an optimizer flat pieces of its weights: each rank adds up its piece, and only
-row and column sums cross ranks, never matrices. The product is kept, one number a weight like any other moment, and its
-factors are its own row and column means: so ZeRO shards it, and a checkpoint needs no form of its own for it.
+Shazeer & Stern 2018, algorithm 4, with decoupled weight decay. Of the second moment of a matrix only the means of its
+rows and columns are kept. ZeRO shows an optimizer flat pieces of its weights: each rank adds up its piece, and row and
+column sums cross ranks, never matrices. So every rank has the factors of all its matrices whole: a number for each row
+and column, which nobody need shard.
 """
 
 from typing import Any, NamedTuple
@@ -21,20 +21,26 @@ _TINY = 1e-30
 
 
 class _Piece(NamedTuple):
-    """Elements from ``start`` on of the flattened parameter number ``number`` of a group, as this rank holds it."""
+    """Elements from ``start`` on of the flattened parameter number ``number`` of a group, as this rank holds it.
+
+    ``square``: the second moment of a vector; None for a matrix.
+    """
 
     number: int
     start: int
     weight: Tensor
     gradient: Tensor
-    square: Tensor
+    square: Tensor | None
 
 
 class Adafactor(torch.optim.Optimizer):
-    """``lr`` is relative to the root mean square of a weight. State: ``exp_avg_sq`` and ``step``.
+    """``lr`` is relative to the root mean square of a weight. State: ``step``, of vectors ``exp_avg_sq``.
+
+    ``factors``: by a matrix' name the means [rows], [columns] of its second moment, of the whole matrix.
 
     Args:
-        groups: with ``parts``, which describe the parameters in the order of their flat weights.
+        groups: with ``names`` and ``parts``, which describe the parameters in the order of their flat weights, and
+            ``factored``: all of them are matrices, or none is.
         tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions.
     """
 
@@ -49,6 +55,12 @@ class Adafactor(torch.optim.Optimizer):
         self._tp_group, self._shard_group = tp_group, shard_group
         self._tp_rank = 0 if tp_group is None else dist.get_rank(tp_group)
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {
+            name: tuple(torch.zeros(side, device=group["params"][0].device) for side in self._sides(part))
+            for group in self.param_groups
+            if group["factored"]
+            for name, part in zip(group["names"], group["parts"], strict=True)
+        }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -59,12 +71,15 @@ class Adafactor(torch.optim.Optimizer):
     def _update(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
         parts: list[MatrixPart] = group["parts"]
         device = group["params"][0].device
-        sums = [torch.zeros(1 + 2 * sum(self._sides(part)), device=device) for part in parts]
+        sums = [torch.zeros(1 + sum(self._sides(part)), device=device) for part in parts]
         for piece in pieces:
             sums[piece.number] += self._sums_of(piece, parts[piece.number])
         sums = self._over_ranks(sums, parts)
         step = max((float(self.state[weight]["step"]) for weight in group["params"] if weight in self.state), default=1)
-        updates = [self._direction(piece, parts[piece.number], sums[piece.number], step) for piece in pieces]
+        if group["factored"]:
+            for name, part, own in zip(group["names"], parts, sums, strict=True):
+                self._move_factors(name, part, own[1:], step)
+        updates = [self._direction(piece, group, step) for piece in pieces]
         squares = [torch.zeros(1, device=device) for _ in parts]
         for piece, update in zip(pieces, updates, strict=True):
             squares[piece.number] += update.square().sum()
@@ -89,20 +104,23 @@ class Adafactor(torch.optim.Optimizer):
             low, high = max(begin, first), min(end, first + weight.numel())
             begin = end
             if low < high and weight.grad is not None:
-                state = self._state_of(weight)
+                square = self._state_of(weight, group).get("exp_avg_sq")
                 own = slice(low - first, high - first) if flat else slice(0, size)
-                tensors = (weight.data, weight.grad.to(weight.dtype), state["exp_avg_sq"])
-                pieces.append(_Piece(number, low - (end - size), *(x.view(-1)[own] for x in tensors)))
+                tensors = (weight.data, weight.grad.to(weight.dtype), square)
+                pieces.append(
+                    _Piece(number, low - (end - size), *(None if x is None else x.view(-1)[own] for x in tensors))
+                )
         for weight in weights:
             if weight.grad is not None:
-                self._state_of(weight)["step"] += 1
+                self._state_of(weight, group)["step"] += 1
         return pieces
 
-    def _state_of(self, weight: Tensor) -> dict[str, Any]:
+    def _state_of(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[weight]
-        if "exp_avg_sq" not in state:
+        if "step" not in state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg_sq"] = torch.zeros_like(weight, requires_grad=False)
+            if not group["factored"]:
+                state["exp_avg_sq"] = torch.zeros_like(weight, requires_grad=False)
         return state
 
     def _sides(self, part: MatrixPart) -> tuple[int, int]:
@@ -123,14 +141,12 @@ class Adafactor(torch.optim.Optimizer):
         return (rows + offset, columns) if part.split_dim == 0 else (rows, columns + offset)
 
     def _sums_of(self, piece: _Piece, part: MatrixPart) -> Tensor:
-        """A piece's share of: the squared weight, then of rows and columns of squared gradient and second moment."""
-        total = piece.weight.square().sum()[None]
-        if len(part.shape) != 2:
-            return total
-        sums, places = [total], self._places(piece, part)
-        for values in (piece.gradient.square(), piece.square):
-            for side, place in zip(self._sides(part), places, strict=True):
-                sums.append(values.new_zeros(side).index_add_(0, place, values))
+        """A piece's share of the squared weight, and of a matrix' rows and columns of the squared gradient."""
+        sums = [piece.weight.square().sum()[None]]
+        if piece.square is None:
+            squares = piece.gradient.square()
+            for side, place in zip(self._sides(part), self._places(piece, part), strict=True):
+                sums.append(squares.new_zeros(side).index_add_(0, place, squares))
         return torch.cat(sums)
 
     def _over_ranks(self, sums: list[Tensor], parts: list[MatrixPart]) -> list[Tensor]:
@@ -143,18 +159,19 @@ class Adafactor(torch.optim.Optimizer):
                 dist.all_reduce(flat, group=group)
         return list(flat.split([len(s) for s in sums]))
 
-    def _direction(self, piece: _Piece, part: MatrixPart, sums: Tensor, step: float) -> Tensor:
-        """Gradient over the root of the second moment, which it moves on."""
-        new = step**_DECAY
-        if len(part.shape) != 2:
-            piece.square.lerp_(piece.gradient.square(), new)
+    def _move_factors(self, name: str, part: MatrixPart, sums: Tensor, step: float) -> None:
+        """Towards the means of the squared gradient's rows and columns, from their ``sums``."""
+        rows, columns = self._sides(part)
+        for factor, own, count in zip(self.factors[name], sums.split([rows, columns]), (columns, rows), strict=True):
+            factor.lerp_(own / count, step**_DECAY)
+
+    def _direction(self, piece: _Piece, group: dict[str, Any], step: float) -> Tensor:
+        """Gradient over the root of the second moment."""
+        square = piece.square
+        if square is None:
+            by_row, by_column = self.factors[group["names"][piece.number]]
+            row, column = self._places(piece, group["parts"][piece.number])
+            square = by_row[row] * (by_column / by_row.mean().clamp_min(_TINY))[column]
         else:
-            rows, columns = self._sides(part)
-            _, *factors = sums.split([1, rows, columns, rows, columns])
-            by_row, by_column = (
-                torch.lerp(old, now, new) / count
-                for now, old, count in zip(factors[:2], factors[2:], (columns, rows), strict=True)
-            )
-            row, column = self._places(piece, part)
-            piece.square.copy_(by_row[row] * (by_column / by_row.mean().clamp_min(_TINY))[column])
-        return piece.gradient * piece.square.clamp_min(_TINY).rsqrt()
+            square.lerp_(piece.gradient.square(), step**_DECAY)
+        return piece.gradient * square.clamp_min(_TINY).rsqrt()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic iteration
 _ITERATIONS = 5
@@ -106,11 +107,21 @@ class Muon(torch.optim.Optimizer):
         if "exp_avg" not in state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight, requires_grad=False) for _ in range(2))
-        state["step"] += 1
-        count = float(state["step"])
-        mean = state["exp_avg"].lerp_(gradient, 1.0 - beta1) / (1.0 - beta1**count)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2) / (1.0 - beta2**count)
-        self._apply(weight, mean / (square.sqrt_() + group["eps"]), group)
+        adamw(
+            [weight],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from megatrain.optim.adafactor import Adafactor
 from megatrain.optim.lion import Lion
 from megatrain.optim.muon import MatrixPart, Muon
 
-_MOMENTS = {"lion": ("exp_avg",), "adafactor": ("exp_avg_sq",)}
 _NOT_ORTHOGONAL = ("embedding.*", "head.*", "*.router.*")  # rows are looked up or scored one by one
 
 
@@ -20,10 +19,11 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
     """Matrices decay; vectors (norms, biases) do not; the last rule whose pattern fits a name overrides.
 
     ``parameters``: (canonical name, parameter). Each group says by which factor its learning rate differs
-    (``lr_scale``), with Muon whether its matrices are orthogonalised, and which moments its weights have.
+    (``lr_scale``), the ``names`` of its parameters, whether they are matrices that Muon orthogonalises or whose second
+    moment Adafactor factors, and which moments its weights have.
     Experts that are spread over ranks stand apart, with DeepSpeed's marks (engine/experts.py).
     """
-    groups: dict[tuple[float, float, bool, str | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
         decay, lr_scale = (config.weight_decay if parameter.dim() >= 2 else 0.0), 1.0
         for rule in config.rules:
@@ -31,18 +31,21 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
                 decay = decay if rule.weight_decay is None else rule.weight_decay
                 lr_scale = rule.lr_scale
         matrix = config.name == "muon" and parameter.dim() == 2 and not _fits_any(name, _NOT_ORTHOGONAL)
+        factored = config.name == "adafactor" and parameter.dim() == 2
         spread = getattr(parameter, "group_name", None)
-        groups.setdefault((decay, lr_scale, matrix, spread), []).append(parameter)
+        groups.setdefault((decay, lr_scale, matrix, factored, spread), []).append((name, parameter))
     return [
         {
-            "params": members,
+            "params": [parameter for _, parameter in members],
+            "names": [name for name, _ in members],
             "weight_decay": decay,
             "lr_scale": lr_scale,
             "orthogonal": matrix,
-            "moments": ("exp_avg",) if matrix else _MOMENTS.get(config.name, ("exp_avg", "exp_avg_sq")),
+            "factored": factored,
+            "moments": _moments(config.name, matrix, factored),
             **({} if spread is None else {"name": spread, "moe": True}),
         }
-        for (decay, lr_scale, matrix, spread), members in groups.items()
+        for (decay, lr_scale, matrix, factored, spread), members in groups.items()
     ]
 
 
@@ -69,6 +72,13 @@ def build_optimizer(
     if config.name == "muon":
         return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _moments(optimizer: str, orthogonal: bool, factored: bool) -> tuple[str, ...]:
+    """What the optimizer keeps, one number a weight."""
+    if optimizer == "adafactor":
+        return () if factored else ("exp_avg_sq",)
+    return ("exp_avg",) if orthogonal or optimizer == "lion" else ("exp_avg", "exp_avg_sq")
 
 
 def _fits_any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -3,9 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.layouts import ONE_PROCESS, Layout, build_engine, run_config, train, train_steps, worst_state_error
+from megatrain.checkpoint.manifest import ArraySpec
+from megatrain.checkpoint.store import CheckpointReader
+from tests.layouts import (
+    ONE_PROCESS,
+    Layout,
+    Trained,
+    build_engine,
+    run_config,
+    train,
+    train_steps,
+    worst_state_error,
+)
 from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
 
@@ -61,15 +73,24 @@ def test_offload_changes_no_number(pool: Pool, zero_stage: int, offload: dict[st
     check(pool, "adamw", Layout(dp=2, zero_stage=zero_stage), offload=offload)
 
 
-def train_save(layout: Layout, optimizer: dict[str, Any], folder: Path) -> None:
+def train_save_resume(layout: Layout, optimizer: dict[str, Any], folder: Path) -> tuple[Trained, Trained]:
+    """The last steps of a run that saves on its way, and of one that goes on from there."""
+    from megatrain.checkpoint.load import load_checkpoint
     from megatrain.checkpoint.save import save_checkpoint
 
-    engine = build_engine(run_config("llama", layout, optimizer=optimizer))
-    try:
-        train_steps(engine, 1, 2)
-        save_checkpoint(engine, folder, 2, "run", {})
-    finally:
-        engine.close()
+    config, ran = run_config("llama", layout, optimizer=optimizer), []
+    for resumes in (False, True):
+        engine = build_engine(config)
+        try:
+            if resumes:
+                load_checkpoint(engine, folder / "step-00000002", lambda *_: None)
+            else:
+                train_steps(engine, 1, 2)
+                save_checkpoint(engine, folder, 2, "run", {})
+            ran.append(train_steps(engine, 3, 5))
+        finally:
+            engine.close()
+    return ran[0], ran[1]
 
 
 def resume_train(layout: Layout, optimizer: dict[str, Any], folder: Path) -> list[float]:
@@ -84,10 +105,31 @@ def resume_train(layout: Layout, optimizer: dict[str, Any], folder: Path) -> lis
 
 
 @pytest.mark.parametrize("name", ["muon", "lion", "adafactor"])
-def test_state_moves_to_another_layout(pool: Pool, tmp_path: Path, name: str) -> None:
+def test_a_resumed_run_has_the_same_bits_and_state_moves_to_another_layout(
+    pool: Pool, tmp_path: Path, name: str
+) -> None:
     optimizer = {**OPTIMIZER, "name": name, "lr": RATE[name]}
     reference = pool.run(train, 1, "llama", ONE_PROCESS, 5, optimizer=optimizer)[0]
-    before = Layout(tp=2, dp=2, zero_stage=1)
-    pool.run(train_save, 4, before, optimizer, tmp_path)
-    resumed = pool.run(resume_train, 2, Layout(pp=2), optimizer, tmp_path)[0]
-    assert resumed == pytest.approx(reference.losses[2:], rel=LOSS)
+    for went_on, resumed in pool.run(train_save_resume, 4, Layout(tp=2, dp=2, zero_stage=1), optimizer, tmp_path):
+        assert resumed.losses == went_on.losses and resumed.grad_norms == went_on.grad_norms
+        assert resumed.state.keys() == went_on.state.keys()
+        for key, (values, _) in went_on.state.items():
+            assert np.array_equal(resumed.state[key][0], values), key
+    check_only_the_optimizers_state_is_stored(name, CheckpointReader(tmp_path / "step-00000002").arrays)
+    moved = pool.run(resume_train, 2, Layout(pp=2), optimizer, tmp_path)[0]
+    assert moved == pytest.approx(reference.losses[2:], rel=LOSS)
+
+
+def check_only_the_optimizers_state_is_stored(name: str, arrays: dict[tuple[str, str], ArraySpec]) -> None:
+    shapes = {weight: spec.shape for (kind, weight), spec in arrays.items() if kind == "weight"}
+    for weight, shape in shapes.items():
+        kept = {kind: spec.shape for (kind, other), spec in arrays.items() if other == weight and kind != "weight"}
+        matrix = len(shape) == 2
+        if name == "adafactor" and matrix:
+            assert kept == {"exp_avg_sq_rows": shape[:1], "exp_avg_sq_columns": shape[1:]}
+        elif name == "adafactor":
+            assert kept == {"exp_avg_sq": shape}
+        elif name == "lion" or (matrix and weight.startswith("layers.")):
+            assert kept == {"exp_avg": shape}
+        else:
+            assert kept == {"exp_avg": shape, "exp_avg_sq": shape}

@@ -13,7 +13,7 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, extra_states
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
-from megatrain.checkpoint.convert.table import WEIGHT, Line
+from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
@@ -26,7 +26,7 @@ _BACKENDS = {
     "common_backend_version": 1,
 }
 _STATES = "optimizer.state."
-MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
 _NORM_OF_LOCAL_SPEC, _NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"

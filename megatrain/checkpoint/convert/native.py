@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import balanced, identity
+from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.config.derive import resolve_model
@@ -28,7 +28,9 @@ class NativeReader:
         self.path, self._reader = path, CheckpointReader(path)
         self.model = resolve_model(ModelConfig.model_validate(self._reader.state["model"]))
         self.table = identity(self.model)
-        self.kinds = tuple(dict.fromkeys(kind for kind, _ in self._reader.arrays))
+        arrays = self._reader.arrays
+        states = all((kind, name) in arrays for weight, name in arrays if weight == WEIGHT for kind in MOMENTS)
+        self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)  # other formats know AdamW's alone
         self.step = self._reader.step
         self._biases: dict[str, list[float]] = self._reader.state["router_biases"] if balanced(self.model) else {}
 
@@ -54,7 +56,7 @@ class NativeWriter:
     """
 
     dtype = torch.float32
-    kinds: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq")
+    kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
 
     def __init__(self, folder: Path, model: ModelConfig, step: int):
         self.model, self.table = model, identity(model)

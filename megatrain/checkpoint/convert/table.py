@@ -16,6 +16,7 @@ from megatrain.engine.routing import bias_name
 from megatrain.models.build import build_empty_model
 
 WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 VOCABULARY_NAMES = ("embedding.word.weight", "head.weight")
 
 
