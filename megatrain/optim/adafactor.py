@@ -55,12 +55,13 @@ class Adafactor(torch.optim.Optimizer):
         self._tp_group, self._shard_group = tp_group, shard_group
         self._tp_rank = 0 if tp_group is None else dist.get_rank(tp_group)
         self._tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {
-            name: tuple(torch.zeros(side, device=group["params"][0].device) for side in self._sides(part))
-            for group in self.param_groups
-            if group["factored"]
-            for name, part in zip(group["names"], group["parts"], strict=True)
-        }
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for group in self.param_groups:
+            for name, part in zip(group["names"], group["parts"], strict=True):
+                if group["factored"]:
+                    rows, columns = self._sides(part)
+                    zeros = torch.zeros(rows + columns, device=group["params"][0].device)
+                    self.factors[name] = zeros[:rows], zeros[rows:]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -106,10 +107,9 @@ class Adafactor(torch.optim.Optimizer):
             if low < high and weight.grad is not None:
                 square = self._state_of(weight, group).get("exp_avg_sq")
                 own = slice(low - first, high - first) if flat else slice(0, size)
-                tensors = (weight.data, weight.grad.to(weight.dtype), square)
-                pieces.append(
-                    _Piece(number, low - (end - size), *(None if x is None else x.view(-1)[own] for x in tensors))
-                )
+                value, gradient = (x.view(-1)[own] for x in (weight.data, weight.grad.to(weight.dtype)))
+                square = None if square is None else square.view(-1)[own]
+                pieces.append(_Piece(number, low - (end - size), value, gradient, square))
         for weight in weights:
             if weight.grad is not None:
                 self._state_of(weight, group)["step"] += 1
