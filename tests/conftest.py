@@ -1,12 +1,14 @@
 """The pool of workers, shared by the whole run, and folders to write checkpoints into."""
 
+import functools
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.operators import compile_operator
 from tests.pool import Pool
 
 
@@ -16,6 +18,25 @@ def pool() -> Iterator[Pool]:
     workers = Pool(8)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def operator() -> Callable[[str], None]:
+    """Compiles an operator of DeepSpeed's, by its builder's name, or skips the test where that can't be done."""
+
+    @functools.cache
+    def lacking(builder: str) -> str | None:
+        worker = Pool(1, timeout=900)
+        try:
+            return worker.run(compile_operator, 1, builder)[0]
+        finally:
+            worker.close()
+
+    def ready(builder: str) -> None:
+        if missing := lacking(builder):
+            pytest.skip(f"DeepSpeed cannot compile with its {builder}: no {missing}")
+
+    return ready
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Weights, master weights and moments on a disk: the same numbers."""
 
-import functools
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,6 @@ from tests.pool import Pool
 
 # DeepSpeed swaps no piece below 1 MiB
 MODEL = {"num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 2048}
-
-
-@functools.cache
-def missing_tool() -> str | None:
-    """What DeepSpeed lacks to compile its reader of disks."""
-    from megatrain.engine.start import import_deepspeed
-
-    import_deepspeed()
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not all(map(shutil.which, ("g++", "ninja"))):
-        return "g++ or ninja"
-    return None if AsyncIOBuilder().is_compatible() else "libaio"
 
 
 def train_on(layout: Layout, disk: Path | None, **sections: dict[str, str]) -> tuple[Trained, int]:
@@ -38,10 +24,8 @@ def train_on(layout: Layout, disk: Path | None, **sections: dict[str, str]) -> t
 
 
 @pytest.fixture
-def disk(pool: Pool, tmp_path: Path) -> Path:
-    missing = pool.run(missing_tool, 1)[0]
-    if missing is not None:
-        pytest.skip(f"DeepSpeed cannot compile its async_io operator: no {missing}")
+def disk(operator: Callable[[str], None], tmp_path: Path) -> Path:
+    operator("AsyncIOBuilder")
     return tmp_path
 
 

@@ -7,6 +7,7 @@ every feature; all others with ``-m slow``.
 import functools
 import tempfile
 import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,6 @@ from tests.covering import (
     sections,
     used,
 )
-from tests.engine.test_nvme import missing_tool
 from tests.layouts import (
     SEQ_LEN,
     Layout,
@@ -177,10 +177,15 @@ def cases() -> list:
     ]
 
 
+@pytest.mark.timeout(900)  # an operator may be compiled
 @pytest.mark.parametrize("case", cases())
-def test_features_together_equal_one_process(pool: Pool, memory_path: Path, case: Case) -> None:
-    if "nvme" in case.values() and (missing := missing_tool()):
-        pytest.skip(f"DeepSpeed cannot compile its async_io operator: no {missing}")
+def test_features_together_equal_one_process(
+    pool: Pool, memory_path: Path, operator: Callable[[str], None], case: Case
+) -> None:
+    if "nvme" in case.values():
+        operator("AsyncIOBuilder")
+    if case["optimizer"] == "cpu_adamw":
+        operator("CPUAdamBuilder")
     reference = one_process(pool, tuple(alone(case).items()))
     ranks = pool.run(run_case, num_ranks(case), case, str(memory_path))
     loss, norm = BANDS[case["dtype"]]
