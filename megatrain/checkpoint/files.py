@@ -1,27 +1,24 @@
-"""Files of a checkpoint: written and read with their CRC, looked at without following links."""
+"""Files of a checkpoint, written and read with their CRC."""
 
 import os
-import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
+from awscrt.checksums import crc32c
 
-from megatrain.checkpoint.errors import CheckpointError, TransientError, explained, persistently
-from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
+from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec
 from megatrain.disk.durable import begin_writeback, fsync_folder
 
 Array = npt.NDArray[Any]
-_BLOCK = 2**20  # bytes that stay in a core's cache between the disk's copy and the CRC
+_BLOCK = 2**20  # bytes that stay in a core's cache between the system's copy and the CRC
 _AHEAD = 2**23  # bytes after which the disk is told to begin
 _WRITERS = 3  # threads that copy to the system; so many files hold data
 _SYNCERS = 16  # files that wait for the disk at once: it confirms many together nearly as fast as one
@@ -123,10 +120,10 @@ class Written:
 def write_with_crc(file: Any, data: Array | bytes, trailer: bool) -> int:
     """Writes all of ``data``, block by block, and its CRC-32C behind it if ``trailer``; returns the CRC."""
     content, crc = _bytes_of(data), 0
-    for start in range(0, content.size, _BLOCK):
+    for start in range(0, len(content), _BLOCK):
         block = content[start : start + _BLOCK]
-        crc = google_crc32c.extend(crc, block)
-        while block.size:
+        crc = crc32c(block, crc)
+        while block:
             block = block[file.write(block) :]
         if (start + _BLOCK) % _AHEAD == 0:
             begin_writeback(file.fileno())
@@ -135,20 +132,21 @@ def write_with_crc(file: Any, data: Array | bytes, trailer: bool) -> int:
     return crc
 
 
-def read_with_crc(file: Any, out: Array) -> tuple[int, bool]:
+def read_with_crc(descriptor: int, out: Array) -> tuple[int, bool]:
     """Fills ``out`` from a file; returns the CRC-32C of the data, and whether all was there with that CRC behind it."""
     rest, crc = _bytes_of(out), 0
-    while rest.size:
-        count = file.readinto(rest[:_BLOCK])
+    while rest:
+        block = rest[:_BLOCK]
+        count = os.readv(descriptor, [block])
         if not count:
             return crc, False
-        crc, rest = google_crc32c.extend(crc, rest[:count]), rest[count:]
-    return crc, file.read(CRC_BYTES) == crc.to_bytes(CRC_BYTES, "little")
+        crc, rest = crc32c(block[:count], crc), rest[count:]
+    return crc, os.read(descriptor, CRC_BYTES) == crc.to_bytes(CRC_BYTES, "little")
 
 
-def _bytes_of(data: Array | bytes) -> Array:
-    """[number of bytes] uint8, the same memory; the CRC's functions take arrays, but no memory views."""
-    return np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+def _bytes_of(data: Array | bytes) -> memoryview:
+    """[number of bytes], the same memory."""
+    return memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
 
 
 def padded(part: Array, spec: ArraySpec) -> Array:
@@ -158,41 +156,3 @@ def padded(part: Array, spec: ArraySpec) -> Array:
     chunk = np.zeros(spec.chunk_shape, part.dtype)
     chunk[tuple(map(slice, part.shape))] = part
     return chunk
-
-
-def require_files(folder: Path, chunks: Iterable[tuple[ArraySpec, Iterable[Index]]]) -> None:
-    """Checks that the chunks' files are there, inside the checkpoint and of the right size; names all that aren't."""
-    root, problems = Path(os.path.realpath(folder)), []
-    for spec, indices in chunks:
-        for index in indices:
-            relative = f"{spec.folder}/{chunk_file(index)}"
-            try:
-                num_bytes = persistently(partial(_size, root, relative))
-            except TransientError:  # the next file would be waited for as long
-                raise
-            except CheckpointError as error:
-                problems.append(f"{spec.label}: {relative}: {error}")
-                continue
-            if num_bytes is None:
-                problems.append(f"{spec.label}: {relative} is missing")
-            elif num_bytes != spec.file_bytes:
-                problems.append(f"{spec.label}: {relative} has {num_bytes} bytes instead of {spec.file_bytes}")
-    if problems:
-        raise CheckpointError(f"{folder} is damaged: " + "; ".join(problems))
-
-
-def _size(root: Path, relative: str) -> int | None:
-    """Bytes of a file of the checkpoint ``root``; None: it is missing."""
-    with explained(f"look at {root / relative}"), suppress(FileNotFoundError):
-        return inside(root, relative).stat().st_size
-    return None
-
-
-def inside(root: Path, relative: str) -> Path:
-    """A regular file of the checkpoint ``root`` (a path without links); refuses links, which could lead anywhere."""
-    path = root / relative
-    if os.path.realpath(path) != str(path):
-        raise CheckpointError("a link leads elsewhere: refused")
-    if path.exists() and not stat.S_ISREG(path.lstat().st_mode):
-        raise CheckpointError("not a regular file: refused")
-    return path

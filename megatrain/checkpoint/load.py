@@ -1,7 +1,11 @@
 """Restores the training state of an engine from a checkpoint of any layout."""
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointError, UnfitError
-from megatrain.checkpoint.placement import Placement, place
+from megatrain.checkpoint.placement import place
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
@@ -25,7 +29,7 @@ from megatrain.engine.state import (
     set_optimizer_step_count,
 )
 
-_READERS = 3  # threads; so many fragments may be in memory beside the state itself
+_READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
 
 
 ResumeData = Callable[[dict[str, Any], int], None]
@@ -86,41 +90,49 @@ def _require_equal(reader: CheckpointReader, section: str, saved: dict[str, Any]
         )
 
 
+@dataclass(frozen=True)
+class _Read:
+    """``kind`` of a fragment: the region of the array that has it, in whole rows, and how many elements lie before it.
+
+    ``memory``: of the live state, where the region may be read to at once.
+    """
+
+    kind: str
+    fragment: Fragment
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    before: int
+    memory: Tensor | None
+
+    def in_place(self, reader: CheckpointReader) -> None:
+        """Reads into ``memory``."""
+        assert self.memory is not None
+        reader.read(self.kind, self.fragment.name, self.offset, self.shape, self.memory.numpy().reshape(self.shape))
+
+    def values(self, reader: CheckpointReader) -> Tensor:
+        """[size] FP32; zeros of a moment that the checkpoint lacks: of a converted model, or another optimizer."""
+        if self.kind != WEIGHT and (self.kind, self.fragment.name) not in reader.arrays:
+            return torch.zeros(self.fragment.size)
+        rows = torch.from_numpy(reader.read(self.kind, self.fragment.name, self.offset, self.shape)).flatten()
+        return rows[self.before : self.before + self.fragment.size]
+
+
 def _read_state(reader: CheckpointReader, engine: Engine) -> None:
-    """Reads in threads, a few fragments ahead, and sets each as it comes."""
+    """Reads in threads: straight into the state where it lies in memory, else a few fragments ahead of setting them."""
     prepare_import(engine)
-    work = iter(
-        (kind, fragment, place(engine, fragment.parameter))
-        for fragment in local_fragments(engine)
-        for kind in kinds_of(engine, fragment.parameter)
-    )
+    reads = [read for fragment in local_fragments(engine) for read in _reads(fragment, engine, reader)]
     with ThreadPoolExecutor(_READERS, "checkpoint-read") as pool:
-        for kind, fragment, values in _ahead(pool, work, reader):
-            if values is not None:
-                fragment.set(kind, values.to(engine.mesh.device))
+        work = iter([read for read in reads if read.memory is not None])
+        for done in [pool.submit(_read_all, work, reader) for _ in range(_READERS)]:
+            done.result()
+        for read, values in _ahead(pool, iter([read for read in reads if read.memory is None]), reader):
+            read.fragment.set(read.kind, values.to(engine.mesh.device))
     for key, factor in factors(engine).items():
         factor.copy_(torch.from_numpy(reader.read(*key)) if key in reader.arrays else torch.zeros(factor.shape))
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Iterator[tuple[str, Fragment, Placement]], reader: CheckpointReader
-) -> Iterator[tuple[str, Fragment, Tensor | None]]:
-    queue: list[tuple[str, Fragment, Future[Tensor | None]]] = []
-    while True:
-        for kind, fragment, where in work:
-            queue.append((kind, fragment, pool.submit(_read_fragment, reader, kind, fragment, where)))
-            if len(queue) >= _READERS:
-                break
-        if not queue:
-            return
-        kind, fragment, future = queue.pop(0)
-        yield kind, fragment, future.result()
-
-
-def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, where: Placement) -> Tensor | None:
-    """[size] FP32, from the rows that the fragment touches; None if they were read into their place at once."""
-    if kind != WEIGHT and (kind, fragment.name) not in reader.arrays:  # a converted model, or another optimizer
-        return torch.zeros(fragment.size)
+def _reads(fragment: Fragment, engine: Engine, reader: CheckpointReader) -> Iterator[_Read]:
+    where = place(engine, fragment.parameter)
     row_elements = torch.Size(where.shape[1:]).numel()
     first = fragment.start // row_elements
     last = -(-(fragment.start + fragment.size) // row_elements)
@@ -128,10 +140,27 @@ def _read_fragment(reader: CheckpointReader, kind: str, fragment: Fragment, wher
     if where.shape:
         offset = (where.offset[0] + first, *where.offset[1:])
         shape = (last - first, *where.shape[1:])
-    memory = fragment.memory(kind)
-    if memory is not None and fragment.size == torch.Size(shape).numel():
-        reader.read(kind, fragment.name, offset, shape, out=memory.numpy().reshape(shape))
-        return None
-    rows = torch.from_numpy(reader.read(kind, fragment.name, offset, shape)).flatten()
-    start = fragment.start - first * row_elements
-    return rows[start : start + fragment.size]
+    for kind in kinds_of(engine, fragment.parameter):
+        fits = (kind, fragment.name) in reader.arrays and fragment.size == torch.Size(shape).numel()
+        memory = fragment.memory(kind) if fits else None
+        yield _Read(kind, fragment, offset, shape, fragment.start - first * row_elements, memory)
+
+
+def _read_all(work: Iterator[_Read], reader: CheckpointReader) -> None:
+    """One thread's part of ``work``, a list's iterator that all threads take from; an error ends it for all."""
+    try:
+        for read in work:
+            read.in_place(reader)
+    finally:
+        deque(work, maxlen=0)
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Iterator[_Read], reader: CheckpointReader) -> Iterator[tuple[_Read, Tensor]]:
+    queue: deque[tuple[_Read, Future[Tensor]]] = deque()
+    while True:
+        for read in islice(work, _READERS - len(queue)):
+            queue.append((read, pool.submit(read.values, reader)))
+        if not queue:
+            return
+        read, future = queue.popleft()
+        yield read, future.result()

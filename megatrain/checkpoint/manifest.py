@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 
 from megatrain.checkpoint.errors import CheckpointError, UnfitError
 
 FORMAT, VERSION = "megatrain-checkpoint", 1
 TENSORS = "tensors"
 HEADER = "zarr.json"
+MAX_HEADER_BYTES = 2**26  # a file that claims more isn't read into memory
 CRC_BYTES = 4
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 # What other readers see where a chunk was lost: never plausible zeros.
@@ -198,7 +199,7 @@ class Manifest:
         fields = {"format": FORMAT, "version": VERSION, **vars(self)}
         fields["arrays"] = [array.to_json() for array in self.arrays.values()]
         body = _strict_json(fields).encode().removesuffix(b"}")
-        return body + b',\n"crc32c": "%08x"\n}\n' % google_crc32c.value(body)
+        return body + b',\n"crc32c": "%b"\n}\n' % crc_hex(body).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
@@ -208,7 +209,7 @@ class Manifest:
             CheckpointError: damaged, of another format or a newer version, or with fields that are not allowed.
         """
         body, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
-        if tail is None or int(tail[1], 16) != google_crc32c.value(body):
+        if tail is None or tail[1].decode() != crc_hex(body):
             raise CheckpointError("damaged: it does not match its own CRC (edited, truncated or bits flipped)")
         try:
             fields = _typed(json.loads(body + b"}"), dict)
@@ -235,6 +236,11 @@ class Manifest:
         if manifest.groups.keys() != {"", *(array.spec.kind for array in arrays)}:
             raise CheckpointError("the groups are not those of the arrays")
         return manifest
+
+
+def crc_hex(data: bytes) -> str:
+    """CRC-32C as the manifest has it."""
+    return f"{crc32c(data):08x}"
 
 
 def zarr_array(spec: ArraySpec, step: int, run_id: str) -> bytes:

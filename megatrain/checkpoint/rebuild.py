@@ -6,16 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-import numpy as np
-
 from megatrain.checkpoint.errors import CheckpointError, explained
-from megatrain.checkpoint.files import inside, read_with_crc
 from megatrain.checkpoint.folder import MANIFEST
-from megatrain.checkpoint.manifest import DTYPES, HEADER, TENSORS, ArraySpec, Manifest, StoredArray, chunk_file
+from megatrain.checkpoint.manifest import (
+    HEADER,
+    MAX_HEADER_BYTES,
+    TENSORS,
+    ArraySpec,
+    Manifest,
+    StoredArray,
+    chunk_file,
+    crc_hex,
+)
+from megatrain.checkpoint.tree import Tree
 from megatrain.disk.durable import write_durably
-
-_MAX_HEADER_BYTES = 2**26
 
 
 def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> Manifest:
@@ -26,8 +30,9 @@ def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_
     Raises:
         CheckpointError: a header or a chunk is missing or damaged, or they are of different saves; nothing is written.
     """
-    root = Path(os.path.realpath(path))
-    top, top_crc = _header(root, TENSORS)
+    tree = Tree(path)
+    root = Path(tree.root)
+    top, top_crc = _header(tree, TENSORS)
     try:
         said = top["attributes"]
         step, run_id, versions, state = (said[field] for field in ("step", "run_id", "versions", "state"))
@@ -37,8 +42,8 @@ def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_
     groups, arrays = {"": top_crc}, {}
     for kind, name in names:
         if kind not in groups:
-            _, groups[kind] = _header(root, f"{TENSORS}/{kind}")
-        array = _array(root, kind, name, (step, run_id), progress)
+            _, groups[kind] = _header(tree, f"{TENSORS}/{kind}")
+        array = _array(tree, kind, name, (step, run_id), progress)
         arrays[array.spec.key] = array
     manifest = Manifest(step, run_id, versions, state, groups, dict(sorted(arrays.items())))
     content = manifest.to_bytes()
@@ -50,8 +55,8 @@ def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_
     return manifest
 
 
-def _array(root: Path, kind: str, name: str, save: tuple[int, str], progress: Callable[[int], object]) -> StoredArray:
-    header, crc = _header(root, f"{TENSORS}/{kind}/{name}")
+def _array(tree: Tree, kind: str, name: str, save: tuple[int, str], progress: Callable[[int], object]) -> StoredArray:
+    header, crc = _header(tree, f"{TENSORS}/{kind}/{name}")
     try:
         grid = header["chunk_grid"]["configuration"]["chunk_shape"]
         spec = ArraySpec(kind, name, header["data_type"], tuple(header["shape"]), tuple(grid))
@@ -65,35 +70,19 @@ def _array(root: Path, kind: str, name: str, save: tuple[int, str], progress: Ca
     array = StoredArray(spec, {}, crc)
     for index in spec.indices():
         file = chunk_file(index)
-        array.chunks[file] = _chunk_crc(root, spec, file)
+        _, array.chunks[file] = tree.read_chunk(spec, file)
         progress(spec.file_bytes)
     return array
 
 
-def _chunk_crc(root: Path, spec: ArraySpec, file: str) -> str:
-    relative = f"{spec.folder}/{file}"
-    with explained(f"read {spec.label} from {root / relative}"):
-        place = inside(root, relative)
-        if (size := place.stat().st_size) != spec.file_bytes:
-            raise CheckpointError(f"{spec.label}: {relative} has {size} bytes instead of {spec.file_bytes}")
-        with open(place, "rb", buffering=0) as opened:
-            crc, whole = read_with_crc(opened, np.empty(spec.chunk_shape, DTYPES[spec.dtype]))
-    if not whole:
-        raise CheckpointError(f"{spec.label}: {relative} is damaged: the data does not match its CRC")
-    return f"{crc:08x}"
-
-
-def _header(root: Path, folder: str) -> tuple[dict[str, Any], str]:
+def _header(tree: Tree, folder: str) -> tuple[dict[str, Any], str]:
     relative = f"{folder}/{HEADER}"
-    with explained(f"read {root / relative}"):
-        place = inside(root, relative)
-        if place.stat().st_size > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{root / relative} is larger than {_MAX_HEADER_BYTES} bytes")
-        data = place.read_bytes()
+    with explained(f"read {tree.root}/{relative}"):
+        data = tree.content(relative, MAX_HEADER_BYTES)
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{root / relative} is damaged: {error}") from error
+        raise CheckpointError(f"{tree.root}/{relative} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{root / relative} is damaged: not an object")
-    return content, f"{google_crc32c.value(data):08x}"
+        raise CheckpointError(f"{tree.root}/{relative} is damaged: not an object")
+    return content, crc_hex(data)

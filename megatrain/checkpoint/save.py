@@ -41,6 +41,18 @@ class Outcome:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One save: what it writes, and ``problem``, which kept this rank from copying it. ``start``: of the clock."""
+
+    start: float
+    step: int
+    state: dict[str, Any]
+    versions: Mapping[str, str]
+    pieces: Mapping[PieceKey, Tensor]
+    problem: CheckpointError | None
+
+
 class Saver:
     """The saves of one run, one at a time. Every method is collective: all ranks call it at the same step.
 
@@ -92,12 +104,12 @@ class Saver:
                 pieces = self._staging.copy(pieces)
         except (RuntimeError, MemoryError) as error:
             problem = CheckpointError(f"no memory to copy {self._shares.own_bytes} bytes of state aside: {error}")
-        arguments = (start, step, whole_state, versions, pieces, problem)
+        job = _Job(start, step, whole_state, versions, pieces, problem)
         if self.background:
-            self._thread = Thread(target=self._save, args=arguments, name=f"save-{step}", daemon=True)
+            self._thread = Thread(target=self._save, args=(job,), name=f"save-{step}", daemon=True)
             self._thread.start()
         else:
-            self._save(*arguments)
+            self._save(job)
         self._stalled = time.perf_counter() - start
 
     @property
@@ -115,78 +127,61 @@ class Saver:
         waited = time.perf_counter() - start
         return outcome and replace(outcome, stall_seconds=self._stalled + waited)
 
-    def _save(
-        self,
-        start: float,
-        step: int,
-        state: dict[str, Any],
-        versions: Mapping[str, str],
-        pieces: dict[PieceKey, Tensor],
-        problem: CheckpointError | None,
-    ) -> None:
+    def _save(self, job: _Job) -> None:
         """All attempts: more than one where the file system fails in a way that may pass."""
         notes: list[str] = []
         for attempt, pause in enumerate((*PAUSES, None), 1):
-            found, new_notes = self._attempt(
-                CheckpointWriter(self.folder, step, self.run_id), pieces, problem, state, versions
-            )
+            found, new_notes = self._attempt(job)
             notes += new_notes
             if pause is None or not isinstance(found, TransientError):
                 break
-            notes.append(f"attempt {attempt} to save step {step} failed, the next one begins in {pause:.0f} s: {found}")
+            again = f"the next one begins in {pause:.0f} s"
+            notes.append(f"attempt {attempt} to save step {job.step} failed, {again}: {found}")
             time.sleep(pause)
         text = None if found is None else f"{found}; tried {attempt} times" if attempt > 1 else str(found)
-        path = self.folder / checkpoint_name(step)
-        seconds = time.perf_counter() - start
-        self._outcome = Outcome(step, path, text, tuple(notes), seconds, seconds, self._shares.total_bytes)
+        path = self.folder / checkpoint_name(job.step)
+        seconds = time.perf_counter() - job.start
+        self._outcome = Outcome(job.step, path, text, tuple(notes), seconds, seconds, self._shares.total_bytes)
 
-    def _attempt(
-        self,
-        writer: CheckpointWriter,
-        pieces: dict[PieceKey, Tensor],
-        problem: CheckpointError | None,
-        state: dict[str, Any],
-        versions: Mapping[str, str],
-    ) -> tuple[CheckpointError | None, list[str]]:
+    def _attempt(self, job: _Job) -> tuple[CheckpointError | None, list[str]]:
+        writer = CheckpointWriter(self.folder, job.step, self.run_id)
         try:
-            return self._write(writer, pieces, problem, state, versions)
+            return self._write(job, writer)
         except Exception as error:  # a thread has nobody above it
             return CheckpointError(f"{type(error).__name__}: {error}"), []
         finally:
             writer.close()
 
-    def _write(
-        self,
-        writer: CheckpointWriter,
-        pieces: dict[PieceKey, Tensor],
-        problem: CheckpointError | None,
-        state: dict[str, Any],
-        versions: Mapping[str, str],
-    ) -> tuple[CheckpointError | None, list[str]]:
+    def _write(self, job: _Job, writer: CheckpointWriter) -> tuple[CheckpointError | None, list[str]]:
         """All steps of a save, each agreed on by all ranks; returns what rank 0 says: problem and notes."""
+        problem: CheckpointError | None = job.problem
         notes: list[str] = []
         if self._is_first and problem is None:
             problem, notes = _told(lambda: self._prepare(writer))
         if problem := _worst(self._gathered(problem)):
             return problem, notes
-        problem = write_shares(self._shares, pieces, writer)
+        problem = write_shares(self._shares, job.pieces, writer)
         late_problem, records = _told(writer.records)
         everything = self._gathered((problem or late_problem, records))
         problem = _worst([error for error, _ in everything])
         if self._is_first:
             if problem is None:
                 all_records = [record for _, rank_records in everything for record in rank_records]
-                problem, _ = _told(lambda: [writer.commit(all_records, state, versions)])
+                problem, _ = _told(lambda: [writer.commit(all_records, job.state, job.versions)])
             if problem is None:
-                self._damaged.discard(writer.step)
-                late_problem, removed = _told(lambda: prune(self.folder, self.retention, self._damaged))
-                notes += [f"removed {path}" for path in removed] + ([str(late_problem)] if late_problem else [])
+                notes += self._after_commit(job.step)
             else:
                 writer.close()
                 writer.discard()
         outcome = [(problem, notes)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         return outcome[0]
+
+    def _after_commit(self, step: int) -> list[str]:
+        """Removes what retention gives up; what fails now does not fail the save."""
+        self._damaged.discard(step)
+        problem, removed = _told(lambda: prune(self.folder, self.retention, self._damaged))
+        return [f"removed {path}" for path in removed] + ([str(problem)] if problem else [])
 
     @property
     def _is_first(self) -> bool:

@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from megatrain.checkpoint import folder as layout
 from megatrain.checkpoint.errors import CheckpointError, explained, persistently
-from megatrain.checkpoint.files import Array, Files, inside, padded, read_with_crc, require_files
+from megatrain.checkpoint.files import Array, Files, padded
 from megatrain.checkpoint.grid import index_of, ints, overlap, overlapping
 from megatrain.checkpoint.manifest import (
     DTYPES,
     HEADER,
+    MAX_HEADER_BYTES,
     TENSORS,
     ArraySpec,
     Index,
@@ -33,13 +33,14 @@ from megatrain.checkpoint.manifest import (
     Manifest,
     StoredArray,
     chunk_file,
+    crc_hex,
     merge_records,
     zarr_array,
     zarr_group,
 )
+from megatrain.checkpoint.tree import Tree
 from megatrain.disk.durable import fsync_folder, write_durably
 
-_MAX_HEADER_BYTES = 2**26
 _MAX_MANIFEST_BYTES = 2**28  # some million chunks; a file that claims more isn't read into memory
 
 
@@ -142,10 +143,10 @@ class CheckpointWriter:
         """
         arrays = merge_records(all_records)
         groups = group_headers(self.step, self.run_id, versions, state, arrays)
-        crcs = {kind: f"{google_crc32c.value(header):08x}" for kind, header in groups.items()}
+        crcs = {kind: crc_hex(header) for kind, header in groups.items()}
         manifest = Manifest(self.step, self.run_id, dict(versions), dict(state), crcs, arrays)
         content = manifest.to_bytes()
-        require_files(self.partial, ((array.spec, array.spec.indices()) for array in arrays.values()))
+        Tree(self.partial).require((array.spec, array.spec.indices()) for array in arrays.values())
         with explained(f"commit the checkpoint {self.partial}"):
             for kind, header in groups.items():
                 place = self.partial / TENSORS / kind
@@ -180,6 +181,7 @@ class CheckpointReader:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"no such checkpoint: {path}")
+        self._tree = Tree(path)
         if not os.path.lexists(path / layout.MANIFEST):
             raise CheckpointError(f"{path} was never committed: it has no {layout.MANIFEST}")
         try:
@@ -198,7 +200,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: names all that are missing, of another size or behind a link.
         """
-        require_files(self.path, ((array.spec, array.spec.indices()) for array in self._arrays.values()))
+        self._tree.require((array.spec, array.spec.indices()) for array in self._arrays.values())
         for kind, crc in self._groups.items():
             self._require_header(f"the group {kind or TENSORS}", f"{TENSORS}/{kind}", crc)
         for array in self._arrays.values():
@@ -223,8 +225,8 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: no such array; a region that leaves it; chunks that are missing, of another size or
-                behind a link (all of them named at once, before memory is taken); one that is damaged or not the one
-                that was saved.
+                behind a link (all of them named at once, before memory is taken; the first one where ``out`` is
+                given); one that is damaged or not the one that was saved.
         """
         if (kind, name) not in self._arrays:
             raise CheckpointError(f"{self.path} holds no {kind} of {name}")
@@ -234,44 +236,38 @@ class CheckpointReader:
         rest = (dim - begin for dim, begin in zip(spec.shape, start, strict=False))  # overlapping checks the lengths
         size = tuple(rest) if shape is None else ints(shape)
         indices = overlapping(spec, start, size)
-        require_files(self.path, [(spec, indices)])
         if spec.key not in self._checked_headers:
             self._require_header(spec.label, spec.folder, array.header)
             self._checked_headers.add(spec.key)
+        if out is None:
+            self._tree.require([(spec, indices)])
         region: Array = np.empty(size, DTYPES[spec.dtype]) if out is None else out
         assert (region.shape, region.dtype) == (size, DTYPES[spec.dtype]), "out does not fit the region"
         for index in indices:
             source, target = overlap(spec, index, start, size)
             part = region[(*target, ...)]  # the dots keep a view of an array without dims
             whole = part.shape == spec.chunk_shape and part.flags.c_contiguous
-            chunk = part if whole else np.empty(spec.chunk_shape, region.dtype)
-            persistently(partial(self._read_chunk, array, index, chunk))
+            chunk = persistently(partial(self._read_chunk, array, index, part if whole else None))
             if not whole:
                 part[...] = chunk[source]
         return region
 
     def _manifest(self) -> Manifest:
-        root = Path(os.path.realpath(self.path))
         with explained("read it"):
-            path = inside(root, layout.MANIFEST)
-            if path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise CheckpointError(f"larger than {_MAX_MANIFEST_BYTES} bytes")
-            manifest = Manifest.from_bytes(path.read_bytes())
-        if layout.step_of(root.name) not in (None, manifest.step):
+            manifest = Manifest.from_bytes(self._tree.content(layout.MANIFEST, _MAX_MANIFEST_BYTES))
+        if layout.step_of(os.path.basename(self._tree.root)) not in (None, manifest.step):
             raise CheckpointError(f"it belongs to step {manifest.step}, not to this folder")
         return manifest
 
-    def _read_chunk(self, array: StoredArray, index: Index, chunk: Array) -> None:
-        path = self.path / array.spec.folder / chunk_file(index)
-        with explained(f"read {array.spec.label} from {path}"), open(path, "rb", buffering=0) as file:
-            crc, whole = read_with_crc(file, chunk)
-        if not whole:
-            raise CheckpointError(f"{array.spec.label}: {path} is damaged: the data does not match its CRC")
-        if f"{crc:08x}" != array.chunks[path.name]:
+    def _read_chunk(self, array: StoredArray, index: Index, out: Array | None) -> Array:
+        file = chunk_file(index)
+        chunk, crc = self._tree.read_chunk(array.spec, file, out)
+        if crc != array.chunks[file]:
             raise CheckpointError(
-                f"{array.spec.label}: {path} is whole but not the chunk that was saved here: "
-                f"{self._origin(f'{crc:08x}')}"
+                f"{array.spec.label}: {self.path}/{array.spec.folder}/{file} is whole but not the chunk that was "
+                f"saved here: {self._origin(crc)}"
             )
+        return chunk
 
     def _origin(self, crc: str) -> str:
         """Where a foreign chunk comes from, as far as this checkpoint and those beside it know."""
@@ -291,10 +287,9 @@ class CheckpointReader:
 
     def _check_header(self, label: str, folder: str, crc: str | None) -> None:
         relative = f"{folder}/{HEADER}"
-        with explained(f"read {label} from {self.path / relative}"):
-            path = inside(Path(os.path.realpath(self.path)), relative)
-            if path.stat().st_size > _MAX_HEADER_BYTES or f"{google_crc32c.value(path.read_bytes()):08x}" != crc:
-                raise CheckpointError(f"{label}: {self.path / relative} is damaged: it is not what was saved here")
+        with explained(f"read {label} from {self.path}/{relative}"):
+            if crc_hex(self._tree.content(relative, MAX_HEADER_BYTES)) != crc:
+                raise CheckpointError(f"{label}: {self.path}/{relative} is damaged: it is not what was saved here")
 
 
 def group_headers(

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from functools import cache
 
 import torch
 
@@ -38,6 +39,7 @@ def start_distributed() -> torch.device:
     return device
 
 
+@cache  # setting a level empties the caches of every logger, which costs a millisecond
 def import_deepspeed():  # type: ignore[no-untyped-def]
     """Imports DeepSpeed, quietly and without the compiler.
 

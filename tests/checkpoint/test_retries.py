@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launch import pretrain
-from megatrain.checkpoint import errors, store
+from megatrain.checkpoint import errors, store, tree
 from megatrain.checkpoint.errors import CheckpointError, StorageError, TransientError, persistently
 from megatrain.checkpoint.folder import list_checkpoints
 from megatrain.checkpoint.store import CheckpointReader
@@ -74,11 +74,12 @@ def test_a_save_is_tried_again_and_not_forever(pool: Pool, memory_path: Path) ->
             reader.read(*key)
 
 
-@pytest.mark.parametrize("call", ["read_with_crc", "inside", "Manifest.from_bytes"])
+@pytest.mark.parametrize("call", ["tree.read_with_crc", "Tree.open", "Manifest.from_bytes"])
 def test_a_load_is_tried_again_and_not_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     monkeypatch.setattr(errors, "PAUSES", NO_PAUSES)
     path = small_save(tmp_path)
-    place, name = (store.Manifest, "from_bytes") if "." in call else (store, call)
+    outer, name = call.split(".")
+    place = tree if outer == "tree" else getattr(store, outer)
     original = getattr(place, name)
     monkeypatch.setattr(place, name, failing(original, errno.ESTALE, 2))
     np.testing.assert_array_equal(CheckpointReader(path).read("weight", "layers.0.weight"), sample(4, 6))
@@ -93,7 +94,7 @@ def test_a_look_at_the_files_waits_once_for_a_disk_that_is_gone(
     reader = CheckpointReader(small_save(tmp_path))
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)
-    monkeypatch.setattr("megatrain.checkpoint.files.inside", failing(None, errno.EIO, 10**6))
+    monkeypatch.setattr("megatrain.checkpoint.tree.os.lstat", failing(None, errno.EIO, 10**6))
     with pytest.raises(TransientError, match=r"c\.0\.0: Input/output error \(EIO\); tried 3 times"):
         reader.require_files()
     assert pauses == list(errors.PAUSES)

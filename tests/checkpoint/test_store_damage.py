@@ -60,6 +60,41 @@ def test_another_size(tmp_path, size):
         load_all(path)
 
 
+def replace_by_a_link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+DAMAGES = {
+    "flipped": (lambda path: flip(path / CHUNK, 100), r"c\.0\.0 is damaged"),
+    "truncated": (lambda path: os.truncate(path / CHUNK, 51), r"c\.0\.0 has 51 bytes instead of 52"),
+    "longer": (lambda path: os.truncate(path / CHUNK, 53), r"c\.0\.0 has 53 bytes instead of 52"),
+    "missing": (lambda path: (path / CHUNK).unlink(), r"c\.0\.0: No such file"),
+    "link": (lambda path: replace_by_a_link(path / CHUNK), "a link leads elsewhere"),
+    "folder_link": (lambda path: replace_by_a_link((path / CHUNK).parent), "a link leads elsewhere"),
+    "pipe": (lambda path: ((path / CHUNK).unlink(), os.mkfifo(path / CHUNK)), "not a regular file"),
+    "foreign": (lambda path: shutil.copy(path / OTHER, path / CHUNK), r"c\.0\.0 is whole but not the chunk"),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("offset", [0, 1], ids=["whole_chunks", "parts_of_chunks"])
+def test_nothing_damaged_is_read_into_given_memory(tmp_path, damage, offset):
+    path = small_save(tmp_path)
+    make, message = DAMAGES[damage]
+    make(path)
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(path).read("weight", NAME, (offset, 0), out=np.empty((4 - offset, 6), np.float32))
+
+
+def test_memory_is_taken_only_for_chunks_of_their_size(tmp_path):
+    path = small_save(tmp_path)
+    rewrite(path, HOSTILE["huge_chunk"][0])
+    with pytest.raises(CheckpointError, match="instead of 13194139533316"):  # 2^39 rows of 6 FP32, and the CRC
+        CheckpointReader(path).read("weight", NAME, shape=(1, 6), out=np.empty((1, 6), np.float32))
+
+
 def test_all_missing_files_are_named_at_once(tmp_path):
     path = save(tmp_path, 1, {"a": (sample(4), (2,)), "b": (sample(4), (2,))})
     for file in ("a/c.0", "a/c.1", "b/c.1"):

@@ -1,0 +1,131 @@
+"""The files of a checkpoint that is read: looked at and opened without a way out of its folder."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.checkpoint.errors import CheckpointError, TransientError, explained, persistently
+from megatrain.checkpoint.files import Array, read_with_crc
+from megatrain.checkpoint.manifest import DTYPES, ArraySpec, Index, chunk_file
+
+_LINK = "a link leads elsewhere: refused"
+
+
+class Tree:
+    """All below the folder ``path``, which may itself be reached through a link; a link in it could lead anywhere.
+
+    Paths are strings and files are descriptors here: there are two files a tensor, and what each costs adds up.
+    """
+
+    def __init__(self, path: Path):
+        self.root = os.path.realpath(path)
+        self._folders = {self.root}  # that are no links
+
+    def open(self, relative: str) -> tuple[int, int]:
+        """(descriptor, size) of a regular file; to be closed by the caller.
+
+        Raises:
+            CheckpointError: it is a link or behind one, or not a regular file.
+            OSError: it isn't there, or can't be opened.
+        """
+        folder, _, name = relative.rpartition("/")
+        try:  # a pipe is not waited for
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(f"{self._folder(folder)}/{name}", flags)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CheckpointError(_LINK) from error
+            raise
+        try:
+            return descriptor, _size_of(os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def content(self, relative: str, limit: int) -> bytes:
+        """A small file that describes others.
+
+        Raises:
+            CheckpointError: as ``open``; larger than ``limit`` bytes, which are not read.
+            OSError: it isn't there, or can't be read.
+        """
+        descriptor, size = self.open(relative)
+        try:
+            if size > limit:
+                raise CheckpointError(f"{self.root}/{relative} is larger than {limit} bytes")
+            return os.read(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def read_chunk(self, spec: ArraySpec, file: str, out: Array | None = None) -> tuple[Array, str]:
+        """A chunk, in ``out`` or in new memory once its size is known to be right, and its CRC-32C.
+
+        Raises:
+            CheckpointError: as ``open``; of another size, or its data does not match the CRC behind it.
+        """
+        relative = f"{spec.folder}/{file}"
+        with explained(f"read {spec.label} from {self.root}/{relative}"):
+            descriptor, size = self.open(relative)
+            try:
+                if size != spec.file_bytes:
+                    raise CheckpointError(f"{spec.label}: {relative} has {size} bytes instead of {spec.file_bytes}")
+                chunk: Array = np.empty(spec.chunk_shape, DTYPES[spec.dtype]) if out is None else out
+                crc, whole = read_with_crc(descriptor, chunk)
+            finally:
+                os.close(descriptor)
+        if not whole:
+            raise CheckpointError(f"{spec.label}: {self.root}/{relative} is damaged: the data does not match its CRC")
+        return chunk, f"{crc:08x}"
+
+    def require(self, chunks: Iterable[tuple[ArraySpec, Iterable[Index]]]) -> None:
+        """Checks that the chunks' files are there and of the right size.
+
+        Raises:
+            CheckpointError: names all that aren't, and those that are links or behind one.
+        """
+        problems = []
+        for spec, indices in chunks:
+            for index in indices:
+                relative = f"{spec.folder}/{chunk_file(index)}"
+                try:
+                    num_bytes = persistently(partial(self._size, relative))
+                except TransientError:  # the next file would be waited for as long
+                    raise
+                except CheckpointError as error:
+                    problems.append(f"{spec.label}: {relative}: {error}")
+                    continue
+                if num_bytes is None:
+                    problems.append(f"{spec.label}: {relative} is missing")
+                elif num_bytes != spec.file_bytes:
+                    problems.append(f"{spec.label}: {relative} has {num_bytes} bytes instead of {spec.file_bytes}")
+        if problems:
+            raise CheckpointError(f"{self.root} is damaged: " + "; ".join(problems))
+
+    def _size(self, relative: str) -> int | None:
+        """Bytes of a file; None: it is missing."""
+        folder, _, name = relative.rpartition("/")
+        with explained(f"look at {self.root}/{relative}"), suppress(FileNotFoundError):
+            return _size_of(os.lstat(f"{self._folder(folder)}/{name}"))
+        return None
+
+    def _folder(self, relative: str) -> str:
+        """Path of a folder, once it is sure that neither it nor one above it is a link."""
+        path = f"{self.root}/{relative}" if relative else self.root
+        if path not in self._folders:
+            self._folder(relative.rpartition("/")[0])
+            if stat.S_ISLNK(os.lstat(path).st_mode):
+                raise CheckpointError(_LINK)
+            self._folders.add(path)
+        return path
+
+
+def _size_of(status: os.stat_result) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(_LINK if stat.S_ISLNK(status.st_mode) else "not a regular file: refused")
+    return status.st_size
