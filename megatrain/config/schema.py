@@ -106,6 +106,9 @@ class ModelConfig(Section):
     )
     rope_beta_fast: PositiveFloat = Field(32.0, description="yarn: a frequency with more turns stays as it is.")
     rope_beta_slow: PositiveFloat = Field(1.0, description="yarn: one with fewer turns is stretched in full.")
+    rope_attention_factor: PositiveFloat | None = Field(
+        None, description="yarn, longrope: factor on turned queries and keys; default: by rope_scaling_factor."
+    )
     init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
     dropout: Probability = Field(0.0, description="Dropout of embeddings and of each sublayer's output.")
     attention_dropout: Probability = Field(0.0, description="Dropout of the attention probabilities.")

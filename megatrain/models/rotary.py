@@ -105,9 +105,9 @@ SCALINGS = {
 
 def _size(config: ModelConfig) -> float:
     """Some also lengthen queries and keys, which sharpens the softmax: YaRN (ibid., eq. 15) and LongRoPE (ibid.)."""
-    factor = config.rope_scaling_factor
+    factor, given = config.rope_scaling_factor, config.rope_attention_factor
     if config.rope_scaling == "yarn":
-        return 0.1 * math.log(factor) + 1.0
+        return 0.1 * math.log(factor) + 1.0 if given is None else given
     if config.rope_scaling == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original_length(config)))
+        return math.sqrt(1 + math.log(factor) / math.log(original_length(config))) if given is None else given
     return 1.0

@@ -2,19 +2,18 @@
 
 import pickle
 import zipfile
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.safetensors_files import read_index
+from megatrain.checkpoint.convert.sharded_files import ShardedFiles, read_index
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-class BinReader:
+class BinReader(ShardedFiles):
     """The tensors of a folder with ``pytorch_model.bin``, or with shards and their index; nothing but tensors is
     unpickled.
 
@@ -26,19 +25,13 @@ class BinReader:
         self.folder = folder
         self._files: dict[str, dict[str, Tensor]] = {}
         if (folder / INDEX).is_file():
-            self._file_of = read_index(folder / INDEX)
+            self.file_of = read_index(folder / INDEX)
         else:
-            self._file_of = dict.fromkeys(self._open(SINGLE), SINGLE)
-
-    def names(self) -> Collection[str]:
-        """Of all tensors."""
-        return self._file_of.keys()
+            self.file_of = dict.fromkeys(self._open(SINGLE), SINGLE)
 
     def read(self, name: str) -> Tensor:
         """A tensor, read from the file when it is looked at."""
-        if name not in self._file_of:
-            raise ConversionError(f"{self.folder} has no tensor {name}")
-        file = self._file_of[name]
+        file = self.file_with(name)
         if name not in self._open(file):
             raise ConversionError(f"{self.folder / file} does not hold {name}, which the index says it does")
         return self._open(file)[name]

@@ -6,6 +6,7 @@ Names and their order are those of Hugging Face's modules, so that an engine aro
 import math
 import shutil
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatrain.checkpoint.convert.deepspeed_names import Split, module_order, names_of
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import WEIGHT
+from megatrain.checkpoint.convert.table import WEIGHT, adam_group
 from megatrain.config.schema import ModelConfig
 
 VERSION = "0.19.8"
@@ -85,8 +86,10 @@ class _ModelStates:
 class _Partitions:
     """What one tensor rank's data-parallel ranks hold under ZeRO 1: its tensors behind one another, cut evenly."""
 
-    def __init__(self, scratch: Path, shapes: dict[str, torch.Size], rank: int, data_ranks: int):
-        self._rank, self._data_ranks = rank, data_ranks
+    def __init__(
+        self, scratch: Path, shapes: dict[str, torch.Size], rank: int, data_ranks: int, adam: Mapping[str, Any]
+    ):
+        self._rank, self._data_ranks, self._adam = rank, data_ranks, adam
         self._slices, end = OrderedDict[str, tuple[int, int]](), 0
         for name, shape in shapes.items():
             self._slices[name] = (end, end + shape.numel())
@@ -117,11 +120,10 @@ class _Partitions:
 
     def _optimizer_states(self, part: int, step: int) -> dict[str, Any]:
         state = {kind: self._flats[kind, part].tensor for kind in UNIVERSAL_NAMES if kind != WEIGHT}
-        groups = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"]
         return {
             "base_optimizer_state": {
                 "state": {0: {"step": torch.tensor(float(step)), **state}},
-                "param_groups": groups,
+                "param_groups": [adam_group(self._adam)],
             },
             "single_partition_of_fp32_groups": [self._flats[WEIGHT, part].tensor],
             "zero_stage": 1,
@@ -179,17 +181,22 @@ class ZeroWriter(_DeepSpeedWriter):
     it, in one parameter group.
 
     Moments that the source does not have are zero.
+
+    Args:
+        adam: arguments of the run's AdamW; its defaults for the rest.
     """
 
-    def __init__(self, root: Path, model: ModelConfig, step: int, data_ranks: int, tensor_ranks: int):
+    def __init__(
+        self, root: Path, model: ModelConfig, step: int, data_ranks: int, tensor_ranks: int, adam: Mapping[str, Any]
+    ):
         super().__init__(root, model, step, f"global_step{step}", tensor_ranks)
-        self._data_ranks = data_ranks
+        self._data_ranks, self._adam = data_ranks, adam
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Makes room for the flat partitions."""
         local = self._begin(shapes, self._data_ranks, LATEST)
         self._partitions = [
-            _Partitions(self._scratch, shapes, rank, self._data_ranks) for rank, shapes in enumerate(local)
+            _Partitions(self._scratch, shapes, rank, self._data_ranks, self._adam) for rank, shapes in enumerate(local)
         ]
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:

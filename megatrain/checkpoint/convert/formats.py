@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,7 +131,19 @@ def _read_deepspeed(path: Path, choices: Choices) -> Reader:
 
 def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
     states = "exp_avg" in reader.kinds and not choices.weights_only
-    return MegatronWriter(folder, reader.model, choices.dtype, choices.shard_bytes, reader.step, states)
+    return MegatronWriter(
+        folder, reader.model, choices.dtype, choices.shard_bytes, reader.step, _adam_settings(reader), states
+    )
+
+
+def _write_deepspeed(folder: Path, reader: Reader, choices: Choices) -> Writer:
+    return ZeroWriter(
+        folder, reader.model, reader.step, choices.zero_ranks, choices.tensor_ranks, _adam_settings(reader)
+    )
+
+
+def _adam_settings(reader: Reader) -> dict[str, Any]:
+    return reader.adam if isinstance(reader, NativeReader) else {}
 
 
 FORMATS = {
@@ -145,9 +158,7 @@ FORMATS = {
     "deepspeed": Format(
         is_zero,
         _read_deepspeed,
-        lambda folder, reader, choices: ZeroWriter(
-            folder, reader.model, reader.step, choices.zero_ranks, choices.tensor_ranks
-        ),
+        _write_deepspeed,
         _run_here,
     ),
     "universal": Format(

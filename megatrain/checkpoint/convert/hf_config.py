@@ -31,12 +31,14 @@ ROPE: dict[str, dict[str, tuple[str, Any]]] = {
         "factor": ("rope_scaling_factor", 1.0),
         "beta_fast": ("rope_beta_fast", 32.0),
         "beta_slow": ("rope_beta_slow", 1.0),
+        "attention_factor": ("rope_attention_factor", None),
         "original_max_position_embeddings": ("rope_original_max_seq_len", None),
     },
     "longrope": {
         "factor": ("rope_scaling_factor", None),
         "short_factor": ("rope_short_factors", None),
         "long_factor": ("rope_long_factors", None),
+        "attention_factor": ("rope_attention_factor", None),
         "original_max_position_embeddings": ("rope_original_max_seq_len", None),
     },
 }

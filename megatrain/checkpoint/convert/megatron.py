@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, extra_states
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
-from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line
+from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line, adam_group
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
@@ -132,14 +132,24 @@ class MegatronWriter:
     experts and some have none.
 
     Args:
+        adam: arguments of the run's AdamW, which go into the groups; its defaults for the rest.
         states: write the optimizer's states too. Megatron-core keeps several optimizers for a model with experts, and
             its states are not written.
     """
 
     table: tuple[Line, ...] = MEGATRON_CORE
 
-    def __init__(self, folder: Path, model: ModelConfig, dtype: torch.dtype, file_bytes: int, step: int, states: bool):
-        self.dtype, self._model, self._step = dtype, model, step
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        file_bytes: int,
+        step: int,
+        adam: Mapping[str, Any],
+        states: bool,
+    ):
+        self.dtype, self._model, self._step, self._adam = dtype, model, step, adam
         self._root, self._folder = folder, folder / f"iter_{step:07d}"
         self._file_bytes = file_bytes
         self._stacked = len(mixture_layers(model)) in (0, model.num_layers)
@@ -188,9 +198,12 @@ class MegatronWriter:
         """What all ranks share. Both of Megatron-core's optimizers, sharded or not, find their groups in it."""
         common: dict[str, Any] = {"iteration": self._step, "checkpoint_version": 3.0}
         if len(self.kinds) > 1:
-            (defaults,) = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"]
-            del defaults["params"]
-            groups = [{**defaults, **group, "step": self._step} for group in _GROUPS]
+            settings = adam_group(self._adam)
+            del settings["params"]
+            groups = [
+                {**settings, **group, "weight_decay": settings["weight_decay"] * group["wd_mult"], "step": self._step}
+                for group in _GROUPS
+            ]
             states = {"param_groups": groups, "state": {"common_step": torch.tensor(float(self._step))}}
             common["optimizer"] = states | {"optimizer": states, "param_state_sharding_type": "fully_reshardable"}
         return common

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ RUN_ID = "conversion"
 
 
 class NativeReader:
-    """A checkpoint folder ``step-…``.
+    """A checkpoint folder ``step-…``; ``adam``: the arguments of the run's AdamW, none where no run made it.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -32,6 +33,7 @@ class NativeReader:
         states = all((kind, name) in arrays for weight, name in arrays if weight == WEIGHT for kind in MOMENTS)
         self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)  # other formats know AdamW's alone
         self.step = self._reader.step
+        self.adam = _adam_settings(self._reader.state)
         self._biases: dict[str, list[float]] = self._reader.state["router_biases"] if balanced(self.model) else {}
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -91,3 +93,11 @@ class NativeWriter:
             "model": self.model.model_dump(mode="json"),
         }
         self._writer.commit(self._writer.records(), state, {"torch": torch.__version__})
+
+
+def _adam_settings(state: dict[str, Any]) -> dict[str, Any]:
+    optimizer = state.get("config", {}).get("optimizer", {})
+    if optimizer.get("name") not in ("adamw", "cpu_adamw"):
+        return {}
+    betas = (optimizer["beta1"], optimizer["beta2"])
+    return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}

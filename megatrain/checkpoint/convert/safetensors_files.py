@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.sharded_files import ShardedFiles, read_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-class SafetensorsReader:
+class SafetensorsReader(ShardedFiles):
     """The tensors of a folder with ``model.safetensors``, or with shards and their index.
 
     Raises:
@@ -28,21 +28,15 @@ class SafetensorsReader:
         self.folder = folder
         self._files: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self._file_of = read_index(folder / INDEX)
+            self.file_of = read_index(folder / INDEX)
         elif (folder / SINGLE).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             raise ConversionError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
-    def names(self) -> Collection[str]:
-        """Of all tensors."""
-        return self._file_of.keys()
-
     def read(self, name: str) -> Tensor:
         """A tensor, copied from the file; nothing else of it is read."""
-        if name not in self._file_of:
-            raise ConversionError(f"{self.folder} has no tensor {name}")
-        file = self._file_of[name]
+        file = self.file_with(name)
         try:
             return self._open(file).get_tensor(name)
         except SafetensorError as error:
@@ -55,22 +49,6 @@ class SafetensorsReader:
             except (SafetensorError, OSError) as error:
                 raise ConversionError(f"{self.folder / file}: {error}") from error
         return self._files[file]
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> the file beside the index that holds it.
-
-    Raises:
-        ConversionError: damaged, or it names files elsewhere.
-    """
-    try:
-        file_of: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = set(file_of.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is damaged: {error!r}") from error
-    if elsewhere := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ConversionError(f"{path} names files outside its folder: {elsewhere[:3]}")
-    return file_of
 
 
 class SafetensorsWriter:

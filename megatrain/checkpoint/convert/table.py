@@ -1,9 +1,9 @@
 """Name tables: which tensors here are which tensors elsewhere, and a model read through one."""
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -196,6 +196,12 @@ def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
     if balanced(model):
         shapes |= {bias_name(layer): torch.Size([model.num_experts or 0]) for layer in mixture_layers(model)}
     return shapes
+
+
+def adam_group(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group of torch's AdamW with some settings, as its state dict has it; its defaults for the rest."""
+    (group,) = torch.optim.AdamW([torch.zeros(1)], **settings).state_dict()["param_groups"]
+    return group
 
 
 def kinds_of(name: str, kinds: Collection[str]) -> list[str]:

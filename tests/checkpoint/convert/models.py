@@ -34,6 +34,8 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.5, 4.0],
     "original_max_position_embeddings": 24,
 }
+# two with a factor of their own on cosine and sine
+YARN_FACTOR, LONGROPE_FACTOR = ({**scaling, "attention_factor": 1.4} for scaling in (YARN, LONGROPE))
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 # name -> (config class, what it adds to the sizes)
@@ -49,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases-yarn": ("LlamaConfig", {"attention_bias": True, "head_dim": 12, "rope_parameters": YARN}),
     "llama-dynamic": ("LlamaConfig", {"max_position_embeddings": 24, "rope_parameters": DYNAMIC}),
     "llama-longrope": ("LlamaConfig", {"rope_parameters": LONGROPE}),
+    "llama-longrope-factor": ("LlamaConfig", {"rope_parameters": LONGROPE_FACTOR}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "rms_norm_eps": 1e-5}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
@@ -61,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_hidden_layers": 4,
          "norm_topk_prob": True, "mlp_only_layers": [0, 1], "decoder_sparse_step": 2},
     ),
-    "qwen3-tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3-tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN_FACTOR}),
 }  # fmt: skip
 
 

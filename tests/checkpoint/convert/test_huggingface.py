@@ -10,18 +10,27 @@ from safetensors.torch import load_file, save_file
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE
-from megatrain.checkpoint.convert.formats import Choices
+from megatrain.checkpoint.convert.formats import FORMATS, Choices
 from megatrain.checkpoint.convert.run import Request, convert
-from megatrain.checkpoint.convert.table import require_lines
+from megatrain.checkpoint.convert.runners import OwnRunner
+from megatrain.checkpoint.convert.table import Weights, require_lines
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
 from tests.checkpoint.convert.models import MODELS, VOCAB_SIZE, save_model
 
 TINY = 96  # longest sequence of the proofs: all positions that the models have
+LOGITS = 1e-4  # FP32 sums in another order
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, S, V] of tokens [B, S], by the model here."""
+    runner = OwnRunner(Weights(FORMATS["megatrain"].read(run, Choices())), torch.float32)
+    list(runner.activations([tokens]))
+    return torch.cat(list(runner.logits())).unflatten(0, tuple(tokens.shape))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,8 +49,11 @@ def test_there_and_back_is_bit_equal(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file(), "it was sharded"
     assert json.loads((tmp_path / "back" / "conversion.json").read_text())["status"] == "verified"
     one, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "back"))
-    tokens = torch.arange(20)[None]
-    assert torch.equal(one(tokens).logits, other(tokens).logits)
+    tokens = torch.randint(0, VOCAB_SIZE, (2, TINY), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = other(tokens).logits
+        assert torch.equal(one(tokens).logits, theirs)
+    assert float((logits(tmp_path / "run", tokens) - theirs).abs().max()) < LOGITS, "the whole model, as users open it"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     prompt = tokenizer("def f(x):", return_tensors="pt")
     assert other.generate(prompt["input_ids"], max_new_tokens=3, do_sample=False).shape[1] > 3

@@ -71,3 +71,7 @@ def test_import_train_on_and_export(pool: Pool, tmp_path: Path, name: str, layou
         done = convert(Request(tmp_path / "run", tmp_path / to, to, longest=32))
         assert done["status"] == "verified"
     assert hugging_face_loss(tmp_path / "huggingface") < loss, "it has learned on"
+    if "optimizer" in (common := torch.load(tmp_path / "megatron" / "iter_0000003" / "common.pt", weights_only=True)):
+        run = run_config(record["model"]["family"], layout).optimizer
+        found = {(*group["betas"], group["eps"], group["lr"]) for group in common["optimizer"]["param_groups"]}
+        assert found == {(run.beta1, run.beta2, run.eps, run.lr)}, "the run's own"
