@@ -13,6 +13,7 @@ from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.base_optimizer import build_base_optimizer
+from megatrain.engine.compiled_operators import free_locked_operators
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
 from megatrain.engine.gradients import align_norms, all_reduce_accumulated, collect_gradients, set_up_buckets
@@ -101,6 +102,7 @@ class Engine:
             mark_experts(self.model, mesh)
         else:
             mark_dense_copies((p for _, p in self.parameters), mesh)
+        free_locked_operators(config)
         base = build_base_optimizer(self.parameters, config, mesh)
         self.moments = {parameter: group["moments"] for group in base.param_groups for parameter in group["params"]}
         """What the optimizer keeps of each parameter, by kind (engine/state.py)."""

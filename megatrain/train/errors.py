@@ -3,10 +3,10 @@
 from megatrain.checkpoint.errors import CheckpointError, StorageError
 from megatrain.config.problems import ConfigError
 from megatrain.data.errors import DataError
-from megatrain.engine.errors import LossScaleError
+from megatrain.engine.errors import LossScaleError, OperatorLockError
 from megatrain.train.run_folder import RunFolderError
 
-EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError)
+EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError, OperatorLockError)
 
 MISTAKE, STORAGE_FAILED = 2, 74  # exit codes; 74: an input/output error in sysexits.h
 
