@@ -33,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "every_nth": {"checkpoint_every_nth": 2},
     "attention": {},
     "feed_forward": {},
+    **{f"budget {share}": {"activation_budget": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)},
 }
 
 
@@ -123,7 +124,8 @@ def activation_bytes(model: ModelConfig, mode: str) -> float:
     for blocks in (2, 4):
         shape = model.model_copy(update={"num_layers": blocks})
         decoder = build_model(shape, 0)
-        apply_recompute(decoder, TrainConfig.model_validate({"activation_checkpointing": mode, **MODES[mode]}))
+        name = mode.partition(" ")[0]
+        apply_recompute(decoder, TrainConfig.model_validate({"activation_checkpointing": name, **MODES[mode]}))
         tokens = torch.randint(0, model.vocab_size, (BATCH, SEQ_LEN))
         with Kept(decoder) as storages:
             loss = decoder(tokens, tokens)
@@ -138,8 +140,10 @@ def activation_formula(model: ModelConfig, mode: str) -> float:
 
     Each norm keeps its input, the normalised, the scaled and a factor a position; the rotation its angles; attention
     queries, keys, values (as a view of all three), its result and a logarithm a head and position; SwiGLU both
-    products, the activated and the product of the two.
+    products, the activated and the product of the two. A budget keeps the input and products.
     """
+    if mode.startswith("budget"):
+        return budget_formula(model, MODES[mode]["activation_budget"])[0]
     N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
     H, G = model.num_heads, model.num_kv_heads or model.num_heads
     K = D // H
@@ -153,6 +157,28 @@ def activation_formula(model: ModelConfig, mode: str) -> float:
     }
     elements["every_nth"] = (elements["none"] + elements["full"]) // 2
     return 4.0 * elements[mode]
+
+
+def budget_formula(model: ModelConfig, budget: float) -> tuple[float, float]:
+    """Bytes that a Llama block keeps under a budget, and the most that the budget allows, its input included.
+
+    The products with the most operations per byte stay, first the earlier of equals, as long as they fit.
+    """
+    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
+    H, G = model.num_heads, model.num_kv_heads or model.num_heads
+    K = D // H
+    products = [  # operations, elements; attention's two products count as if it were not causal
+        (2 * N * D * (H + 2 * G) * K, N * (H + 2 * G) * K),
+        (4 * N * H * SEQ_LEN * K, N * H * K + N * H),
+        (2 * N * H * K * D, N * D),
+        *2 * [(2 * N * D * F, N * F)],
+        (2 * N * F * D, N * D),
+    ]
+    most = budget * sum(elements for _, elements in products)
+    kept = 0
+    for _, elements in sorted(products, key=lambda product: -product[0] / product[1]):
+        kept += elements if kept + elements <= most else 0
+    return 4.0 * (N * D + kept), 4.0 * (N * D + most)
 
 
 def main() -> None:
@@ -169,7 +195,10 @@ def main() -> None:
     model = layout_config({}, 1).model
     for mode in MODES:
         measured, expected = activation_bytes(model, mode), activation_formula(model, mode)
-        print(f"{mode} | {expected:.0f} | {measured:.0f} | {measured / expected:.4f}")
+        most = (
+            f" | allowed {budget_formula(model, MODES[mode]['activation_budget'])[1]:.0f}" if "budget" in mode else ""
+        )
+        print(f"{mode} | {expected:.0f} | {measured:.0f} | {measured / expected:.4f}{most}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ from megatrain.config.schema import TrainConfig
 from megatrain.models.attention import AttentionCore
 from megatrain.models.decoder import Block
 
+_ATEN = torch.ops.aten
+# torch counts the operations of the fused attention of GPUs only
+_OPERATIONS = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+}
 _SMALL = 1024  # elements; smaller tensors are not worth a copy
 
 
@@ -96,10 +102,10 @@ class _ProductRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if func._overloadpacket in _OPERATIONS:
             tensors = result if isinstance(result, tuple) else (result,)
             size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-            operations = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            operations = _OPERATIONS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
             if size:  # an expert may have no rows
                 self._products.append((operations / size, size, (func, self._counts[func])))
         self._counts[func] += 1
