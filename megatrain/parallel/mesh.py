@@ -50,7 +50,7 @@ def topology_of(parallel: ParallelConfig) -> Topology:
 
 
 def build_mesh(topology: Topology, device: torch.device) -> Mesh:
-    """Makes all groups. Collective: every rank of the world calls it once, in the same order.
+    """Makes this rank's groups, which wait for nobody else's. Every rank of the world calls it once.
 
     Raises:
         ValueError: the world's size is not the topology's.
@@ -59,6 +59,8 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
     if world_size != topology.world_size:
         raise ValueError(f"{topology} needs {topology.world_size} ranks, but {world_size} were started")
     ends = [sorted({ranks[0], ranks[-1]}) for ranks in topology.groups(["pp"])] if topology.pp > 1 else []
+    # torch names a group after its ranks and the number of groups that each of them has: that of the ends, which some
+    # ranks have no part in, comes when all that are shared are made
     return Mesh(
         topology=topology,
         rank=rank,
@@ -77,10 +79,6 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
 
 
 def _own_group(all_ranks: list[list[int]], rank: int, required: bool = True) -> dist.ProcessGroup:
-    own = None
-    for ranks in all_ranks:
-        group = dist.new_group(ranks)
-        if rank in ranks:
-            own = group
+    own = next((ranks for ranks in all_ranks if rank in ranks), None)
     assert own is not None or not required
-    return own  # type: ignore[return-value]
+    return dist.new_group(own, use_local_synchronization=True) if own else None  # type: ignore[return-value]
