@@ -17,8 +17,7 @@ setup(
         "pyyaml>=6",
         "numpy>=2",
         "zarr>=3.1,<4",
-        "google-crc32c>=1.5",
-        "awscrt>=0.38",  # the CRC of checkpoints: twice as fast, and other threads go on meanwhile
+        "awscrt>=0.38",  # CRC-32C: at twice google-crc32c's speed, and other threads go on meanwhile
         "psutil>=5.9",
         "tokenizers>=0.20",
         "tqdm>=4.66",

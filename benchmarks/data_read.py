@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
+from awscrt.checksums import crc32c
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio
 from megatrain.config.schema import RunConfig
@@ -202,7 +202,7 @@ def random_data_set(folder: Path, num_tokens: int, num_documents: int) -> str:
     folder.mkdir(parents=True)
     content = tokens.view(np.uint8).data
     (folder / "tokens-00000.bin").write_bytes(content)
-    crcs = [google_crc32c.value(bytes(content[at : at + BLOCK_SIZE])) for at in range(0, len(content), BLOCK_SIZE)]
+    crcs = [crc32c(bytes(content[at : at + BLOCK_SIZE])) for at in range(0, len(content), BLOCK_SIZE)]
     return write_rest(folder, lengths, crcs)
 
 
@@ -216,7 +216,7 @@ def sparse_data_set(folder: Path, num_documents: int) -> str:
     with open(folder / "tokens-00000.bin", "wb") as file:
         file.truncate(size)
     whole, rest = divmod(size, BLOCK_SIZE)
-    crcs = [google_crc32c.value(bytes(BLOCK_SIZE))] * whole + [google_crc32c.value(bytes(rest))] * bool(rest)
+    crcs = [crc32c(bytes(BLOCK_SIZE))] * whole + [crc32c(bytes(rest))] * bool(rest)
     return write_rest(folder, lengths, crcs)
 
 

@@ -6,8 +6,8 @@ from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from megatrain.data.errors import DataError
@@ -160,7 +160,7 @@ class ShardWriter:
         self._file.write(data)
 
     def _digest(self, data: bytes) -> None:
-        self._crcs += [google_crc32c.value(data[at : at + BLOCK_SIZE]) for at in range(0, len(data), BLOCK_SIZE)]
+        self._crcs += [crc32c(data[at : at + BLOCK_SIZE]) for at in range(0, len(data), BLOCK_SIZE)]
         self._sha256.update(data)
 
     def _note_max(self, ids: NDArray[np.integer]) -> None:

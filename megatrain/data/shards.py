@@ -5,8 +5,8 @@ import resource
 import weakref
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from megatrain.data.errors import DataError
@@ -50,7 +50,7 @@ class TokenFile:
         crcs = self._open_crcs()
         content = np.empty(end - begin, np.uint8)
         self._fill(content.data, begin)
-        if google_crc32c.value(content) != crcs[number]:
+        if crc32c(content.data) != crcs[number]:
             raise DataError(
                 f"{self.path} is damaged in block {number} (bytes {begin} to {end}): copy or write it again"
             )

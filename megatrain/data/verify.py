@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 
 from megatrain.data.errors import DataError
 from megatrain.data.format import BLOCK_SIZE, read_crcs, read_index
@@ -87,7 +87,7 @@ def _check_tokens(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> It
     with open(path, "rb") as file:
         while block := file.read(BLOCK_SIZE):
             sha256.update(block)
-            if number < len(crcs) and google_crc32c.value(block) != crcs[number]:
+            if number < len(crcs) and crc32c(block) != crcs[number]:
                 yield f"{path} and its .crc differ in block {number} (bytes {number * BLOCK_SIZE} to {file.tell()})"
             whole = len(block) // np.dtype(dtype).itemsize
             max_id = max(max_id, int(np.frombuffer(block, dtype, whole).max(initial=0)))
