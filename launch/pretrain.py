@@ -20,13 +20,14 @@ from megatrain.config.rules import check_ready_to_train
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
 from megatrain.train.environment import rank_from_environment, world_size_from_environment
-from megatrain.train.errors import EXPECTED, exit_code
+from megatrain.train.errors import EXPECTED, STOPPED, exit_code
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
 
 
 def main(arguments: list[str]) -> int:
-    """The program; returns its exit code: 0, 2 after a mistake, 74 where checkpoints can't be written or read."""
+    """The program; returns its exit code: 0 when all steps are done, 2 after a mistake, 74 where checkpoints can't be
+    written or read, 75 when it was asked to stop and saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and exit")
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
             gc.disable()  # looks through all that the imports make, again and again: a fifth of the start
             from megatrain.train.run import run  # imports torch: after the config's mistakes
 
-            run(config)
+            if not run(config):
+                return STOPPED
         return 0
     except EXPECTED as error:
         if options.debug:

@@ -11,21 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from megatrain.checkpoint.errors import CheckpointError, explained
 
 LOCK = "owner.json"
-_SAME_START = 2.0  # seconds by which two readings of a process's start may differ
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: ``started`` (seconds since the epoch) tells it from a later one with the same ``pid``."""
+    """A process: ``started`` tells it from a later one with the same ``pid``. No clock that may be set plays a part."""
 
     host: str
     pid: int
-    started: float
+    started: str | None
     job_id: str | None
     since: str
     token: str
@@ -36,7 +33,7 @@ class Owner:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            started=_start_of(os.getpid()),
             job_id=os.environ.get("SLURM_JOB_ID"),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             token=uuid.uuid4().hex,
@@ -50,12 +47,21 @@ class Owner:
         """Whether it surely runs no more: dead on this host, or an earlier start of this process's own Slurm job."""
         if self.host != socket.gethostname():
             return self.job_id is not None and self.job_id == os.environ.get("SLURM_JOB_ID")
-        try:
-            process = psutil.Process(self.pid)
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return not alive or abs(process.create_time() - self.started) > _SAME_START
-        except psutil.NoSuchProcess:
-            return True
+        return _start_of(self.pid) != self.started
+
+
+def _start_of(pid: int) -> str | None:
+    """The boot of this host and the clock ticks from it to the start of a process; None if it runs no more.
+
+    (psutil gives the start by the clock of today: after the clock was set, a living owner would look like another.)
+    """
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    state, ticks = words[0], words[19]
+    return None if state == "Z" else f"{boot} {ticks}"
 
 
 class FolderLock:

@@ -18,11 +18,15 @@ Mode = Literal["auto", "never", "restart"]
 
 @dataclass(frozen=True)
 class Resumed:
-    """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged, and how."""
+    """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged, and how.
+
+    ``versions``: of the programs that saved it, by name.
+    """
 
     path: Path
     state: dict[str, Any]
-    skipped: tuple[tuple[Path, str], ...]
+    versions: dict[str, str]
+    skipped: tuple[tuple[Path, str], ...] = ()
 
 
 def resume(
@@ -40,8 +44,8 @@ def resume(
     skipped: list[tuple[Path, str]] = []
     for path in _agreed(engine, lambda: _candidates(folder, mode)):
         try:
-            _agreed(engine, lambda path=path: CheckpointReader(path).require_files())  # type: ignore[misc]
-            return Resumed(path, load_checkpoint(engine, path, resume_data), tuple(skipped))
+            versions = _agreed(engine, lambda path=path: _looked_at(path))  # type: ignore[misc]
+            return Resumed(path, load_checkpoint(engine, path, resume_data), versions, tuple(skipped))
         except UnfitError:
             raise
         except CheckpointError as error:
@@ -52,7 +56,17 @@ def resume(
             f"no checkpoint in {folder} can be loaded:\n  {told}\n"
             f"repair or replace one, or set checkpoint.resume: restart to begin again at step 0"
         )
-    return None if load is None else Resumed(load, load_checkpoint(engine, load, resume_data), ())
+    if load is None:
+        return None
+    versions = _agreed(engine, lambda: _looked_at(load))
+    return Resumed(load, load_checkpoint(engine, load, resume_data), versions)
+
+
+def _looked_at(path: Path) -> dict[str, str]:
+    """The versions that saved a checkpoint, whose files are all there."""
+    reader = CheckpointReader(path)
+    reader.require_files()
+    return reader.versions
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ from megatrain.checkpoint.errors import PAUSES, CheckpointError, TransientError
 from megatrain.checkpoint.folder import checkpoint_name, require_free_space
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.retention import Retention, prune
-from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, write_shares
+from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, sizes, write_shares
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import optimizer_step_count
@@ -103,7 +103,10 @@ class Saver:
             if self.background:
                 pieces = self._staging.copy(pieces)
         except (RuntimeError, MemoryError) as error:
-            problem = CheckpointError(f"no memory to copy {self._shares.own_bytes} bytes of state aside: {error}")
+            problem = CheckpointError(
+                f"no memory to copy this rank's state aside ({sizes(pieces)}): {error}. Give the host more memory or "
+                "fewer ranks, or set checkpoint.background: false, which copies nothing while training waits"
+            )
         job = _Job(start, step, whole_state, versions, pieces, problem)
         if self.background:
             self._thread = Thread(target=self._save, args=(job,), name=f"save-{step}", daemon=True)
@@ -167,7 +170,7 @@ class Saver:
         if self._is_first:
             if problem is None:
                 all_records = [record for _, rank_records in everything for record in rank_records]
-                problem, _ = _told(lambda: [writer.commit(all_records, job.state, job.versions)])
+                problem, _ = _told(lambda: self._commit(writer, all_records, job))
             if problem is None:
                 notes += self._after_commit(job.step)
             else:
@@ -192,6 +195,11 @@ class Saver:
             self.lock.require()
         require_free_space(self.folder, self._shares.total_bytes)
         return [f"removed {stump}, left by a save that was killed" for stump in writer.prepare()]
+
+    def _commit(self, writer: CheckpointWriter, records: list[dict[str, Any]], job: _Job) -> list[Path]:
+        if self.lock is not None:  # a second signal may have ended the run, and given the folder back, meanwhile
+            self.lock.require()
+        return [writer.commit(records, job.state, job.versions)]
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self._group)

@@ -129,6 +129,14 @@ class Staging:
         return copies
 
 
+def sizes(pieces: Mapping[PieceKey, Tensor]) -> str:
+    """Of each kind of state, for people."""
+    of_kind: dict[str, int] = {}
+    for (kind, _, _), piece in pieces.items():
+        of_kind[kind] = of_kind.get(kind, 0) + piece.numel() * _BYTES
+    return ", ".join(f"{kind} {num_bytes / 2**20:.2f} MiB" for kind, num_bytes in of_kind.items())
+
+
 def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: CheckpointWriter) -> CheckpointError | None:
     """Writes this rank's chunks; what other ranks hold of them is exchanged round by round.
 

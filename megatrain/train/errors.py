@@ -8,7 +8,8 @@ from megatrain.train.run_folder import RunFolderError
 
 EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError, OperatorLockError)
 
-MISTAKE, STORAGE_FAILED = 2, 74  # exit codes; 74: an input/output error in sysexits.h
+# exit codes; those of sysexits.h for an input/output error, and for what is to be tried again
+MISTAKE, STORAGE_FAILED, STOPPED = 2, 74, 75
 
 
 def exit_code(error: Exception) -> int:

@@ -26,7 +26,7 @@ from megatrain.disk.durable import write_durably
 from megatrain.engine.engine import Engine, StepResult
 from megatrain.train.ledger import Ledger
 from megatrain.train.metrics import MetricsLog, StepRecord
-from megatrain.train.run_folder import RunFolder, versions
+from megatrain.train.run_folder import RunFolder, other_versions, versions
 from megatrain.train.signals import StopRequest
 from megatrain.train.throughput import Hardware, peak_flops
 
@@ -83,6 +83,7 @@ class Trainer:
                     if saved:
                         self._finish_save(metrics)
                     if told_to_stop:
+                        self._report_stop(metrics, stop)
                         break
             finished = self.step >= self.config.train.steps
             if finished and not self._is_due(self.config.train.eval_every):
@@ -105,9 +106,16 @@ class Trainer:
         for path, problem in resumed.skipped:
             line = f"WARNING: skipped a damaged checkpoint: {problem}. The newest good one is of step {self.step}"
             metrics.log_event("damaged", self.step, line, path=str(path), problem=problem, newest_good_step=self.step)
-        metrics.log_event(
-            "resume", self.step, f"resumed from {resumed.path} at step {self.step}", path=str(resumed.path)
-        )
+        line, others = f"resumed from {resumed.path} at step {self.step}", other_versions(resumed.versions)
+        if others:
+            line += f"; saved by other versions: {', '.join(others)}"
+        metrics.log_event("resume", self.step, line, path=str(resumed.path), other_versions=others)
+
+    def _report_stop(self, metrics: Any, stop: StopRequest) -> None:
+        if metrics is not None:
+            who = stop.reason.name if stop.reason is not None else "another rank"
+            line = f"stopping after step {self.step}, as {who} asks"
+            metrics.log_event("stop", self.step, line, reason=who)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

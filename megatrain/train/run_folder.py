@@ -5,6 +5,7 @@ import platform
 import socket
 import subprocess
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +80,13 @@ def versions() -> dict[str, str | None]:
         "host": socket.gethostname(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def other_versions(saved: Mapping[str, str]) -> list[str]:
+    """Each program whose version differs from the one that saved a checkpoint, with both."""
+    here = versions()
+    names = [name for name in ("python", *_PACKAGES) if name in saved and saved[name] != here[name]]
+    return [f"{name} {saved[name]} then, {here[name]} now" for name in names]
 
 
 def _version(package: str) -> str | None:

@@ -58,8 +58,12 @@ def write_owner(folder: Path, **changes: object) -> None:
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path: Path) -> None:
-    write_owner(tmp_path, started=1.0)
-    assert FolderLock(tmp_path).take() is not None
+    mine = Owner.here().started
+    assert mine is not None
+    boot, ticks = mine.split()
+    for other in (f"{boot} {int(ticks) + 1}", f"another-boot {ticks}"):
+        write_owner(tmp_path, started=other)
+        assert FolderLock(tmp_path).take() is not None
 
 
 def test_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,9 @@ def test_a_full_disk(pool: Pool, small_disk: Path, told_free: int | None) -> Non
 
 
 def save_without_memory(folder: str) -> list[Any]:
-    """Rank 1 finds no host memory for its first copy."""
+    """Rank 1 finds no host memory for its first copy; the last value is the MiB of its weights."""
+    from megatrain.engine.state import local_fragments
+
     engine = engine_of("llama", TWO_RANKS)
     saver = saver_of(engine, folder)
     copy = saver._staging.copy
@@ -167,7 +169,8 @@ def save_without_memory(folder: str) -> list[Any]:
             saver._staging.copy = action if engine.mesh.rank == 1 else copy
             begin(saver, step)
             outcomes.append(saver.finish())
-        return [*outcomes, saver._shares.own_bytes]
+        values = sum(fragment.size for fragment in local_fragments(engine))
+        return [*outcomes, values * 4 / 2**20]
     finally:
         engine.close()
 
@@ -175,7 +178,9 @@ def save_without_memory(folder: str) -> list[Any]:
 def test_no_memory_for_the_copy(pool: Pool, memory_path: Path) -> None:
     ranks = pool.run(save_without_memory, 2, str(memory_path))
     for failed, later, _ in ranks:
-        assert failed.problem.startswith(f"rank 1: no memory to copy {ranks[1][2]} bytes of state aside: DefaultCPU")
+        kinds = ", ".join(f"{kind} {ranks[1][2]:.2f} MiB" for kind in ("weight", "exp_avg", "exp_avg_sq"))
+        assert failed.problem.startswith(f"rank 1: no memory to copy this rank's state aside ({kinds}): DefaultCPU")
+        assert "set checkpoint.background: false" in failed.problem
         assert later.problem is None
     assert [path.name for path in list_checkpoints(memory_path)] == ["step-00000002"]
 

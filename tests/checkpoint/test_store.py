@@ -1,6 +1,8 @@
 """What is written comes back: any grid, any region, by our reader and by zarr-python's."""
 
 import json
+import os
+import time
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from megatrain.checkpoint import folder as layout
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.folder import list_checkpoints, newest_checkpoint, remove_checkpoint, require_free_space
+from megatrain.checkpoint.retention import Retention, prune
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 
 VERSIONS = {"python": "3"}
@@ -222,6 +225,22 @@ def test_newest_is_by_step_and_ignores_all_but_committed(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000020"
     with pytest.raises(CheckpointError, match="not named like a checkpoint"):
         remove_checkpoint(tmp_path)
+
+
+def test_wrong_clocks_change_no_order(tmp_path):
+    """The newest step looks the oldest, a stump and an old step come from the future."""
+    for step in (1, 2, 3):
+        small_save(tmp_path, step)
+    (tmp_path / ".step-00000004.partial").mkdir()
+    now = time.time()
+    for name, skew in {"step-00000003": -7200, "step-00000001": 3600, ".step-00000004.partial": 7200}.items():
+        for path in [*(tmp_path / name).rglob("*"), tmp_path / name]:
+            os.utime(path, (now + skew, now + skew))
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000003"
+    CheckpointReader(tmp_path / "step-00000003").require_files()
+    assert prune(tmp_path, Retention(keep_last=2), set()) == [tmp_path / "step-00000001"]
+    small_save(tmp_path, 4)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003", "step-00000004"]
 
 
 def test_the_same_step_is_replaced(tmp_path):

@@ -109,7 +109,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, arguments: list[str], s
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output + errors
+    assert process.returncode == 75, output + errors
     assert "Traceback" not in errors
     saved = sorted((tmp_path / "runs" / "run" / "checkpoints").glob("step-*"))
     assert len(saved) == 1

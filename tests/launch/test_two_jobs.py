@@ -33,7 +33,7 @@ def test_the_second_job_is_refused(tmp_path: Path, arguments: list[str]) -> None
         assert first.poll() is None, "the first one is not disturbed"
         os.kill(owner, signal.SIGTERM)
         output, errors = first.communicate(timeout=300)
-        assert first.returncode == 0, output + errors
+        assert first.returncode == 75, output + errors
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(first.pid, signal.SIGKILL)

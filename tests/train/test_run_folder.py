@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatrain.config.schema import RunConfig
-from megatrain.train.run_folder import RunFolder, RunFolderError
+from megatrain.train.run_folder import RunFolder, RunFolderError, other_versions, versions
 
 
 def config_in(tmp_path: Path) -> RunConfig:
@@ -39,6 +39,13 @@ def test_a_second_start_keeps_the_id_and_the_metrics(tmp_path: Path) -> None:
     assert run.run_id == first_id
     assert run.metrics.read_text() == '{"step": 1}\n'
     assert yaml.safe_load(run.config.read_text())["train"]["steps"] == 200
+
+
+def test_other_versions_are_told() -> None:
+    here = {name: text for name, text in versions().items() if text}
+    assert other_versions(here | {"host": "another", "started": "long ago"}) == []
+    other = here | {"torch": "1.0", "python": "3.9.1", "of an older megatrain": "1"}
+    assert other_versions(other) == [f"python 3.9.1 then, {here['python']} now", f"torch 1.0 then, {here['torch']} now"]
 
 
 def test_runs_have_different_ids(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud(pool: Pool, folder: Path) -> None
     assert [record["newest_good_step"] for record in found] == [2, 2]
     assert str(chunk) in found[0]["problem"]
     assert [record["loss"] for record in records(folder, "step")] == straight, "made again, bit for bit"
+    assert [record["other_versions"] for record in records(folder, "resume")] == [[]]
     assert steps_on_disk(folder) == [4, 6], "both were saved again, and step 2 given up"
 
 
