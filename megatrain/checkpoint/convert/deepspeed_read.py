@@ -32,6 +32,7 @@ STAND_INS: dict[str, Any] = {
     )
 }
 STAND_INS["types.SimpleNamespace"] = SimpleNamespace
+_PIPELINE_LAYER = re.compile(r"layer_\d+(-model_\d+)?-model_states\.pt$")
 _RANKS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
 
@@ -50,14 +51,20 @@ def spread_experts(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"layer_*_expert_*{MODEL_STATES}"))
 
 
+def pipeline_layers(folder: Path) -> list[Path]:
+    """Files of a pipeline's layers, by layer; where there are tensor ranks, their names end with one."""
+    return sorted(file for file in folder.glob(f"layer_*{MODEL_STATES}") if _PIPELINE_LAYER.match(file.name))
+
+
 def is_universal(path: Path) -> bool:
     """Whether the folder holds a universal checkpoint."""
     return (tag_folder(path) / "zero").is_dir()
 
 
 def is_zero(path: Path) -> bool:
-    """Whether the folder holds a ZeRO checkpoint."""
-    return any(tag_folder(path).glob(f"*{OPTIMIZER_STATES}")) and not is_universal(path)
+    """Whether the folder holds a ZeRO checkpoint, or the layers of a pipeline."""
+    folder = tag_folder(path)
+    return not is_universal(path) and bool(any(folder.glob(f"*{OPTIMIZER_STATES}")) or pipeline_layers(folder))
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,17 @@ class ZeroReader:
 
     def __init__(self, path: Path, model_file: Path | None, trust: bool):
         self.path = folder = tag_folder(path)
-        if any(folder.glob("layer_*-model_*-model_states.pt")):
-            raise ConversionError(f"{folder} is of a pipeline, whose modules have numbers for names: it is not read")
-        if spread_experts(folder):
+        if layers := pipeline_layers(folder):
             raise ConversionError(
-                f"{folder}: its experts are spread over ranks, and the states of their optimizer are not read: "
-                "--weights-only takes the weights, in the type of the modules"
+                f"{folder} is of a pipeline, whose modules have numbers for names, like {layers[0].name}, and is not "
+                "read: give the layers' weights Hugging Face's names in a pytorch_model.bin beside a config.json (ten "
+                "lines of Python in docs/conversion.md) and convert that with --trust-pickle"
+            )
+        if spread_experts(folder):
+            own = next((file.name for file in sorted(folder.glob("*expp_rank_*"))), "expp_rank_…")
+            raise ConversionError(
+                f"{folder}: its experts are spread over ranks, and the states of their optimizer (in {own}) are not "
+                "read: --weights-only takes the weights, in the type of the modules"
             )
         model_ranks = sorted({_ranks(file)[1] for file in folder.glob(f"*{OPTIMIZER_STATES}")})
         self._parts = [_ModelRank(folder, model_rank, trust) for model_rank in model_ranks]

@@ -82,6 +82,10 @@ def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -
     writer = FORMATS[request.to].write(folder, reader, request.choices)
     record: dict[str, Any] = {"from": origin, "to": request.to, "dtype": str(writer.dtype).removeprefix("torch.")}
     record |= {"model": reader.model.model_dump(mode="json"), "status": NOT_VERIFIED, "proof": None}
+    left = [] if request.choices.weights_only else [kind for kind in reader.kinds if kind not in writer.kinds]
+    if left:
+        print(f"{', '.join(left)} stay behind: {request.to} files of this model have no states of the optimizer")
+    record["left_behind"] = left
     _copy(reader, writer, request.choices.weights_only)
     try:
         if request.verify:

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO and universal checkpoints both ways: its engine and tools take ours, we take theirs, bit for bit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_experts_that_deepspeed_spread_over_ranks_are_read(pool: Pool, tmp_path:
     ranks = pool.run(save_spread_experts, 2, str(source), str(tmp_path / "ds"))
     convert(Request(source, tmp_path / "names", "megatrain", verify=False))
     choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml")
-    with pytest.raises(ConversionError, match=r"spread over ranks, .* --weights-only takes the weights"):
+    with pytest.raises(ConversionError, match=r"spread over ranks, .*in expp_rank_.* --weights-only takes the"):
         convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", choices=choices))
     choices = replace(choices, weights_only=True)
     assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
@@ -159,9 +160,30 @@ def test_a_missing_rank_and_a_torn_file_are_named(tmp_path: Path, exported: Path
     file.unlink()
     with pytest.raises(ConversionError, match="ranks are missing"):
         convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
-    (file.parent / "layer_00-model_00-model_states.pt").touch()
-    with pytest.raises(ConversionError, match="of a pipeline, whose modules have numbers for names"):
-        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
+
+
+@pytest.mark.parametrize("rank", ["", "-model_00"])
+def test_a_pipeline_is_refused_and_the_cure_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    """The layers of a Llama, as PipelineModule.save_state_dict names their files; no ZeRO."""
+    monkeypatch.chdir(tmp_path)
+    source = FORMATS["huggingface"].read(save_model("llama2", tmp_path / "source"), Choices())
+    modules = ["model.embed_tokens.", *(f"model.layers.{block}." for block in range(3)), "model.norm.", "lm_head."]
+    (tmp_path / "global_step100").mkdir()
+    for number, prefix in enumerate(modules):
+        names = [name for name in source.names() if name.startswith(prefix)]
+        layer = {name.removeprefix(prefix): source.read("weight", name) for name in names}
+        torch.save(layer, tmp_path / "global_step100" / f"layer_{number:02d}{rank}-model_states.pt")
+    with pytest.raises(ConversionError, match=r"of a pipeline, .* like layer_00.*pytorch_model.bin .*conversion.md"):
+        convert(Request(tmp_path / "global_step100", tmp_path / "run", "megatrain", choices=TRUST))
+
+    page = (Path(__file__).parents[3] / "docs" / "conversion.md").read_text()
+    (tmp_path / "exported").mkdir()
+    shutil.copy(source.path / "config.json", tmp_path / "exported")
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    convert(Request(tmp_path / "exported", tmp_path / "run", "megatrain", longest=32, choices=TRUST))
+    convert(Request(tmp_path / "run", tmp_path / "back", "huggingface", longest=32))
+    back = FORMATS["huggingface"].read(tmp_path / "back", Choices())
+    assert all(torch.equal(back.read("weight", name), source.read("weight", name)) for name in source.names())
 
 
 def test_stand_ins_suffice_for_what_deepspeed_writes(

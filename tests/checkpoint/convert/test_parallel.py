@@ -58,7 +58,9 @@ def hugging_face_loss(folder: Path) -> float:
     ],
     ids=lambda value: str(value),
 )
-def test_import_train_on_and_export(pool: Pool, tmp_path: Path, name: str, layout: Layout) -> None:
+def test_import_train_on_and_export(
+    pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, layout: Layout
+) -> None:
     source = save_model(name, tmp_path / "source")
     choices = Choices(vocab_multiple=8)
     record = convert(Request(source, tmp_path / "imported", "megatrain", longest=32, choices=choices))
@@ -70,6 +72,9 @@ def test_import_train_on_and_export(pool: Pool, tmp_path: Path, name: str, layou
     for to in ("huggingface", "megatron", "universal"):
         done = convert(Request(tmp_path / "run", tmp_path / to, to, longest=32))
         assert done["status"] == "verified"
+        keeps = to == "universal" or (to == "megatron" and not record["model"]["num_experts"])
+        assert done["left_behind"] == ([] if keeps else ["exp_avg", "exp_avg_sq"])
+        assert (f"exp_avg, exp_avg_sq stay behind: {to} files" in capsys.readouterr().out) is not keeps
     assert hugging_face_loss(tmp_path / "huggingface") < loss, "it has learned on"
     if "optimizer" in (common := torch.load(tmp_path / "megatron" / "iter_0000003" / "common.pt", weights_only=True)):
         run = run_config(record["model"]["family"], layout).optimizer
