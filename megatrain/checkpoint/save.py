@@ -103,8 +103,9 @@ class Saver:
             if self.background:
                 pieces = self._staging.copy(pieces)
         except (RuntimeError, MemoryError) as error:
+            size = sizes(pieces) or f"{self._shares.own_bytes} bytes"
             problem = CheckpointError(
-                f"no memory to copy this rank's state aside ({sizes(pieces)}): {error}. Give the host more memory or "
+                f"no memory to copy this rank's state aside ({size}): {error}. Give the host more memory or "
                 "fewer ranks, or set checkpoint.background: false, which copies nothing while training waits"
             )
         job = _Job(start, step, whole_state, versions, pieces, problem)

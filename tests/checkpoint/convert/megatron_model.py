@@ -130,7 +130,7 @@ def save_and_run(folder: str, model: ModelConfig, tokens: torch.Tensor, names: b
 def train_and_save(folder: str, model: ModelConfig, tokens: torch.Tensor) -> States:
     """Two steps of Megatron-core's FP32 optimizer around AdamW, saved with its states, which are returned."""
     gpt = random_model(model)
-    optimizer = _optimizer(gpt)
+    optimizer = _optimizer(list(gpt.parameters()))
     for _ in range(2):
         _run(gpt, tokens).logsumexp(-1).mean().backward()
         optimizer.optimizer.step()
@@ -139,12 +139,32 @@ def train_and_save(folder: str, model: ModelConfig, tokens: torch.Tensor) -> Sta
     return _states(gpt, optimizer)
 
 
+def save_chained_states(folder: str, model: ModelConfig) -> None:
+    """A mixture with Megatron-core's two optimizers, for experts and for the rest; moments are 2 w and w squared."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    gpt = random_model(model)
+    named = dict(gpt.named_parameters())
+    chosen = [[tensor for name, tensor in named.items() if (".experts." in name) == experts] for experts in (0, 1)]
+    optimizers = [_optimizer(parameters) for parameters in chosen]
+    for optimizer, parameters in zip(optimizers, chosen, strict=True):
+        for tensor in parameters:
+            weight = tensor.detach().clone()
+            optimizer.optimizer.state[tensor] = {
+                "step": torch.tensor(2.0),
+                "exp_avg": 2 * weight,
+                "exp_avg_sq": weight**2,
+            }
+    sharded = gpt.sharded_state_dict()
+    _save(folder, {"model": sharded, "optimizer": ChainedOptimizer(optimizers).sharded_state_dict(sharded)})
+
+
 def load_states(folder: str, model: ModelConfig) -> tuple[States, float]:
     """What the model and its optimizer hold after dist_checkpointing loaded them, and the step."""
     from megatron.core import dist_checkpointing
 
     gpt = gpt_model(model)
-    optimizer = _optimizer(gpt)
+    optimizer = _optimizer(list(gpt.parameters()))
     sharded = gpt.sharded_state_dict()
     wanted = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True)}
     loaded = dist_checkpointing.load(wanted, folder)
@@ -155,13 +175,13 @@ def load_states(folder: str, model: ModelConfig) -> tuple[States, float]:
     return _states(gpt, optimizer), steps.pop()
 
 
-def _optimizer(gpt: Any) -> Any:
+def _optimizer(parameters: list[torch.nn.Parameter]) -> Any:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
     shared = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
-    decayed = [parameter for parameter in gpt.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in gpt.parameters() if parameter.dim() == 1]
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() == 1]
     groups = [{"params": decayed, "wd_mult": 1.0, **shared}, {"params": others, "wd_mult": 0.0, **shared}]
 
     def make_states(optimizer: torch.optim.Optimizer, config: Any = None) -> None:

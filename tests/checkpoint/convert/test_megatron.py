@@ -14,7 +14,13 @@ from megatrain.checkpoint.convert.runners import OwnRunner
 from megatrain.checkpoint.convert.table import Reader, Weights
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
-from tests.checkpoint.convert.megatron_model import load_and_run, load_states, save_and_run, train_and_save
+from tests.checkpoint.convert.megatron_model import (
+    load_and_run,
+    load_states,
+    save_and_run,
+    save_chained_states,
+    train_and_save,
+)
 from tests.checkpoint.convert.models import save_model
 from tests.pool import Pool
 
@@ -95,6 +101,17 @@ def test_states_of_the_optimizer_go_both_ways(pool: Pool, tmp_path: Path) -> Non
     assert torch.equal(back.read("weight", name), trained["weight", name]), "the FP32 master was kept"
     alone = Choices(trust_pickle=True, weights_only=True)
     assert FORMATS["megatron"].read(tmp_path / "back", alone).kinds == ("weight",)
+
+
+def test_states_of_the_optimizers_of_a_mixture_are_read(pool: Pool, tmp_path: Path) -> None:
+    pool.run(save_chained_states, 1, str(tmp_path / "iter_0000002"), sized("mixture"))
+    (tmp_path / "model.yaml").write_text("model: " + sized("mixture").model_dump_json())
+    convert(Request(tmp_path / "iter_0000002", tmp_path / "run", "megatrain", longest=32, choices=TRUST))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    for name in reader.names():
+        weight = reader.read("weight", name)
+        assert torch.equal(reader.read("exp_avg", name), 2 * weight), name
+        assert torch.equal(reader.read("exp_avg_sq", name), weight**2), name
 
 
 def test_states_in_the_arrangement_of_a_layout_are_refused(tmp_path: Path, exported: Path) -> None:
