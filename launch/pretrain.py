@@ -8,11 +8,14 @@ name (docs/config.md). ``--print-config`` shows every value and where it comes f
 
 import argparse
 import gc
+import os
+import signal
 import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError
@@ -49,6 +52,15 @@ def main(arguments: list[str]) -> int:
         else:
             report(error, rank_from_environment())
         return exit_code(error)
+    except (SystemExit, KeyboardInterrupt) as stop:  # a signal's second time
+        leave_at_once(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
+
+
+def leave_at_once(code: Any) -> NoReturn:
+    """Ends the process without the threads of a save, for which the interpreter would wait until all is written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def report(error: Exception, rank: int) -> None:

@@ -53,7 +53,7 @@ def spread_experts(folder: Path) -> list[Path]:
 
 def pipeline_layers(folder: Path) -> list[Path]:
     """Files of a pipeline's layers, by layer; where there are tensor ranks, their names end with one."""
-    return sorted(file for file in folder.glob(f"layer_*{MODEL_STATES}") if _PIPELINE_LAYER.match(file.name))
+    return sorted(file for file in folder.glob("layer_*-model_states.pt") if _PIPELINE_LAYER.match(file.name))
 
 
 def is_universal(path: Path) -> bool:
