@@ -29,6 +29,9 @@ _STATES = "optimizer.state."
 MASTER = "fp32_param"
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
+# with singleton_local_shards each expert has keys of its own, and each half of a gated matrix
+_EXPERTS, _HALVES = ".experts.experts.", ("_w", "_v")
+_SINGLY = re.compile(r"(?<=\.experts\.experts\.)\d+\.|(?<=\.weight)_[wv]$")
 _NORM_OF_LOCAL_SPEC, _NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 # as Megatron-LM groups its parameters: with and without weight decay
 _GROUPS = [
@@ -46,7 +49,7 @@ def iteration_folder(path: Path) -> Path | None:
 
 
 class MegatronReader:
-    """The model in an ``iter_…`` folder, its layers stacked in one tensor or each under its own key.
+    """The model in an ``iter_…`` folder, its layers stacked in one tensor or each under its own key, experts likewise.
 
     Where the optimizer's states are there, weights are its FP32 masters.
 
@@ -74,11 +77,25 @@ class MegatronReader:
 
     def read(self, kind: str, name: str) -> Tensor:
         """A weight or moment of one layer."""
+        found = self._find(kind, name)
+        if found is None and _EXPERTS in name:
+            singly = [name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in range(self.model.num_experts or 0)]
+            experts = [tensor for one in singly if (tensor := self._find(kind, one)) is not None]
+            found = torch.stack(experts) if experts and len(experts) == len(singly) else None
+        if found is None:
+            raise ConversionError(f"{self.path}: there is no {kind} of {name}")
+        return found
+
+    def _find(self, kind: str, name: str) -> Tensor | None:
+        """A tensor that stands under one key, or under one for its gate half and one for its up half."""
         for key, layer in self._spellings(name):
             found = self._keys.get((MASTER, key)) if kind == WEIGHT else None
             if found := found or self._keys.get((kind, key)):
                 return self._tensors.read(found, layer)
-        raise ConversionError(f"{self.path}: there is no {kind} of {name}")
+        if name.endswith(_HALVES):
+            return None
+        gate, up = (self._find(kind, name + half) for half in _HALVES)
+        return None if gate is None or up is None else torch.cat([gate, up])
 
     def names(self) -> Collection[str]:
         """Of the weights, layer by layer."""
@@ -92,7 +109,7 @@ class MegatronReader:
                 found += [f"decoder.layers.{layer}.{rest}" for layer in range(shape[0])]
             else:
                 found.append(key)
-        return {self._spelled(name) for name in found}
+        return {self._spelled(_SINGLY.sub("", name)) for name in found}
 
     def _find_keys(self, weights_only: bool) -> dict[tuple[str, str], str]:
         """(kind, the weight's key) -> key of the tensor."""

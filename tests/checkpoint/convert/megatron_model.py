@@ -120,10 +120,15 @@ def random_model(model: ModelConfig, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def save_and_run(folder: str, model: ModelConfig, tokens: torch.Tensor, names: bool = True) -> torch.Tensor:
-    """Saves a random model by dist_checkpointing and returns the logits of its tokens. ``names``: see gpt_model."""
+def save_and_run(
+    folder: str, model: ModelConfig, tokens: torch.Tensor, names: bool = True, singly: bool = False
+) -> torch.Tensor:
+    """Saves a random model by dist_checkpointing and returns the logits of its tokens.
+
+    ``names``: see gpt_model; ``singly``: each layer, expert and half of a gated matrix under its own key.
+    """
     gpt = random_model(model, transformer_engine_names=names)
-    _save(folder, {"iteration": 7, "model": gpt.sharded_state_dict()})
+    _save(folder, {"iteration": 7, "model": gpt.sharded_state_dict(metadata={"singleton_local_shards": singly})})
     return _run(gpt, tokens)
 
 

@@ -68,11 +68,11 @@ def sized(name: str) -> ModelConfig:
     return resolve_model(ModelConfig.model_validate({"family": family, **sizes, **SAVED[name]}))
 
 
-@pytest.mark.parametrize("name", SAVED)
-def test_what_megatron_core_saved_is_read(pool: Pool, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "singly"), [*((name, False) for name in SAVED), ("mixture with all", True)])
+def test_what_megatron_core_saved_is_read(pool: Pool, tmp_path: Path, name: str, singly: bool) -> None:
     model = sized(name)
     folder = tmp_path / "iter_0000007"
-    (logits,) = pool.run(save_and_run, 1, str(folder), model, TOKENS, name != "mixture")
+    (logits,) = pool.run(save_and_run, 1, str(folder), model, TOKENS, name != "mixture", singly)
     (tmp_path / "my.yaml").write_text("model: " + model.model_dump_json())
     choices = Choices(trust_pickle=True, model_file=tmp_path / "my.yaml")
     convert(Request(folder, tmp_path / "run", "megatrain", longest=96, choices=choices))
