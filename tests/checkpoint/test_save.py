@@ -239,23 +239,38 @@ def test_retention_after_each_save(pool: Pool, memory_path: Path) -> None:
     assert [len(outcome.notes) for outcome in outcomes] == [0, 0, 1, 1, 0, 1]
 
 
-def lose_the_lock(folder: str) -> Any:
+def lose_the_lock(folder: str, during: bool) -> Any:
+    """Another takes the folder before a save looks, or after it has."""
     from megatrain.checkpoint.lock import FolderLock
 
     engine = engine_of("llama", Layout())
     lock = FolderLock(Path(folder))
     lock.take()
     saver = saver_of(engine, folder, lock=lock)
-    try:
+    prepare = saver._prepare
+
+    def lose() -> None:
         lock.path.write_text(lock.path.read_text().replace(lock._mine.token, "another"))  # type: ignore[union-attr]
+
+    def prepare_and_lose(writer: Any) -> list[str]:
+        notes = prepare(writer)
+        lose()
+        return notes
+
+    try:
+        if during:
+            saver._prepare = prepare_and_lose
+        else:
+            lose()
         begin(saver, 1)
         return saver.finish()
     finally:
         engine.close()
 
 
-def test_nothing_is_written_into_the_folder_of_another_job(pool: Pool, memory_path: Path) -> None:
-    outcome = pool.run(lose_the_lock, 1, str(memory_path))[0]
+@pytest.mark.parametrize("during", [False, True])
+def test_nothing_is_written_into_the_folder_of_another_job(pool: Pool, memory_path: Path, during: bool) -> None:
+    outcome = pool.run(lose_the_lock, 1, str(memory_path), during)[0]
     assert "was taken by process" in outcome.problem
     assert newest_checkpoint(memory_path) is None
     assert [path.name for path in memory_path.iterdir()] == ["owner.json"]
