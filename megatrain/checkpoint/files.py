@@ -1,5 +1,6 @@
 """Files of a checkpoint, written and read with their CRC."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,16 +133,37 @@ def write_with_crc(file: Any, data: Array | bytes, trailer: bool) -> int:
     return crc
 
 
-def read_with_crc(descriptor: int, out: Array) -> tuple[int, bool]:
-    """Fills ``out`` from a file; returns the CRC-32C of the data, and whether all was there with that CRC behind it."""
-    rest, crc = _bytes_of(out), 0
+def read_with_crc(descriptor: int, out: Array, crc: int = 0) -> tuple[int, bool]:
+    """Fills ``out`` from a file; returns the CRC-32C after ``crc`` of the data, and whether all was there."""
+    rest = _bytes_of(out)
     while rest:
         block = rest[:_BLOCK]
         count = os.readv(descriptor, [block])
         if not count:
             return crc, False
         crc, rest = crc32c(block[:count], crc), rest[count:]
-    return crc, os.read(descriptor, CRC_BYTES) == crc.to_bytes(CRC_BYTES, "little")
+    return crc, True
+
+
+def read_part_with_crc(
+    descriptor: int, shape: tuple[int, ...], source: tuple[slice, ...], out: Array
+) -> tuple[int, bool]:
+    """Reads an array of ``shape`` a few rows at a time, which stay in a core's cache, and keeps ``source`` in ``out``.
+
+    Returns the CRC-32C of the whole array, and whether all was there.
+    """
+    row_bytes = out.itemsize * math.prod(shape[1:])
+    rows = np.empty((min(shape[0], max(1, _BLOCK // row_bytes)), *shape[1:]), out.dtype)
+    wanted, crc = source[0], 0
+    for first in range(0, shape[0], len(rows)):
+        block = rows[: shape[0] - first]
+        crc, complete = read_with_crc(descriptor, block, crc)
+        if not complete:
+            return crc, False
+        low, high = max(first, wanted.start), min(first + len(block), wanted.stop)
+        if low < high:
+            out[low - wanted.start : high - wanted.start] = block[(slice(low - first, high - first), *source[1:])]
+    return crc, True
 
 
 def _bytes_of(data: Array | bytes) -> memoryview:

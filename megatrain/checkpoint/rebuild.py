@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatrain.checkpoint.errors import CheckpointError, explained
 from megatrain.checkpoint.folder import MANIFEST
 from megatrain.checkpoint.manifest import (
+    DTYPES,
     HEADER,
     MAX_HEADER_BYTES,
     TENSORS,
@@ -70,7 +73,8 @@ def _array(tree: Tree, kind: str, name: str, save: tuple[int, str], progress: Ca
     array = StoredArray(spec, {}, crc)
     for index in spec.indices():
         file = chunk_file(index)
-        _, array.chunks[file] = tree.read_chunk(spec, file)
+        tree.require([(spec, [index])])  # before memory is taken; one by one, as the grid may claim to be endless
+        array.chunks[file] = tree.read_chunk(spec, file, (), np.empty(spec.chunk_shape, DTYPES[spec.dtype]))
         progress(spec.file_bytes)
     return array
 

@@ -246,10 +246,7 @@ class CheckpointReader:
         for index in indices:
             source, target = overlap(spec, index, start, size)
             part = region[(*target, ...)]  # the dots keep a view of an array without dims
-            whole = part.shape == spec.chunk_shape and part.flags.c_contiguous
-            chunk = persistently(partial(self._read_chunk, array, index, part if whole else None))
-            if not whole:
-                part[...] = chunk[source]
+            persistently(partial(self._read_chunk, array, index, source, part))
         return region
 
     def _manifest(self) -> Manifest:
@@ -259,15 +256,14 @@ class CheckpointReader:
             raise CheckpointError(f"it belongs to step {manifest.step}, not to this folder")
         return manifest
 
-    def _read_chunk(self, array: StoredArray, index: Index, out: Array | None) -> Array:
+    def _read_chunk(self, array: StoredArray, index: Index, source: tuple[slice, ...], part: Array) -> None:
         file = chunk_file(index)
-        chunk, crc = self._tree.read_chunk(array.spec, file, out)
+        crc = self._tree.read_chunk(array.spec, file, source, part)
         if crc != array.chunks[file]:
             raise CheckpointError(
                 f"{array.spec.label}: {self.path}/{array.spec.folder}/{file} is whole but not the chunk that was "
                 f"saved here: {self._origin(crc)}"
             )
-        return chunk
 
     def _origin(self, crc: str) -> str:
         """Where a foreign chunk comes from, as far as this checkpoint and those beside it know."""

@@ -8,11 +8,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from megatrain.checkpoint.errors import CheckpointError, TransientError, explained, persistently
-from megatrain.checkpoint.files import Array, read_with_crc
-from megatrain.checkpoint.manifest import DTYPES, ArraySpec, Index, chunk_file
+from megatrain.checkpoint.files import Array, read_part_with_crc, read_with_crc
+from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
 
 _LINK = "a link leads elsewhere: refused"
 
@@ -63,8 +61,8 @@ class Tree:
         finally:
             os.close(descriptor)
 
-    def read_chunk(self, spec: ArraySpec, file: str, out: Array | None = None) -> tuple[Array, str]:
-        """A chunk, in ``out`` or in new memory once its size is known to be right, and its CRC-32C.
+    def read_chunk(self, spec: ArraySpec, file: str, source: tuple[slice, ...], out: Array) -> str:
+        """Reads a whole chunk, keeps its part ``source`` in ``out``, and returns the CRC-32C of all.
 
         Raises:
             CheckpointError: as ``open``; of another size, or its data does not match the CRC behind it.
@@ -75,13 +73,16 @@ class Tree:
             try:
                 if size != spec.file_bytes:
                     raise CheckpointError(f"{spec.label}: {relative} has {size} bytes instead of {spec.file_bytes}")
-                chunk: Array = np.empty(spec.chunk_shape, DTYPES[spec.dtype]) if out is None else out
-                crc, whole = read_with_crc(descriptor, chunk)
+                if out.shape == spec.chunk_shape and out.flags.c_contiguous:
+                    crc, complete = read_with_crc(descriptor, out)
+                else:
+                    crc, complete = read_part_with_crc(descriptor, spec.chunk_shape, source, out)
+                undamaged = complete and os.read(descriptor, CRC_BYTES) == crc.to_bytes(CRC_BYTES, "little")
             finally:
                 os.close(descriptor)
-        if not whole:
+        if not undamaged:
             raise CheckpointError(f"{spec.label}: {self.root}/{relative} is damaged: the data does not match its CRC")
-        return chunk, f"{crc:08x}"
+        return f"{crc:08x}"
 
     def require(self, chunks: Iterable[tuple[ArraySpec, Iterable[Index]]]) -> None:
         """Checks that the chunks' files are there and of the right size.
