@@ -13,8 +13,8 @@ from megatrain.parallel.context import build_context
 from megatrain.parallel.layers import Layers
 from megatrain.parallel.mesh import Mesh, build_mesh, topology_of
 
-_SPLITS_BACKWARD = "2.13"
-"""torch that is known to run the schedules which split the backward pass; 2.11 is known not to."""
+_SPLITS_BACKWARD = "2.12"
+"""The oldest torch that runs the schedules which split the backward pass: 2.12.1 does, 2.11 does not."""
 
 
 def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
