@@ -124,6 +124,7 @@ def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..
     for name, value in vars(groups).items():
         if name.startswith("_") and name.isupper():
             setattr(groups, name, {} if isinstance(value, dict) else None)
+    groups.mpu = None
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     torch.nn.functional.linear = linear  # an engine that was not closed leaves ZeRO-3's, on the ranks that it had
     if "torch._dynamo" in sys.modules:

@@ -56,7 +56,6 @@ def state_of(engine: Any) -> Tensors:
 
 def train_and_save(folder: str, target: str, zero_stage: int, tensor_ranks: int = 1) -> Tensors:
     """Two steps, then DeepSpeed's checkpoint."""
-    from deepspeed.utils import groups
 
     linear = torch.nn.functional.linear
     engine = engine_of(folder, zero_stage, tensor_ranks=tensor_ranks)
@@ -68,7 +67,6 @@ def train_and_save(folder: str, target: str, zero_stage: int, tensor_ranks: int 
     finally:
         engine.destroy()
         torch.nn.functional.linear = linear  # ZeRO 3 leaves its own behind
-        groups.mpu = None  # and AutoTP its groups
 
 
 def load_universal(folder: str, source: str) -> Tensors:
