@@ -31,7 +31,8 @@ MORE_LAYOUTS = [
     Layout(tp=2, dp=2, zero_stage=3),
     Layout(pp=2, dp=2, zero_stage=0, schedule="zbv"),
 ]
-MODEL = {"dropout": 0.1, "attention_dropout": 0.1, "num_layers": 4}
+# 4 heads of keys: tensor ranks up to 4 split them
+MODEL = {"dropout": 0.1, "attention_dropout": 0.1, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
 
 
 def engine_of(family: str, layout: Layout, dtype: str = "fp32") -> Any:
