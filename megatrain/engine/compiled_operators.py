@@ -49,12 +49,13 @@ def free_lock(lock: Path, say: Callable[[str], None] = print, patience: float = 
     """
     with open(lock.parent / "megatrain.lock", "w", encoding="utf-8") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # of the ranks that find it, one removes it, and none a later one
-        if not lock.exists() or _is_open(lock):
-            return
-        if _file_system(lock) in _LOCAL and lock.stat().st_uid == os.geteuid():
-            lock.unlink(missing_ok=True)
-            say(f"removed {lock}, left by a compilation that was killed")
-            return
+        with suppress(FileNotFoundError):  # its owner removes it meanwhile
+            if _is_open(lock):
+                return
+            if _file_system(lock) in _LOCAL and lock.stat().st_uid == os.geteuid():
+                lock.unlink()
+                say(f"removed {lock}, left by a compilation that was killed")
+                return
     while lock.exists():
         with suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > patience:
