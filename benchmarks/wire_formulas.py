@@ -38,7 +38,8 @@ def expected_bytes(
         "tensor": micro_batches * _tensor(config, mesh) + _norms(config, mesh, parameters),
         "pipeline": float(micro_batches * _pipeline(config, mesh)),
     }
-    if mesh.tied_group is not None and config.model.tie_embeddings and not SCHEDULES[parallel.pp_schedule].v_shaped:
+    at_an_end = parallel.pp > 1 and mesh.coordinate("pp") in (0, parallel.pp - 1)
+    if at_an_end and config.model.tie_embeddings and not SCHEDULES[parallel.pp_schedule].v_shaped:
         word = next(p for name, p in parameters if name == "embedding.word.weight")
         parts["tied embedding"] = _share(2) * 2 * _size(word) * _gradient_bytes(config)
     return {name: count for name, count in parts.items() if count}

@@ -224,7 +224,7 @@ class Engine:
 
     def _reduce_what_deepspeed_does_not(self) -> None:
         """Sums the two copies of a tied embedding and, without ZeRO, the gradients of all replicas."""
-        if self.mesh.tied_group is not None and self._tied_copies():
+        if self._tied_copies():
             word = [p for name, p in self.parameters if name == "embedding.word.weight"]
             all_reduce_accumulated(word, self.mesh.tied_group)
         if self.config.parallel.zero_stage == 0:

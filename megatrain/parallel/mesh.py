@@ -18,7 +18,7 @@ class Mesh:
     ``model_group`` holds the ranks that together hold one copy of the dense weights (tensor x pipeline), and
     ``expert_model_group`` those that hold one of all weights (tensor x expert x pipeline);
     ``tied_group`` the first and last rank of the pipeline, which share tied embeddings
-    (None on the ranks between them, and where there is no pipeline); ``self_group`` this rank alone.
+    (on the ranks between them: each alone); ``self_group`` this rank alone.
     """
 
     topology: Topology
@@ -32,7 +32,7 @@ class Mesh:
     pp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     expert_model_group: dist.ProcessGroup
-    tied_group: dist.ProcessGroup | None
+    tied_group: dist.ProcessGroup
     self_group: dist.ProcessGroup
 
     def coordinate(self, axis: str) -> int:
@@ -50,7 +50,7 @@ def topology_of(parallel: ParallelConfig) -> Topology:
 
 
 def build_mesh(topology: Topology, device: torch.device) -> Mesh:
-    """Makes this rank's groups, which wait for nobody else's. Every rank of the world calls it once.
+    """Makes this rank's groups, which wait for nobody else's. Every rank of the world calls it.
 
     Raises:
         ValueError: the world's size is not the topology's.
@@ -58,9 +58,8 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size != topology.world_size:
         raise ValueError(f"{topology} needs {topology.world_size} ranks, but {world_size} were started")
-    ends = [sorted({ranks[0], ranks[-1]}) for ranks in topology.groups(["pp"])] if topology.pp > 1 else []
-    # torch names a group after its ranks and the number of groups that each of them has: that of the ends, which some
-    # ranks have no part in, comes when all that are shared are made
+    # torch names a group after its ranks and the number of groups that each of them has, so all make as many
+    ends = [part for r in topology.groups(["pp"]) for part in (sorted({r[0], r[-1]}), *([one] for one in r[1:-1]))]
     return Mesh(
         topology=topology,
         rank=rank,
@@ -73,12 +72,11 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
         pp_group=_own_group(topology.groups(["pp"]), rank),
         model_group=_own_group(topology.groups(["tp", "pp"]), rank),
         expert_model_group=_own_group(topology.groups(["tp", "ep", "pp"]), rank),
-        tied_group=_own_group(ends, rank, required=False),
+        tied_group=_own_group(ends, rank),
         self_group=_own_group(topology.groups([]), rank),
     )
 
 
-def _own_group(all_ranks: list[list[int]], rank: int, required: bool = True) -> dist.ProcessGroup:
-    own = next((ranks for ranks in all_ranks if rank in ranks), None)
-    assert own is not None or not required
-    return dist.new_group(own, use_local_synchronization=True) if own else None  # type: ignore[return-value]
+def _own_group(all_ranks: list[list[int]], rank: int) -> dist.ProcessGroup:
+    own = next(ranks for ranks in all_ranks if rank in ranks)
+    return dist.new_group(own, use_local_synchronization=True)  # type: ignore[return-value]

@@ -1,8 +1,9 @@
-"""What is done to torch's schedules before they run."""
+"""What is done to torch's schedules before they run, and the groups of a pipeline."""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatrain.config.schema import ParallelConfig
@@ -28,3 +29,14 @@ def test_dualpipev_sends_what_it_computed_before_it_computes_on(pool: Pool) -> N
             before = next(action for action in reversed(actions[:i]) if "RECV" not in action)
             stage, kind, micro_batch = actions[i].partition("SEND_")[0], actions[i][-2], actions[i][-1]
             assert before in (f"{stage}{kind}{micro_batch}", f"{stage}I{micro_batch}"), (actions[i], before)
+
+
+def meshes_in_turn() -> list[int]:
+    """Sizes of the groups of tied embeddings of two meshes, made one after the other in one world."""
+    parallel = ParallelConfig.model_validate({"pp": 4, "dp": 1})
+    meshes = [build_mesh(topology_of(parallel), torch.device("cpu")) for _ in range(2)]
+    return [dist.get_world_size(mesh.tied_group) for mesh in meshes]
+
+
+def test_a_world_may_build_a_mesh_again(pool: Pool) -> None:
+    assert pool.run(meshes_in_turn, 4) == [[2, 2], [1, 1], [1, 1], [2, 2]]
