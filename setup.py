@@ -18,7 +18,6 @@ setup(
         "numpy>=2",
         "zarr>=3.1,<4",
         "awscrt>=0.38",  # CRC-32C: at twice google-crc32c's speed, and other threads go on meanwhile
-        "psutil>=5.9",
         "tokenizers>=0.20",
         "tqdm>=4.66",
         "tensorboard>=2.17",
@@ -37,6 +36,7 @@ setup(
         ],
         "convert": ["safetensors>=0.4", "transformers>=4.51"],
         "dev": [
+            "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
