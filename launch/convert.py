@@ -43,6 +43,7 @@ def converted(options: argparse.Namespace) -> str:
         trust_pickle=options.trust_pickle,
         zero_ranks=options.zero_ranks,
         tensor_ranks=options.tensor_ranks,
+        spread_experts=options.spread_experts,
         weights_only=options.weights_only,
     )
     request = Request(options.source, options.target, options.to, not options.no_verify, options.proof_tokens, choices)
@@ -83,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
     add("--zero-ranks", type=int, default=1, metavar="N", help="data-parallel ranks of a DeepSpeed checkpoint to write")
     add("--tensor-ranks", type=int, default=1, metavar="N", help="tensor ranks of a DeepSpeed checkpoint to write")
+    about = "write a Megatron-core mixture's optimizer for runs with --expert-model-parallel-size above 1, not for 1"
+    add("--spread-experts", action="store_true", help=about)
     add("--weights-only", action="store_true", help="leave the optimizer's states behind")
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
     add("--debug", action="store_true", help="show tracebacks")

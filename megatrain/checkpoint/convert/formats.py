@@ -37,8 +37,8 @@ class Choices:
     vocabulary to a multiple; ``tokenizer``: a file or folder, by default what lies beside the source;
     ``model_file``: a config that says what model the source is, where its format does not; ``trust_pickle``: the
     source may be opened though it is a pickle; ``zero_ranks``: data-parallel ranks of a ZeRO checkpoint to write,
-    and ``tensor_ranks``: of each of these;
-    ``weights_only``: leave the optimizer's states behind.
+    and ``tensor_ranks``: of each of these; ``spread_experts``: a Megatron-core checkpoint is for runs that spread
+    experts over ranks; ``weights_only``: leave the optimizer's states behind.
     """
 
     dtype: torch.dtype = torch.float32
@@ -49,6 +49,7 @@ class Choices:
     trust_pickle: bool = False
     zero_ranks: int = 1
     tensor_ranks: int = 1
+    spread_experts: bool = False
     weights_only: bool = False
 
 
@@ -132,7 +133,14 @@ def _read_deepspeed(path: Path, choices: Choices) -> Reader:
 def _write_megatron(folder: Path, reader: Reader, choices: Choices) -> Writer:
     states = "exp_avg" in reader.kinds and not choices.weights_only
     return MegatronWriter(
-        folder, reader.model, choices.dtype, choices.shard_bytes, reader.step, _adam_settings(reader), states
+        folder,
+        reader.model,
+        choices.dtype,
+        choices.shard_bytes,
+        reader.step,
+        _adam_settings(reader),
+        states,
+        choices.spread_experts,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, extra_states
+from megatrain.checkpoint.convert.megatron_states import CONTENT, MASTERS, common_states, state_key
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
-from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line, adam_group
+from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
@@ -25,18 +26,12 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_STATES = "optimizer.state."
-MASTER = "fp32_param"
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
 # with singleton_local_shards each expert has keys of its own, and each half of a gated matrix
 _EXPERTS, _HALVES = ".experts.experts.", ("_w", "_v")
 _SINGLY = re.compile(r"(?<=\.experts\.experts\.)\d+\.|(?<=\.weight)_[wv]$")
 _NORM_OF_LOCAL_SPEC, _NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-# as Megatron-LM groups its parameters: with and without weight decay
-_GROUPS = [
-    {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False} for decay in (1.0, 0.0)
-]
 
 
 def iteration_folder(path: Path) -> Path | None:
@@ -89,9 +84,9 @@ class MegatronReader:
     def _find(self, kind: str, name: str) -> Tensor | None:
         """A tensor that stands under one key, or under one for its gate half and one for its up half."""
         for key, layer in self._spellings(name):
-            found = self._keys.get((MASTER, key)) if kind == WEIGHT else None
-            if found := found or self._keys.get((kind, key)):
-                return self._tensors.read(found, layer)
+            for one in (*MASTERS, WEIGHT) if kind == WEIGHT else (kind,):
+                if found := self._keys.get((one, key)):
+                    return self._tensors.read(found, layer)
         if name.endswith(_HALVES):
             return None
         gate, up = (self._find(kind, name + half) for half in _HALVES)
@@ -150,8 +145,8 @@ class MegatronWriter:
 
     Args:
         adam: arguments of the run's AdamW, which go into the groups; its defaults for the rest.
-        states: write the optimizer's states too. Megatron-core keeps several optimizers for a model with experts, and
-            its states are not written.
+        states: write the optimizer's states too.
+        spread_experts: for runs that spread experts over ranks, in which these have an optimizer of their own.
     """
 
     table: tuple[Line, ...] = MEGATRON_CORE
@@ -165,12 +160,14 @@ class MegatronWriter:
         step: int,
         adam: Mapping[str, Any],
         states: bool,
+        spread_experts: bool,
     ):
         self.dtype, self._model, self._step, self._adam = dtype, model, step, adam
+        self._own_for_experts = spread_experts and bool(model.num_experts)
         self._root, self._folder = folder, folder / f"iter_{step:07d}"
         self._file_bytes = file_bytes
         self._stacked = len(mixture_layers(model)) in (0, model.num_layers)
-        self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states and not model.num_experts else (WEIGHT,)
+        self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Writes all but the tensors."""
@@ -184,11 +181,12 @@ class MegatronWriter:
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """The next weight, with its FP32 master where there are states, or a moment."""
         if kind != WEIGHT:
-            self._put(_STATES + kind, name, tensor.float())
+            self._put([kind], name, tensor.float())
             return
-        self._put("", name, tensor.float() if name.endswith("expert_bias") else tensor.to(self.dtype))
-        if len(self.kinds) > 1:
-            self._put(_STATES + MASTER, name, tensor.float())
+        balance_bias = name.endswith("expert_bias")
+        self._put([], name, tensor.float() if balance_bias else tensor.to(self.dtype))
+        if len(self.kinds) > 1 and not balance_bias:
+            self._put(MASTERS, name, tensor.float())
 
     def finish(self) -> None:
         """Writes the empty extra states and the metadata."""
@@ -202,28 +200,22 @@ class MegatronWriter:
                     self._tensors.write_object(f"{key}/shard_{_dotted(at)}_{_dotted(of)}", [None])
         self._tensors.finish()
 
-    def _put(self, prefix: str, name: str, tensor: Tensor) -> None:
+    def _put(self, states: Sequence[str], name: str, tensor: Tensor) -> None:
+        """A weight, or what stands for it under the names of some of the optimizers' states."""
         key, layer = _key(name) if self._stacked else (name, None)
-        key = f"{prefix}.{key}" if prefix else key
+        keys = [state_key(state, key) for state in states] or [key]
         if layer is None:
-            self._tensors.write(key, tensor, [0] * tensor.dim(), list(tensor.shape))
+            self._tensors.write(keys, tensor, [0] * tensor.dim(), list(tensor.shape))
         else:
             shape = [self._model.num_layers, *tensor.shape]
-            self._tensors.write(key, tensor[None], [layer] + [0] * tensor.dim(), shape)
+            self._tensors.write(keys, tensor[None], [layer] + [0] * tensor.dim(), shape)
 
     def _common(self) -> dict[str, Any]:
-        """What all ranks share. Both of Megatron-core's optimizers, sharded or not, find their groups in it."""
-        common: dict[str, Any] = {"iteration": self._step, "checkpoint_version": 3.0}
-        if len(self.kinds) > 1:
-            settings = adam_group(self._adam)
-            del settings["params"]
-            groups = [
-                {**settings, **group, "weight_decay": settings["weight_decay"] * group["wd_mult"], "step": self._step}
-                for group in _GROUPS
-            ]
-            states = {"param_groups": groups, "state": {"common_step": torch.tensor(float(self._step))}}
-            common["optimizer"] = states | {"optimizer": states, "param_state_sharding_type": "fully_reshardable"}
-        return common
+        """What all ranks share."""
+        common = {"iteration": self._step, "checkpoint_version": 3.0, "content_metadata": CONTENT}
+        if len(self.kinds) == 1:
+            return common
+        return common | {"optimizer": common_states(self._step, self._adam, self._own_for_experts)}
 
 
 def _key(name: str) -> tuple[str, int | None]:

@@ -6,6 +6,7 @@
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,14 +113,16 @@ class TorchDistWriter:
         self._number = -1
         self._file: BinaryIO | None = None
 
-    def write(self, key: str, piece: Tensor, offsets: list[int], shape: list[int]) -> None:
-        """A piece of the tensor ``key`` of ``shape``."""
+    def write(self, keys: Sequence[str], piece: Tensor, offsets: list[int], shape: list[int]) -> None:
+        """A piece of a tensor of ``shape``, which stands once on the disk and is found under each of ``keys``."""
         offsets_size = torch.Size(offsets)
         properties = metadata.TensorProperties(dtype=piece.dtype)
-        entry = self._entries.setdefault(key, metadata.TensorStorageMetadata(properties, torch.Size(shape), []))
-        index = metadata.MetadataIndex(key, offsets_size, len(entry.chunks))
-        entry.chunks.append(metadata.ChunkStorageMetadata(offsets_size, piece.shape))
-        self._places[index] = self._append(piece.clone(memory_format=torch.contiguous_format))
+        place = self._append(piece.clone(memory_format=torch.contiguous_format))
+        for key in keys:
+            entry = self._entries.setdefault(key, metadata.TensorStorageMetadata(properties, torch.Size(shape), []))
+            index = metadata.MetadataIndex(key, offsets_size, len(entry.chunks))
+            entry.chunks.append(metadata.ChunkStorageMetadata(offsets_size, piece.shape))
+            self._places[index] = place
 
     def write_object(self, key: str, value: Any) -> None:
         """Something else than a tensor."""

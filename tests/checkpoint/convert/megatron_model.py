@@ -14,8 +14,8 @@ from megatrain.config.schema import ModelConfig
 States = dict[tuple[str, str], torch.Tensor]
 
 
-def gpt_model(model: ModelConfig, transformer_engine_names: bool = True) -> Any:
-    """The model in Megatron-core; the process must be in a world of one rank.
+def gpt_model(model: ModelConfig, transformer_engine_names: bool = True, expert_ranks: int = 1) -> Any:
+    """The model in Megatron-core on the ranks of the process's world.
 
     ``transformer_engine_names``: call the norm before experts as layers of Transformer Engine, which GPUs have, do.
     """
@@ -30,7 +30,7 @@ def gpt_model(model: ModelConfig, transformer_engine_names: bool = True) -> Any:
     tensor_parallel.get_cuda_rng_tracker = lambda: type("Tracker", (), {"fork": staticmethod(contextlib.nullcontext)})
     moe_utils.te_general_gemm = None  # left undefined without Transformer Engine, and asked for
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_ranks)
     gpt, mixture = model.family == "gpt", mixture_layers(model)
     norm, head_norms = ("LayerNorm" if gpt else "RMSNorm"), model.family == "qwen3"
     config = TransformerConfig(
@@ -55,7 +55,7 @@ def gpt_model(model: ModelConfig, transformer_engine_names: bool = True) -> Any:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **(_expert_settings(model) if model.num_experts else {}),
+        **(_expert_settings(model) | {"expert_model_parallel_size": expert_ranks} if model.num_experts else {}),
     )
     if mixture:
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=norm)
@@ -105,12 +105,12 @@ def load_and_run(folder: str, model: ModelConfig, tokens: torch.Tensor) -> torch
     loaded = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, folder)
     assert loaded["iteration"] == int(Path(folder).name.removeprefix("iter_"))
     gpt.load_state_dict(loaded["model"])
-    return _run(gpt, tokens)
+    return run(gpt, tokens)
 
 
-def random_model(model: ModelConfig, **options: Any) -> Any:
+def random_model(model: ModelConfig, seed: int = 3, **options: Any) -> Any:
     """A model whose norms and balance biases are random too."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     gpt = gpt_model(model, **options)
     with torch.no_grad():
         biases = [buffer for name, buffer in gpt.named_buffers() if name.endswith("expert_bias")]
@@ -128,97 +128,20 @@ def save_and_run(
     ``names``: see gpt_model; ``singly``: each layer, expert and half of a gated matrix under its own key.
     """
     gpt = random_model(model, transformer_engine_names=names)
-    _save(folder, {"iteration": 7, "model": gpt.sharded_state_dict(metadata={"singleton_local_shards": singly})})
-    return _run(gpt, tokens)
+    save(folder, {"iteration": 7, "model": gpt.sharded_state_dict(metadata={"singleton_local_shards": singly})})
+    return run(gpt, tokens)
 
 
-def train_and_save(folder: str, model: ModelConfig, tokens: torch.Tensor) -> States:
-    """Two steps of Megatron-core's FP32 optimizer around AdamW, saved with its states, which are returned."""
-    gpt = random_model(model)
-    optimizer = _optimizer(list(gpt.parameters()))
-    for _ in range(2):
-        _run(gpt, tokens).logsumexp(-1).mean().backward()
-        optimizer.optimizer.step()
-    sharded = gpt.sharded_state_dict()
-    _save(folder, {"iteration": 2, "model": sharded, "optimizer": optimizer.sharded_state_dict(sharded)})
-    return _states(gpt, optimizer)
-
-
-def save_chained_states(folder: str, model: ModelConfig) -> None:
-    """A mixture with Megatron-core's two optimizers, for experts and for the rest; moments are 2 w and w squared."""
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    gpt = random_model(model)
-    named = dict(gpt.named_parameters())
-    chosen = [[tensor for name, tensor in named.items() if (".experts." in name) == experts] for experts in (0, 1)]
-    optimizers = [_optimizer(parameters) for parameters in chosen]
-    for optimizer, parameters in zip(optimizers, chosen, strict=True):
-        for tensor in parameters:
-            weight = tensor.detach().clone()
-            optimizer.optimizer.state[tensor] = {
-                "step": torch.tensor(2.0),
-                "exp_avg": 2 * weight,
-                "exp_avg_sq": weight**2,
-            }
-    sharded = gpt.sharded_state_dict()
-    _save(folder, {"model": sharded, "optimizer": ChainedOptimizer(optimizers).sharded_state_dict(sharded)})
-
-
-def load_states(folder: str, model: ModelConfig) -> tuple[States, float]:
-    """What the model and its optimizer hold after dist_checkpointing loaded them, and the step."""
+def save(folder: str, state: dict[str, Any], **options: Any) -> None:
     from megatron.core import dist_checkpointing
 
-    gpt = gpt_model(model)
-    optimizer = _optimizer(list(gpt.parameters()))
-    sharded = gpt.sharded_state_dict()
-    wanted = {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True)}
-    loaded = dist_checkpointing.load(wanted, folder)
-    gpt.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    steps = {float(state["step"]) for state in optimizer.optimizer.state.values()}
-    assert len(steps) == 1
-    return _states(gpt, optimizer), steps.pop()
-
-
-def _optimizer(parameters: list[torch.nn.Parameter]) -> Any:
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.optimizer.optimizer import FP32Optimizer
-
-    shared = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
-    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() == 1]
-    groups = [{"params": decayed, "wd_mult": 1.0, **shared}, {"params": others, "wd_mult": 0.0, **shared}]
-
-    def make_states(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-
-    tensor = torch.tensor  # it asks for a GPU to put a 1 on
-    with mock.patch.object(torch, "tensor", lambda *values, device, **options: tensor(*values, **options)):
-        return FP32Optimizer(torch.optim.AdamW(groups, lr=1e-2), OptimizerConfig(), make_states)
-
-
-def _states(gpt: Any, optimizer: Any) -> States:
-    found = {}
-    for name, parameter in gpt.named_parameters():
-        found["weight", name] = parameter.detach().clone()
-        for kind in ("exp_avg", "exp_avg_sq"):
-            found[kind, name] = optimizer.optimizer.state[parameter][kind].clone()
-    return found
-
-
-def _save(folder: str, state: dict[str, Any]) -> None:
-    from megatron.core import dist_checkpointing
-
-    Path(folder).mkdir(parents=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     # it writes in processes of its own, which the pool's daemons may not have
     with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):  # type: ignore[attr-defined]
-        dist_checkpointing.save(state, folder)
+        dist_checkpointing.save(state, folder, **options)
 
 
-def _run(gpt: Any, tokens: torch.Tensor) -> torch.Tensor:
+def run(gpt: Any, tokens: torch.Tensor) -> torch.Tensor:
     length = tokens.shape[1]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     return gpt(tokens, torch.arange(length)[None].expand_as(tokens), future)

@@ -1,6 +1,7 @@
 """Megatron-core's torch_dist both ways: its own dist_checkpointing loads ours, we load what it saved, same logits."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,11 @@ from megatrain.checkpoint.convert.formats import FORMATS, Choices
 from megatrain.checkpoint.convert.run import Request, convert
 from megatrain.checkpoint.convert.runners import OwnRunner
 from megatrain.checkpoint.convert.table import Reader, Weights
+from megatrain.checkpoint.convert.torch_dist import TorchDistReader
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
-from tests.checkpoint.convert.megatron_model import (
-    load_and_run,
-    load_states,
-    save_and_run,
-    save_chained_states,
-    train_and_save,
-)
+from tests.checkpoint.convert.megatron_model import load_and_run, save_and_run
+from tests.checkpoint.convert.megatron_training import OptimizerKind, load_and_save, train_and_save
 from tests.checkpoint.convert.models import save_model
 from tests.pool import Pool
 
@@ -81,37 +78,73 @@ def test_what_megatron_core_saved_is_read(pool: Pool, tmp_path: Path, name: str,
     assert float((logits_of(reader) - logits).abs().max()) < LOGITS
 
 
-def test_states_of_the_optimizer_go_both_ways(pool: Pool, tmp_path: Path) -> None:
-    """Megatron-core -> here -> Megatron-core: masters, moments and the step, bit for bit."""
-    model = sized("llama")
-    (trained,) = pool.run(train_and_save, 1, str(tmp_path / "iter_0000002"), model, TOKENS)
+# name -> (model, optimizer)
+OPTIMIZERS = {
+    "FP32": ("llama", OptimizerKind()),
+    "BF16, a mixture": ("mixture with all", OptimizerKind(bf16=True)),
+    "distributed": ("mixture", OptimizerKind(distributed=True, bf16=True)),
+    "distributed, experts spread": ("mixture with all", OptimizerKind(distributed=True, bf16=True, expert_ranks=2)),
+    "experts spread": ("mixture", OptimizerKind(bf16=True, expert_ranks=2)),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("distributed", "experts spread") else ())
+        for name in OPTIMIZERS
+    ],
+)
+def test_states_of_the_optimizer_go_both_ways(pool: Pool, tmp_path: Path, name: str) -> None:
+    """Megatron-core -> here -> Megatron-core, which saves once more: states, groups and the step, bit for bit."""
+    model, kind = sized(OPTIMIZERS[name][0]), OPTIMIZERS[name][1]
+    saved, back, again = tmp_path / "iter_0000002", tmp_path / "back" / "iter_0000002", tmp_path / "again"
+    trained = pool.run(train_and_save, 2, str(saved), model, TOKENS, kind)[0]
     (tmp_path / "model.yaml").write_text("model: " + model.model_dump_json())
-    convert(Request(tmp_path / "iter_0000002", tmp_path / "run", "megatrain", longest=96, choices=TRUST))
+    convert(Request(saved, tmp_path / "run", "megatrain", longest=96, choices=TRUST))
     reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
     assert set(reader.kinds) == {"weight", "exp_avg", "exp_avg_sq"} and reader.step == 2
-    choices = Choices(dtype=torch.bfloat16)
+    choices = Choices(dtype=torch.bfloat16 if kind.bf16 else torch.float32, spread_experts=kind.expert_ranks > 1)
+    assert convert(Request(tmp_path / "run", back.parent, "megatron", longest=96, choices=choices))["left_behind"] == []
+    loaded = pool.run(load_and_save, 2, str(back), str(again), model, TOKENS, kind)[0]
+    assert loaded.keys() == trained.keys() and all(torch.equal(loaded[key], trained[key]) for key in trained)
+    ours, theirs, first = (TorchDistReader(folder) for folder in (back, again, saved))
+    tensors = [key for key in first.entries if first.shape(key) is not None]
+    assert tensors == [key for key in theirs.entries if theirs.shape(key) is not None]
+    for key in tensors:
+        assert torch.equal(ours.read(key), first.read(key)), key
+        assert torch.equal(theirs.read(key), first.read(key)), key
+    assert _groups(again) == _groups(saved)
+
+
+def _groups(folder: Path) -> list[dict[str, Any]]:
+    """What tells the groups of all optimizers apart, and what holds for them without a schedule."""
+    states = torch.load(folder / "common.pt", weights_only=True)["optimizer"]
+    fields = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config", "betas", "eps")
+    found = []
+    for one in [states[0], states[1]] if 0 in states else [states]:
+        shared = one.get("optimizer", one)
+        for group in shared["param_groups"]:
+            step = float(shared.get("state", {}).get("common_step") or group["step"])
+            found.append({"step": step} | {field: group[field] for field in fields})
+    return found
+
+
+def test_masters_are_kept_and_left_behind_on_request(pool: Pool, tmp_path: Path) -> None:
+    model, choices = sized("mixture"), Choices(dtype=torch.bfloat16, trust_pickle=True)
+    arguments = (str(tmp_path / "iter_0000002"), model, TOKENS, OptimizerKind(expert_ranks=2))
+    pool.run(train_and_save, 2, *arguments, chained_optim_avoid_prefix=False)  # as older versions named them
+    prefix = "chained_1.optimizer.state.exp_avg."
+    assert any(key.startswith(prefix) for key in TorchDistReader(tmp_path / "iter_0000002").entries)
+    (tmp_path / "model.yaml").write_text("model: " + model.model_dump_json())
+    convert(Request(tmp_path / "iter_0000002", tmp_path / "run", "megatrain", longest=96, choices=TRUST))
     convert(Request(tmp_path / "run", tmp_path / "back", "megatron", longest=96, choices=choices))
-    ((loaded, step),) = pool.run(load_states, 1, str(tmp_path / "back" / "iter_0000002"), model)
-    assert step == 2.0
-    for (kind, name), tensor in trained.items():
-        wanted = tensor.bfloat16().float() if kind == "weight" else tensor
-        assert torch.equal(loaded[kind, name], wanted), (kind, name)
-    back = FORMATS["megatron"].read(tmp_path / "back", TRUST)
-    name = "decoder.final_layernorm.weight"
-    assert torch.equal(back.read("weight", name), trained["weight", name]), "the FP32 master was kept"
-    alone = Choices(trust_pickle=True, weights_only=True)
+    first, back = (FORMATS["megatron"].read(folder, TRUST) for folder in (tmp_path / "iter_0000002", tmp_path / "back"))
+    name = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
+    assert torch.equal(back.read("weight", name), first.read("weight", name)), "not rounded"
+    assert torch.equal(back.read("exp_avg", name), first.read("exp_avg", name))
+    alone = replace(choices, weights_only=True)
     assert FORMATS["megatron"].read(tmp_path / "back", alone).kinds == ("weight",)
-
-
-def test_states_of_the_optimizers_of_a_mixture_are_read(pool: Pool, tmp_path: Path) -> None:
-    pool.run(save_chained_states, 1, str(tmp_path / "iter_0000002"), sized("mixture"))
-    (tmp_path / "model.yaml").write_text("model: " + sized("mixture").model_dump_json())
-    convert(Request(tmp_path / "iter_0000002", tmp_path / "run", "megatrain", longest=32, choices=TRUST))
-    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
-    for name in reader.names():
-        weight = reader.read("weight", name)
-        assert torch.equal(reader.read("exp_avg", name), 2 * weight), name
-        assert torch.equal(reader.read("exp_avg_sq", name), weight**2), name
 
 
 def test_states_in_the_arrangement_of_a_layout_are_refused(tmp_path: Path, exported: Path) -> None:
