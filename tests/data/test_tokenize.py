@@ -70,29 +70,35 @@ def expected(inputs, tmp_path_factory):
 
 
 def kill_and_resume(inputs: Path, output: Path, kills: int, workers: int) -> None:
-    """Kills runs at random moments; every one that comes to its end must have written the same bytes."""
+    """Kills runs at random moments; every one that comes to its end must have written the same bytes.
+
+    The moments follow the machine's speed, which others change: later after a kill before the first note, earlier
+    after a run that came to its end.
+    """
     small_pieces()
     whole = output / "whole"
     begun = time.monotonic()
     assert run_child(options(inputs, whole, "--workers", workers), None) == 0
-    duration = time.monotonic() - begun
+    latest = time.monotonic() - begun
     reference = content_of(whole)
     generator = random.Random(7)
     done = resumed = 0
     folder = output / "killed"
-    while done < kills:
-        resumed += (folder / ".train.progress.json").exists()
-        status = run_child(options(inputs, folder, "--workers", workers), generator.uniform(0, duration))
+    note = folder / ".train.progress.json"
+    while done < kills or resumed < kills // 3:
+        resumed += note.exists()
+        status = run_child(options(inputs, folder, "--workers", workers), generator.uniform(0, latest))
         if status == 0:
             assert content_of(folder) == reference
             shutil.rmtree(folder)
+            latest *= 0.9
         else:
             assert os.WTERMSIG(status) == signal.SIGKILL
             done += 1
+            latest *= 1 if note.exists() else 1.1
     assert run_child(options(inputs, folder, "--workers", workers), None) == 0
     assert content_of(folder) == reference
-    print(f"{done} kills, {resumed} of them while a note was there")
-    assert resumed >= kills // 3
+    print(f"{done} kills, {resumed} runs went on from a note")
 
 
 def run_child(words: list[str], killed_after: float | None) -> int:

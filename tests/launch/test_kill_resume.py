@@ -13,12 +13,12 @@ import pytest
 from tests.data.factory import make_dataset
 from tests.launch.test_pretrain import deepspeed, launcher, start
 
-STEPS = 62
+STEPS = 70
 CONFIG = """
 model: {num_layers: 4, hidden_size: 32, num_heads: 4, vocab_size: 300, max_seq_len: 32,
         dropout: 0.1, attention_dropout: 0.1}
 precision: {dtype: fp32}
-train: {steps: 62, global_batch_size: 8, micro_batch_size: 2, log_every: 1}
+train: {steps: 70, global_batch_size: 8, micro_batch_size: 2, log_every: 1}
 checkpoint: {save_every: 4, keep_last: 2}
 """
 LAYOUTS = {
@@ -72,11 +72,12 @@ def test_goes_on_bit_for_bit(tmp_path: Path, layout: str) -> None:
     killed = tmp_path / "runs" / "killed"
     process = start(*launcher(num_ranks), "launch/pretrain.py", *common, "--name", "killed")
     kill_at_step(process, killed / "metrics.jsonl", step)
+    reached = max(losses(killed))  # the others may have gone on while it was looked for
     again = deepspeed(num_ranks, *common, "--name", "killed")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "took" in again.stdout, "the dead run's lock is taken over"
     resumed = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines() if '"resume"' in line]
     assert len(resumed) == 1
-    assert 4 <= resumed[0]["step"] <= step
+    assert 4 <= resumed[0]["step"] <= reached
     assert STEPS - resumed[0]["step"] >= 50
     assert losses(killed) == losses(tmp_path / "runs" / "whole"), "every loss, bit for bit"

@@ -63,7 +63,7 @@ def test_signals_during_a_save(tmp_path: Path, options: list[str]) -> None:
         wait_for(stump.exists, process)
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
-            time.sleep(2.5)  # the second is another request only after a while
+            time.sleep(4)  # the second is another request only after two seconds
         output, errors = process.communicate(timeout=30)
     finally:
         process.kill()

@@ -10,15 +10,17 @@ import pytest
 
 from megatrain.train.signals import STOP_SIGNALS, StopRequest
 
-# says what it sees, and ends when it is asked to; `stubborn` never looks
+# says what it sees, and ends when it is asked to; `stubborn` sees it and goes on
 LOOP = """
 import signal, sys, time
 from megatrain.train.signals import StopRequest
 
-stubborn = "stubborn" in sys.argv
-with StopRequest(same_request=0.3) as stop:
+with StopRequest(same_request=float(sys.argv[1])) as stop:
     print("ready", flush=True)
-    while stubborn or not stop.requested:
+    while not stop.requested:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    while "stubborn" in sys.argv:
         time.sleep(0.01)
 print("stopped by", stop.reason.name, flush=True)
 if "restored" in sys.argv:
@@ -26,9 +28,9 @@ if "restored" in sys.argv:
 """
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, same_request: float = 0.3) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, *arguments],
+        [sys.executable, "-c", LOOP, str(same_request), *arguments],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,12 +41,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+def ask(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """The first request, which has been seen on return."""
+    process.send_signal(number)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n"
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_one_signal_lets_the_loop_end(number: signal.Signals) -> None:
     process = start()
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
-    assert output == f"stopped by {number.name}\n"
+    assert output == f"asked\nstopped by {number.name}\n"
     assert process.returncode == 0
 
 
@@ -53,7 +62,7 @@ def test_one_signal_lets_the_loop_end(number: signal.Signals) -> None:
 )
 def test_the_second_of_a_kind_ends_the_process(number: signal.Signals, code: int) -> None:
     process = start("stubborn")
-    process.send_signal(number)
+    ask(process, number)
     time.sleep(0.5)
     process.send_signal(number)
     process.communicate(timeout=30)
@@ -62,7 +71,7 @@ def test_the_second_of_a_kind_ends_the_process(number: signal.Signals, code: int
 
 def test_a_second_interrupt_is_a_keyboard_interrupt() -> None:
     process = start("stubborn")
-    process.send_signal(signal.SIGINT)
+    ask(process, signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -70,14 +79,20 @@ def test_a_second_interrupt_is_a_keyboard_interrupt() -> None:
     assert process.returncode != 0
 
 
-def test_signals_in_quick_succession_and_of_other_kinds_are_one_request() -> None:
-    process = start("stubborn")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+@pytest.mark.parametrize(
+    ("same_request", "numbers"),
+    [
+        pytest.param(60, (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT), id="in quick succession"),
+        pytest.param(0, (signal.SIGTERM, signal.SIGUSR1), id="of other kinds"),
+    ],
+)
+def test_these_are_one_request(same_request: float, numbers: tuple[signal.Signals, ...]) -> None:
+    process = start("stubborn", same_request=same_request)
+    ask(process, signal.SIGINT)
+    for number in numbers:
         process.send_signal(number)
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(0.2)
+        time.sleep(0.1)
+    time.sleep(0.1)
     assert process.poll() is None
     process.kill()
     process.communicate()
