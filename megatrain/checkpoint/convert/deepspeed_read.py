@@ -14,6 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.convert.deepspeed_experts import (
+    FamilyNames,
+    expert_files,
+    ranks_of_groups,
+    require_own_layer,
+    require_same,
+)
 from megatrain.checkpoint.convert.deepspeed_names import TensorRanks, names_of
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import read_model
@@ -46,9 +53,9 @@ def tag_folder(path: Path) -> Path:
     return path
 
 
-def spread_experts(folder: Path) -> list[Path]:
-    """Files of single experts, as DeepSpeed's own layer of experts has them."""
-    return sorted(folder.glob(f"layer_*_expert_*{MODEL_STATES}"))
+def zero_states(folder: Path) -> list[Path]:
+    """The ranks' files of the states that ZeRO shares."""
+    return [file for file in sorted(folder.glob(f"*{OPTIMIZER_STATES}")) if _RANKS.match(file.name)]
 
 
 def pipeline_layers(folder: Path) -> list[Path]:
@@ -69,37 +76,29 @@ def is_zero(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Flat:
-    """Where a parameter stands in the flat partitions of a group."""
+    """Where a parameter stands in the flat partitions of a group, and which data-parallel ranks hold these in turn."""
 
     group: int
     start: int
     shape: torch.Size
+    ranks: range
 
 
 class ZeroReader:
-    """A ZeRO checkpoint of any number of data-parallel and tensor ranks.
+    """A ZeRO checkpoint of any number of data-parallel and tensor ranks, over which experts may be spread.
 
     Raises:
-        ConversionError: not trusted, incomplete or damaged, or its experts are spread over ranks.
+        ConversionError: not trusted, incomplete or damaged, or without ZeRO.
     """
 
     def __init__(self, path: Path, model_file: Path | None, trust: bool):
         self.path = folder = tag_folder(path)
-        if layers := pipeline_layers(folder):
-            raise ConversionError(
-                f"{folder} is of a pipeline, whose modules have numbers for names, like {layers[0].name}, and is not "
-                "read: give the layers' weights Hugging Face's names in a pytorch_model.bin beside a config.json (ten "
-                "lines of Python in docs/conversion.md) and convert that with --trust-pickle"
-            )
-        if spread_experts(folder):
-            own = next((file.name for file in sorted(folder.glob("*expp_rank_*"))), "expp_rank_…")
-            raise ConversionError(
-                f"{folder}: its experts are spread over ranks, and the states of their optimizer (in {own}) are not "
-                "read: --weights-only takes the weights, in the type of the modules"
-            )
-        model_ranks = sorted({_ranks(file)[1] for file in folder.glob(f"*{OPTIMIZER_STATES}")})
-        self._parts = [_ModelRank(folder, model_rank, trust) for model_rank in model_ranks]
+        _require_zero(folder)
+        model_ranks = sorted({_ranks(file)[1] for file in zero_states(folder)})
+        require_trust(zero_states(folder)[0], trust)
         self.model = read_model(folder.parent, model_file)
+        names = FamilyNames(self.model) if expert_files(folder) else None
+        self._parts = [_ModelRank(folder, model_rank, names) for model_rank in model_ranks]
         self.table = names_of(self.model, self.names())
         self._tensor_ranks = TensorRanks(self.table, self.model)
         self.kinds, self.step = self._parts[0].kinds, self._parts[0].step
@@ -114,21 +113,27 @@ class ZeroReader:
 
 
 class _ModelRank:
-    """What the data-parallel ranks of one tensor rank saved."""
+    """What the data-parallel ranks of one tensor rank saved; ``names``: of experts that are spread over them."""
 
-    def __init__(self, folder: Path, model_rank: int, trust: bool):
-        files = {_ranks(file)[0]: file for file in folder.glob(f"*_mp_rank_{model_rank:02d}{OPTIMIZER_STATES}")}
-        states = sorted(folder.glob(f"*mp_rank_{model_rank:02d}{MODEL_STATES}"))
+    def __init__(self, folder: Path, model_rank: int, names: FamilyNames | None):
+        files = {_ranks(file)[0]: file for file in zero_states(folder) if _ranks(file)[1] == model_rank}
+        experts = expert_files(folder, model_rank)
+        states = [f for f in sorted(folder.glob(f"*mp_rank_{model_rank:02d}{MODEL_STATES}")) if f not in experts]
         if not states or sorted(files) != list(range(len(files))):
             raise ConversionError(
                 f"{folder}: states of ranks are missing; of model rank {model_rank} there are {sorted(files)}"
             )
-        require_trust(states[0], trust)
         head = load_trusted(states[0], STAND_INS)
+        require_own_layer(head, states[0])
         self._folder = folder
-        self._ranks = [load_trusted(files[rank], STAND_INS)["optimizer_state_dict"] for rank in sorted(files)]
+        loaded = [load_trusted(files[rank], STAND_INS) for rank in sorted(files)]
+        self._ranks = [found["optimizer_state_dict"] for found in loaded]
         self._stage3 = "fp32_flat_groups" in self._ranks[0]
-        self.places = self._find_places(head["param_shapes"])
+        self.places = self._find_places(head["param_shapes"], loaded[0].get("ds_config") or {}, names)
+        self._experts: dict[str, Tensor] = {}
+        if names:
+            for file in experts:
+                self._experts |= {names.name(key): tensor for key, tensor in load_trusted(file, STAND_INS).items()}
         base = self._base_state(0)
         self.kinds: tuple[str, ...] = (
             WEIGHT,
@@ -139,14 +144,17 @@ class _ModelRank:
     def read(self, kind: str, name: str) -> Tensor:
         """This rank's part of a tensor, FP32."""
         place = self.places[name]
-        parts = [self._flat(rank, kind, place.group) for rank in range(len(self._ranks))]
+        parts = [self._flat(rank, kind, place.group) for rank in place.ranks]
         try:
             whole = (
                 self._from_stage3(parts, place) if self._stage3 else _region(parts, place.start, place.shape.numel())
             )
-            return whole.view(place.shape)
+            tensor = whole.view(place.shape)
         except RuntimeError as error:
             raise ConversionError(f"{self._folder}: {kind} of {name}: {error}") from error
+        if kind == WEIGHT and name in self._experts:
+            require_same(name, tensor, self._experts[name])
+        return tensor
 
     def _flat(self, rank: int, kind: str, group: int) -> Tensor:
         if kind != WEIGHT:
@@ -157,14 +165,20 @@ class _ModelRank:
     def _base_state(self, rank: int) -> dict[int, Any]:
         return self._ranks[rank]["optimizer_state_dict" if self._stage3 else "base_optimizer_state"]["state"]
 
-    def _find_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, _Flat]:
+    def _find_places(
+        self, groups: list[dict[str, torch.Size]], settings: dict[str, Any], names: FamilyNames | None
+    ) -> dict[str, _Flat]:
+        """The first rank's names and shapes are those of all, but for the numbers of its experts."""
         places, num_ranks = {}, len(self._ranks)
+        holders = ranks_of_groups(self._ranks[0], settings, num_ranks, len(groups))
         for number, shapes in enumerate(groups):
             start = 0
             paddings = (self._ranks[0].get("param_alignment_paddings") or {number: [0] * len(shapes)})[number]
             for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
-                places[name] = _Flat(number, start, torch.Size(shape))
                 size = torch.Size(shape).numel()
+                for expert_rank, ranks in enumerate(holders[number]):
+                    own = names.of_rank(name, expert_rank, len(holders[number])) if names else name
+                    places[own] = _Flat(number, start, torch.Size(shape), ranks)
                 start += math.ceil(size / num_ranks) if self._stage3 else size + padding
         return places
 
@@ -173,6 +187,21 @@ class _ModelRank:
         size = place.shape.numel()
         length = math.ceil(size / len(parts))
         return torch.cat([part.narrow(0, place.start, length) for part in parts])[:size]
+
+
+def _require_zero(folder: Path) -> None:
+    if layers := pipeline_layers(folder):
+        raise ConversionError(
+            f"{folder} is of a pipeline, whose modules have numbers for names, like {layers[0].name}, and is not "
+            "read: give the layers' weights Hugging Face's names in a pytorch_model.bin beside a config.json (ten "
+            "lines of Python in docs/conversion.md) and convert that with --trust-pickle"
+        )
+    if not zero_states(folder):
+        own = next((file.name for file in sorted(folder.glob(f"*{OPTIMIZER_STATES}"))), "none")
+        raise ConversionError(
+            f"{folder}: the states of the optimizer (in {own}) were saved without ZeRO, under numbers, and are not "
+            "read: --weights-only takes the weights, in the type of the modules"
+        )
 
 
 class UniversalReader:

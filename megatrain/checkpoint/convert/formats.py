@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from megatrain.checkpoint.convert.deepspeed_experts import expert_files
 from megatrain.checkpoint.convert.deepspeed_modules import ModulesReader
 from megatrain.checkpoint.convert.deepspeed_read import (
     UniversalReader,
     ZeroReader,
     is_universal,
     is_zero,
-    spread_experts,
     tag_folder,
+    zero_states,
 )
 from megatrain.checkpoint.convert.deepspeed_write import UniversalWriter, ZeroWriter
 from megatrain.checkpoint.convert.errors import ConversionError
@@ -125,7 +126,8 @@ def _read_megatron(path: Path, choices: Choices) -> Reader:
 
 
 def _read_deepspeed(path: Path, choices: Choices) -> Reader:
-    if choices.weights_only and spread_experts(tag_folder(path)):
+    folder = tag_folder(path)
+    if choices.weights_only and expert_files(folder) and not zero_states(folder):
         return ModulesReader(path, choices.model_file, choices.trust_pickle)
     return ZeroReader(path, choices.model_file, choices.trust_pickle)
 

@@ -103,8 +103,13 @@ def to_fp32(source: str) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in get_fp32_state_dict_from_zero_checkpoint(source).items()}
 
 
-def save_spread_experts(folder: str, target: str) -> dict[str, torch.Tensor]:
-    """A Mixtral whose experts DeepSpeed's own layer spreads over two ranks; returns this rank's weights."""
+def save_spread_experts(
+    folder: str, target: str, zero_stage: int, data_first: bool = False, bf16: bool = False
+) -> Tensors:
+    """A Mixtral whose experts DeepSpeed's own layer spreads over two ranks, after two steps; this rank's tensors.
+
+    ``data_first``: neighbours hold the same experts, not the others.
+    """
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -132,15 +137,21 @@ def save_spread_experts(folder: str, target: str) -> dict[str, torch.Tensor]:
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": zero_stage},
+        "use_data_before_expert_parallelism": data_first,
+        "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
     try:
+        for _ in range(2):
+            _step(engine, torch.distributed.get_rank())
         engine.save_checkpoint(target)
-        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        if zero_stage == 0:
+            return {("weight", name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+        return state_of(engine)
     finally:
         engine.destroy()
 

@@ -84,25 +84,55 @@ def test_several_tensor_ranks_are_read_and_written(pool: Pool, tmp_path: Path) -
     assert equal(FORMATS["universal"].read(tmp_path / "theirs", model_file), wholes)
 
 
-def test_experts_that_deepspeed_spread_over_ranks_are_read(pool: Pool, tmp_path: Path) -> None:
+def whole_experts(ranks: list[Tensors], kind: str, layer: int, matrix: str) -> torch.Tensor:
+    """[E, F, D] of what the ranks of an expert axis hold under the same name."""
+    name = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
+    return torch.stack([rank[kind, f"{name}.{expert}.{matrix}.weight"].t() for rank in ranks for expert in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "data_first", "bf16"),
+    [(1, False, False), (2, True, False), pytest.param(1, False, True, marks=pytest.mark.slow)],
+)
+def test_experts_that_deepspeed_spread_over_ranks_are_read(
+    pool: Pool, tmp_path: Path, zero_stage: int, data_first: bool, bf16: bool
+) -> None:
+    """Two ranks share a layer's experts, twice over, so that ZeRO splits those of each too."""
     source = save_model("mixtral", tmp_path / "source")
-    ranks = pool.run(save_spread_experts, 2, str(source), str(tmp_path / "ds"))
+    ranks = pool.run(save_spread_experts, 4, str(source), str(tmp_path / "ds"), zero_stage, data_first, bf16)
+    ranks = [ranks[0], ranks[2 if data_first else 1]]
     convert(Request(source, tmp_path / "names", "megatrain", verify=False))
     choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml")
-    with pytest.raises(ConversionError, match=r"spread over ranks, .*in expp_rank_.* --weights-only takes the"):
+    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    assert reader.step == 2 and set(reader.kinds) == {kind for kind, _ in ranks[0]}
+    for kind, layer in ((kind, layer) for kind in reader.kinds for layer in range(3)):
+        router = ranks[0][kind, f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight"]
+        assert torch.equal(reader.read(kind, f"layers.{layer}.feed_forward.router.weight"), router)
+        for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
+            found = reader.read(kind, f"layers.{layer}.feed_forward.experts.{ours}")
+            assert found.any() and torch.equal(found, whole_experts(ranks, kind, layer, theirs)), (kind, layer, ours)
+    file = tmp_path / "ds" / "global_step2" / "layer_1_expert_2_mp_rank_00_model_states.pt"
+    shutil.copy(file.with_name(file.name.replace("expert_2", "expert_3")), tmp_path / "third")
+    third = {name.replace("experts.3.", "experts.2."): value for name, value in torch.load(tmp_path / "third").items()}
+    torch.save(third, file)
+    with pytest.raises(ConversionError, match=r"layers\.1\..*experts\.2\..*: the optimizer's weight is not that of"):
+        convert(Request(tmp_path / "ds", tmp_path / "again", "megatrain", longest=32, choices=choices))
+
+
+def test_spread_experts_without_zero_are_read_without_states(pool: Pool, tmp_path: Path) -> None:
+    source = save_model("mixtral", tmp_path / "source")
+    ranks = pool.run(save_spread_experts, 2, str(source), str(tmp_path / "ds"), 0)
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))
+    choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml")
+    with pytest.raises(
+        ConversionError, match=r"\(in expp_rank_0_.*\) were saved without ZeRO.* --weights-only takes the"
+    ):
         convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", choices=choices))
     choices = replace(choices, weights_only=True)
     assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
-    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
-    prefix, experts = "model.layers.1.mlp.deepspeed_moe", "layers.1.feed_forward.experts"
-    assert torch.equal(
-        reader.read("weight", "layers.1.feed_forward.router.weight"), ranks[0][f"{prefix}.gate.wg.weight"]
-    )
-    for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
-        stacked = [
-            rank[f"{prefix}.experts.deepspeed_experts.{e}.{theirs}.weight"].t() for rank in ranks for e in range(2)
-        ]
-        assert torch.equal(reader.read("weight", f"{experts}.{ours}"), torch.stack(stacked))
+    found = FORMATS["megatrain"].read(tmp_path / "run", Choices()).read("weight", "layers.1.feed_forward.experts.down")
+    assert torch.equal(found, whole_experts(ranks, "weight", 1, "w2"))
 
 
 def test_deepspeeds_tools_take_ours(pool: Pool, tmp_path: Path) -> None:
@@ -129,6 +159,13 @@ def exported(tmp_path: Path) -> Path:
     source = save_model("llama2", tmp_path / "source")
     convert(Request(source, tmp_path / "ds", "deepspeed", verify=False, choices=Choices(zero_ranks=2)))
     return tmp_path / "ds"
+
+
+def test_experts_of_autoep_are_refused(tmp_path: Path, exported: Path) -> None:
+    states = exported / "global_step0" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(states, weights_only=True), "ds_autoep_layers": [{"moe_layer_id": 0}]}, states)
+    with pytest.raises(ConversionError, match=r"mp_rank_00_.* DeepSpeed's AutoEP .*pytorch_model.bin beside"):
+        convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
 
 
 class Payload:
