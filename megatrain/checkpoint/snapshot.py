@@ -12,7 +12,8 @@ from megatrain.checkpoint.placement import Placement, place, saves, sharing_rank
 from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
-from megatrain.engine.state import FACTORS, KINDS, Fragment, factors, kinds_of, local_fragments
+from megatrain.engine.kinds import FACTORS, KINDS
+from megatrain.engine.state import Fragment, factors, kinds_of, local_fragments
 
 PieceKey = tuple[str, str, int]  # kind, name, first element
 _BYTES = 4  # of an element: all state is FP32

@@ -14,14 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.engine.engine import Engine
+from megatrain.engine.kinds import FACTORS, MOMENTS, WEIGHT
 from megatrain.engine.start import import_deepspeed
-
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHT, *MOMENTS)
-"""What has a number for each weight; which of them a parameter has, its optimizer says (``kinds_of``)."""
-FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns")
-"""Adafactor's second moment of a matrix, [rows] and [columns] of the whole one, on every rank that has a part of it."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
 from megatrain.models.mixture import load_router_biases
@@ -23,7 +24,7 @@ def load_model(checkpoint: Path) -> Decoder:
     model = build_empty_model(ModelConfig.model_validate(reader.state["model"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(reader.read("weight", name)))
+            parameter.copy_(torch.from_numpy(reader.read(WEIGHT, name)))
     load_router_biases(model, reader.state["router_biases"])
     return model.eval()
 

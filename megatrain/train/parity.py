@@ -15,7 +15,8 @@ from megatrain.config.derive import num_tokens
 from megatrain.config.schema import RunConfig
 from megatrain.data.training import TrainingData
 from megatrain.engine.engine import Engine, RankBatch
-from megatrain.engine.state import WEIGHT, export_state
+from megatrain.engine.kinds import WEIGHT
+from megatrain.engine.state import export_state
 from megatrain.models.decoder import Block, Embedding
 from megatrain.parallel.context import build_context
 from megatrain.train.build import build_engine

@@ -1,6 +1,5 @@
 """A pickle in every slot of a checkpoint: nothing runs, whatever looks at it."""
 
-import os
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatrain.checkpoint.folder import LATEST, newest_checkpoint
 from megatrain.checkpoint.lock import LOCK, FolderLock
 from megatrain.checkpoint.rebuild import rebuild_manifest
 from megatrain.checkpoint.store import CheckpointReader
+from tests.checkpoint.payload import Payload
 from tests.checkpoint.test_store import small_save
 from tests.checkpoint.test_store_damage import CHUNK, NAME, load_all
 
@@ -24,14 +24,6 @@ SLOTS = [
     CHUNK,
 ]
 BESIDE = ["payload.pkl", "tensors/weight/data.pkl", f"tensors/weight/{NAME}/c.9.9", "../" + LATEST, "../" + LOCK]
-
-
-class Payload:
-    def __init__(self, place: Path):
-        self.place = place
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.place),)
 
 
 def payload(tmp_path: Path, size: int | None) -> bytes:

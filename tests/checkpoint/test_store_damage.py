@@ -11,6 +11,7 @@ from awscrt.checksums import crc32c
 
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader
+from tests.checkpoint.payload import Payload
 from tests.checkpoint.test_store import sample, save, small_save
 
 NAME = "layers.0.weight"
@@ -194,13 +195,9 @@ def test_hostile_manifest(tmp_path, case):
 
 
 def test_deep_json_and_pickle_are_refused(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     path = small_save(tmp_path)
     manifest = path / "manifest.json"
-    for body in (b'{"state": ' + b"[" * 100_000, pickle.dumps(Payload())):
+    for body in (b'{"state": ' + b"[" * 100_000, pickle.dumps(Payload(tmp_path / "executed"))):
         manifest.write_bytes(body + b',\n"crc32c": "%08x"\n}\n' % crc32c(body))
         with pytest.raises(CheckpointError, match="not a manifest"):
             CheckpointReader(path)

@@ -16,7 +16,7 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.hf_config import family_of_model
 from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import load_trusted, require_trust
-from megatrain.checkpoint.convert.table import WEIGHT
+from megatrain.engine.kinds import WEIGHT
 
 
 class ModulesReader:

@@ -25,10 +25,11 @@ from megatrain.checkpoint.convert.deepspeed_names import TensorRanks, names_of
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import load_trusted, require_trust, stand_in
-from megatrain.checkpoint.convert.table import WEIGHT, their_shapes
+from megatrain.checkpoint.convert.table import their_shapes
+from megatrain.engine.kinds import MOMENTS, WEIGHT
 
 MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
-UNIVERSAL_NAMES = {WEIGHT: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+UNIVERSAL_NAMES = {WEIGHT: "fp32"} | {moment: moment for moment in MOMENTS}
 STAND_INS: dict[str, Any] = {
     name: stand_in(name)
     for name in (
@@ -137,7 +138,7 @@ class _ModelRank:
         base = self._base_state(0)
         self.kinds: tuple[str, ...] = (
             WEIGHT,
-            *(kind for kind in ("exp_avg", "exp_avg_sq") if base and kind in base[0]),
+            *(kind for kind in MOMENTS if base and kind in base[0]),
         )
         self.step = int(head.get("global_steps") or 0)
 

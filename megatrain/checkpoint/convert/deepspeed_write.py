@@ -17,8 +17,9 @@ from torch import Tensor
 from megatrain.checkpoint.convert.deepspeed_names import Split, module_order, names_of
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import WEIGHT, adam_group
+from megatrain.checkpoint.convert.table import adam_group
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import WEIGHT
 
 VERSION = "0.19.8"
 """Of DeepSpeed, whose files these are like."""

@@ -21,8 +21,8 @@ from megatrain.checkpoint.convert.hf_config import (
 )
 from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.checkpoint.convert.safetensors_files import SafetensorsReader, SafetensorsWriter
-from megatrain.checkpoint.convert.table import WEIGHT
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import WEIGHT
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (

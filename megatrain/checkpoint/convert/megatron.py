@@ -14,10 +14,11 @@ from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, e
 from megatrain.checkpoint.convert.megatron_states import CONTENT, MASTERS, common_states, state_key
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
-from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, Line
+from megatrain.checkpoint.convert.table import Line
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import MOMENTS, WEIGHT
 
 CONFIG, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 _BACKENDS = {

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
-from megatrain.checkpoint.convert.table import MOMENTS, WEIGHT, balanced, identity
+from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import MOMENTS, WEIGHT
 
 RUN_ID = "conversion"
 
@@ -47,7 +48,7 @@ class NativeReader:
 
     def names(self) -> Collection[str]:
         """Of the weights."""
-        return [*(name for kind, name in self._reader.arrays if kind == "weight"), *self._biases]
+        return [*(name for kind, name in self._reader.arrays if kind == WEIGHT), *self._biases]
 
 
 class NativeWriter:

@@ -18,7 +18,6 @@ from megatrain.checkpoint.convert.proof import (
     require_equal_weights,
 )
 from megatrain.checkpoint.convert.table import (
-    WEIGHT,
     Reader,
     Weights,
     Writer,
@@ -27,6 +26,7 @@ from megatrain.checkpoint.convert.table import (
     require_lines,
     their_shapes,
 )
+from megatrain.engine.kinds import WEIGHT
 
 RECORD = "conversion.json"
 VERIFIED, NOT_VERIFIED, FAILED = "verified", "not verified (--no-verify)", "failed"

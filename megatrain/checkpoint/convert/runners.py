@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from megatrain.checkpoint.convert.errors import ProofFailed
 from megatrain.checkpoint.convert.families.family import Family
-from megatrain.checkpoint.convert.table import WEIGHT, Reader, Weights
+from megatrain.checkpoint.convert.table import Reader, Weights
 from megatrain.config.derive import mixture_layers, num_tokens
+from megatrain.engine.kinds import WEIGHT
 from megatrain.engine.routing import bias_name
 from megatrain.models.decoder import Decoder
 from megatrain.models.mixture import load_router_biases

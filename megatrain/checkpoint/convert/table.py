@@ -12,11 +12,10 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.forms import SAME, Form
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
+from megatrain.engine.kinds import WEIGHT
 from megatrain.engine.routing import bias_name
 from megatrain.models.build import build_empty_model
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 VOCABULARY_NAMES = ("embedding.word.weight", "head.weight")
 
 

@@ -21,6 +21,7 @@ from tests.checkpoint.convert.deepspeed_model import (
     train_and_save,
 )
 from tests.checkpoint.convert.models import save_model
+from tests.checkpoint.payload import Payload
 from tests.pool import Pool
 
 TRUST = Choices(trust_pickle=True)
@@ -166,16 +167,6 @@ def test_experts_of_autoep_are_refused(tmp_path: Path, exported: Path) -> None:
     torch.save({**torch.load(states, weights_only=True), "ds_autoep_layers": [{"moe_layer_id": 0}]}, states)
     with pytest.raises(ConversionError, match=r"mp_rank_00_.* DeepSpeed's AutoEP .*pytorch_model.bin beside"):
         convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.mark,)
 
 
 def test_pickles_are_opened_only_on_request(tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

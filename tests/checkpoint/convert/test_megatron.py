@@ -19,6 +19,7 @@ from megatrain.config.schema import ModelConfig
 from tests.checkpoint.convert.megatron_model import load_and_run, save_and_run
 from tests.checkpoint.convert.megatron_training import OptimizerKind, load_and_save, train_and_save
 from tests.checkpoint.convert.models import save_model
+from tests.checkpoint.payload import Payload
 from tests.pool import Pool
 
 TRUST = Choices(trust_pickle=True)
@@ -171,16 +172,6 @@ def exported(tmp_path: Path) -> Path:
 def test_a_pickle_is_opened_only_on_request(tmp_path: Path, exported: Path) -> None:
     with pytest.raises(ConversionError, match=r"is a pickle, which can run any code .* --trust-pickle"):
         convert(Request(exported, tmp_path / "run", "megatrain"))
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.mark,)
 
 
 def test_code_in_the_metadata_does_not_run_even_when_trusted(tmp_path: Path, exported: Path) -> None:
