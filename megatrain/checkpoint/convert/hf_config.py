@@ -1,5 +1,6 @@
 """``config.json`` of a Hugging Face model to and from the model's config here."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ ROPE: dict[str, dict[str, tuple[str, Any]]] = {
         "original_max_position_embeddings": ("rope_original_max_seq_len", None),
     },
     "yarn": {
-        "factor": ("rope_scaling_factor", 1.0),
+        "factor": ("rope_scaling_factor", None),
         "beta_fast": ("rope_beta_fast", 32.0),
         "beta_slow": ("rope_beta_slow", 1.0),
         "attention_factor": ("rope_attention_factor", None),
@@ -43,6 +44,7 @@ ROPE: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 _ROPE_NAMES = ("rope_theta", "rope_type", "type")
+_YARN_SIZES = ("mscale", "mscale_all_dim")  # DeepSeek's way to say what attention_factor says
 # what says how a model is trained, stored or computed, and not what it computes
 NOT_COMPARED = (
     "dropout",
@@ -181,14 +183,28 @@ def _rope_from_config(config: Mapping[str, Any], default: float, length: int) ->
         return values
     if kind not in ROPE:
         raise ConversionError(f"config.json: RoPE scaling {kind!r} is not computed here; these are: {', '.join(ROPE)}")
-    if unknown := sorted(name for name in given if name not in (*ROPE[kind], *_ROPE_NAMES) and given[name] is not None):
+    known = (*ROPE[kind], *_ROPE_NAMES, *(_YARN_SIZES if kind == "yarn" else ()))
+    if unknown := sorted(name for name in given if name not in known and given[name] is not None):
         raise ConversionError(f"config.json: fields of RoPE scaling {kind} that are not known: {', '.join(unknown)}")
     scaling = {ours: given.get(theirs, default) for theirs, (ours, default) in ROPE[kind].items()}
     if kind == "dynamic":
         scaling |= {"rope_original_max_seq_len": length, "max_seq_len": int(length * scaling["rope_scaling_factor"])}
-    if kind == "longrope" and scaling["rope_scaling_factor"] is None:
+    if kind in ("yarn", "longrope") and scaling["rope_scaling_factor"] is None:
         scaling["rope_scaling_factor"] = length / (scaling["rope_original_max_seq_len"] or length)
+    if all(given.get(name) for name in _YARN_SIZES) and scaling["rope_attention_factor"] is None:
+        scaling["rope_attention_factor"] = _yarn_size(scaling["rope_scaling_factor"], given)
     return values | {"rope_scaling": kind} | scaling
+
+
+def _yarn_size(factor: Any, given: Mapping[str, Any]) -> float:
+    """Of turned queries and keys: YaRN's own (Peng et al. 2023, eq. 15) with its logarithm weighed by ``mscale``, over
+    the same weighed by ``mscale_all_dim``, as DeepSeek's configs have it and transformers computes it."""
+    try:
+        logarithm = math.log(max(float(factor), 1.0))
+        numerator, denominator = (0.1 * float(given[name]) * logarithm + 1.0 for name in _YARN_SIZES)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"config.json: factor, {' and '.join(_YARN_SIZES)} of YaRN: {error}") from error
+    return numerator / denominator
 
 
 def _rope_to_config(model: ModelConfig) -> dict[str, Any] | None:

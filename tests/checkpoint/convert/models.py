@@ -36,6 +36,7 @@ LONGROPE = {
 }
 # two with a factor of their own on cosine and sine
 YARN_FACTOR, LONGROPE_FACTOR = ({**scaling, "attention_factor": 1.4} for scaling in (YARN, LONGROPE))
+YARN_SIZES = {**YARN, "factor": None, "mscale": 0.7, "mscale_all_dim": 1.3}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 # name -> (config class, what it adds to the sizes)
@@ -49,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
     "llama-tied-linear": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "llama-biases-yarn": ("LlamaConfig", {"attention_bias": True, "head_dim": 12, "rope_parameters": YARN}),
+    "llama-yarn-sizes": ("LlamaConfig", {"rope_parameters": YARN_SIZES}),
     "llama-dynamic": ("LlamaConfig", {"max_position_embeddings": 24, "rope_parameters": DYNAMIC}),
     "llama-longrope": ("LlamaConfig", {"rope_parameters": LONGROPE}),
     "llama-longrope-factor": ("LlamaConfig", {"rope_parameters": LONGROPE_FACTOR}),

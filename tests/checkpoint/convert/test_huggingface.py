@@ -133,7 +133,11 @@ def test_files_of_pickled_tensors_are_read_on_request(tmp_path: Path) -> None:
         ({"model_type": "bert"}, "'bert' is not known; these are: gpt2, llama"),
         ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act = 'gelu' is not computed here; .*mlp_bias = True"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "RoPE scaling 'proportional' is not computed"),
-        ({"rope_parameters": {"rope_type": "yarn", "mscale": 2.0}}, "not known: mscale"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": "much", "mscale_all_dim": 1.0}},
+            "mscale and mscale_all_dim of YaRN: could not convert",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "not known: truncate"),
         ({"num_hidden_layers": 4}, r"missing: model.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, r"not known: model.layers.2.input_layernorm.weight"),
         ({"tie_word_embeddings": False}, "missing: lm_head.weight"),
