@@ -1,13 +1,15 @@
-"""DeepSpeed's own layer of experts: its names, which ranks hold which expert, and the files of single experts.
+"""DeepSpeed's layers of experts, its own and AutoEP's: names, which ranks hold which expert, files of single ones.
 
 Ranks number their own experts from 0 on; the files of single experts, and the names here, number all of a layer.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
@@ -16,7 +18,19 @@ from megatrain.config.schema import ModelConfig
 
 _IN_LAYER = re.compile(r"^(.*\.)[a-z_]+\.deepspeed_moe\.(gate\.wg|experts\.deepspeed_experts)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.deepspeed_experts\.)\d+")
+_AUTOEP_ROUTER = re.compile(r"^(.*\.)[a-z_]+\.(?:router|gate)\.gate\.weight$")
+_AUTOEP_EXPERTS = re.compile(r"^(?P<layer>.*)\.experts\.(?P<matrix>w[123])$")
+_AUTOEP_EXPERT = re.compile(r"^(?P<layer>.*)\.experts\.(?P<matrix>w[123])\.(?P<expert>\d+)$")
 _ROUTER = "layers.{}.feed_forward.router.weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of the family in one that holds several: its name, the first of its elements, its shape."""
+
+    name: str
+    start: int
+    shape: torch.Size
 
 
 def expert_files(folder: Path, model_rank: int | None = None) -> list[Path]:
@@ -26,29 +40,59 @@ def expert_files(folder: Path, model_rank: int | None = None) -> list[Path]:
 
 
 class FamilyNames:
-    """Names of a family's files for those of a model in which DeepSpeed's layer takes the place of the family's own.
+    """Names of a family's files for those of a model in which DeepSpeed's layers take the place of the family's own.
 
-    Its gate stands for the router, its experts, whose matrices have the family's names, for the experts.
+    Its own layer's gate stands for the router, its experts, whose matrices have the family's names, for the experts.
+    AutoEP's layer has a router, and holds each matrix of a rank's experts as one: w1 is the gate, w3 up, w2 down.
+
+    Args:
+        head: what the file of the model's states says; where experts lie, if AutoEP spread them.
     """
 
-    def __init__(self, model: ModelConfig):
-        lines = family_of_model(model).lines
-        router = next((str(line.theirs) for line in lines if line.ours == _ROUTER), "")
-        self._module = router.removesuffix(".gate.weight").rpartition(".")[2]
+    def __init__(self, model: ModelConfig, head: Mapping[str, Any]):
+        theirs = {line.ours: str(line.theirs) for line in family_of_model(model).lines}
+        self._module = theirs.get(_ROUTER, "").removesuffix(".gate.weight").rpartition(".")[2]
+        self._matrices = {
+            matrix: theirs.get(f"layers.{{}}.feed_forward.experts.{ours}", "").rpartition("{expert}.")[2]
+            for matrix, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items()
+        }
         self._num_experts = model.num_experts or 0
+        self._experts_of_ranks = {
+            layer["module_path"]: [rank["experts"] for rank in layer["expert_placement"]["ranks"]]
+            for layer in head.get("ds_autoep_layers") or ()
+        }
 
     def name(self, name: str) -> str:
         """Of a parameter, its expert numbered in the whole layer."""
-        found = _IN_LAYER.match(name)
-        if found is None:
-            return name
-        part = "gate" if found[2] == "gate.wg" else "experts"
-        return f"{found[1]}{self._module}.{part}.{name[found.end() :]}"
+        if found := _IN_LAYER.match(name):
+            part = "gate" if found[2] == "gate.wg" else "experts"
+            return f"{found[1]}{self._module}.{part}.{name[found.end() :]}"
+        if found := _AUTOEP_ROUTER.match(name):
+            return f"{found[1]}{self._module}.gate.weight"
+        if found := _AUTOEP_EXPERT.match(name):
+            return self._of_autoep(found, int(found["expert"]))
+        return name
 
-    def of_rank(self, name: str, expert_rank: int, num_expert_ranks: int) -> str:
-        """Of a parameter, its expert numbered on one of the ranks that share them."""
+    def pieces(self, name: str, shape: torch.Size, expert_rank: int, num_expert_ranks: int) -> list[Piece]:
+        """The family's parameters in that of a rank that shares experts with others.
+
+        Raises:
+            ConversionError: the rank holds more or fewer experts than it should.
+        """
         first = expert_rank * (self._num_experts // num_expert_ranks)
-        return self.name(_EXPERT.sub(lambda found: str(first + int(found[0])), name))
+        fused = _AUTOEP_EXPERTS.match(name)
+        if fused is None:
+            return [Piece(self.name(_EXPERT.sub(lambda found: str(first + int(found[0])), name)), 0, shape)]
+        ranks = self._experts_of_ranks.get(fused["layer"], [])
+        experts = ranks[expert_rank] if len(ranks) == num_expert_ranks else []
+        if len(experts) != shape[0]:
+            raise ConversionError(f"{name} holds {shape[0]} experts of a rank that should have {len(experts)}")
+        size = shape[1:].numel()
+        return [Piece(self._of_autoep(fused, expert), i * size, shape[1:]) for i, expert in enumerate(experts)]
+
+    def _of_autoep(self, found: re.Match[str], expert: int) -> str:
+        before = found["layer"].rpartition(".")[0]
+        return f"{before}.{self._module}.experts.{expert}.{self._matrices[found['matrix']]}"
 
 
 def ranks_of_groups(
@@ -64,7 +108,9 @@ def ranks_of_groups(
         ConversionError: the ranks don't share the group evenly.
     """
     counts = states.get("partition_count")
-    counts = counts if isinstance(counts, (list, tuple)) else [num_ranks] * num_groups  # ZeRO 3
+    if not isinstance(counts, (list, tuple)):  # ZeRO 3
+        groups = states.get("ds_zero_partition_groups") or [{"partition_count": num_ranks}] * num_groups
+        counts = [group["partition_count"] for group in groups]
     found = []
     for count in counts:
         if num_ranks % count:
@@ -77,16 +123,16 @@ def ranks_of_groups(
     return found
 
 
-def require_own_layer(head: Mapping[str, Any], file: Path) -> None:
-    """Checks that a model's experts are not those of DeepSpeed's AutoEP, which have other names and files.
+def require_unfolded(head: Mapping[str, Any], file: Path) -> None:
+    """Checks that AutoEP's experts are not spread over the ranks of a tensor axis too.
 
     Raises:
         ConversionError: they are.
     """
-    if head.get("ds_autoep_layers"):
+    if head.get("folding"):
         raise ConversionError(
-            f"{file} is of a model whose experts DeepSpeed's AutoEP spread over ranks, and is not read: give its "
-            "weights Hugging Face's names in a pytorch_model.bin beside a config.json and convert that"
+            f"{file} is of a model whose experts DeepSpeed's AutoEP folded over tensor ranks, and is not read: give "
+            "its weights Hugging Face's names in a pytorch_model.bin beside a config.json and convert that"
         )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints of models whose experts are spread over ranks by DeepSpeed's own layer: the modules' weights.
+"""DeepSpeed's checkpoints of models whose experts are spread over ranks by DeepSpeed's layers: the modules' weights.
 
 Everything but the experts stands in ``mp_rank_…``, each expert of each layer in a file of its own.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatrain.checkpoint.convert.deepspeed_experts import FamilyNames, expert_files, require_own_layer
+from megatrain.checkpoint.convert.deepspeed_experts import FamilyNames, expert_files, require_unfolded
 from megatrain.checkpoint.convert.deepspeed_names import TensorRanks
 from megatrain.checkpoint.convert.deepspeed_read import MODEL_STATES, STAND_INS, tag_folder
 from megatrain.checkpoint.convert.errors import ConversionError
@@ -36,9 +36,9 @@ class ModulesReader:
         require_trust(states[0], trust)
         self.model = read_model(folder.parent, model_file)
         self.table = family_of_model(self.model).lines
-        names = FamilyNames(self.model)
         heads = [load_trusted(file, STAND_INS) for file in states]
-        require_own_layer(heads[0], states[0])
+        require_unfolded(heads[0], states[0])
+        names = FamilyNames(self.model, heads[0])
         experts = [load_trusted(file, STAND_INS) for file in expert_files(folder)]
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         for module in (*(head["module"] for head in heads), *experts):

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.deepspeed_experts import (
     FamilyNames,
+    Piece,
     expert_files,
     ranks_of_groups,
-    require_own_layer,
     require_same,
+    require_unfolded,
 )
 from megatrain.checkpoint.convert.deepspeed_names import TensorRanks, names_of
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import load_trusted, require_trust, stand_in
 from megatrain.checkpoint.convert.table import their_shapes
+from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import MOMENTS, WEIGHT
 
 MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
@@ -77,11 +79,15 @@ def is_zero(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Flat:
-    """Where a parameter stands in the flat partitions of a group, and which data-parallel ranks hold these in turn."""
+    """Where a parameter stands in the flat partitions of a group, and which data-parallel ranks hold these in turn.
+
+    It is ``piece`` of the ``size`` elements from ``start`` on.
+    """
 
     group: int
     start: int
-    shape: torch.Size
+    size: int
+    piece: Piece
     ranks: range
 
 
@@ -98,8 +104,7 @@ class ZeroReader:
         model_ranks = sorted({_ranks(file)[1] for file in zero_states(folder)})
         require_trust(zero_states(folder)[0], trust)
         self.model = read_model(folder.parent, model_file)
-        names = FamilyNames(self.model) if expert_files(folder) else None
-        self._parts = [_ModelRank(folder, model_rank, names) for model_rank in model_ranks]
+        self._parts = [_ModelRank(folder, model_rank, self.model) for model_rank in model_ranks]
         self.table = names_of(self.model, self.names())
         self._tensor_ranks = TensorRanks(self.table, self.model)
         self.kinds, self.step = self._parts[0].kinds, self._parts[0].step
@@ -114,9 +119,9 @@ class ZeroReader:
 
 
 class _ModelRank:
-    """What the data-parallel ranks of one tensor rank saved; ``names``: of experts that are spread over them."""
+    """What the data-parallel ranks of one tensor rank saved."""
 
-    def __init__(self, folder: Path, model_rank: int, names: FamilyNames | None):
+    def __init__(self, folder: Path, model_rank: int, model: ModelConfig):
         files = {_ranks(file)[0]: file for file in zero_states(folder) if _ranks(file)[1] == model_rank}
         experts = expert_files(folder, model_rank)
         states = [f for f in sorted(folder.glob(f"*mp_rank_{model_rank:02d}{MODEL_STATES}")) if f not in experts]
@@ -125,7 +130,8 @@ class _ModelRank:
                 f"{folder}: states of ranks are missing; of model rank {model_rank} there are {sorted(files)}"
             )
         head = load_trusted(states[0], STAND_INS)
-        require_own_layer(head, states[0])
+        require_unfolded(head, states[0])
+        names = FamilyNames(model, head) if experts or head.get("ds_autoep_layers") else None
         self._folder = folder
         loaded = [load_trusted(files[rank], STAND_INS) for rank in sorted(files)]
         self._ranks = [found["optimizer_state_dict"] for found in loaded]
@@ -147,10 +153,13 @@ class _ModelRank:
         place = self.places[name]
         parts = [self._flat(rank, kind, place.group) for rank in place.ranks]
         try:
-            whole = (
-                self._from_stage3(parts, place) if self._stage3 else _region(parts, place.start, place.shape.numel())
-            )
-            tensor = whole.view(place.shape)
+            start, numel = place.piece.start, place.piece.shape.numel()
+            if self._stage3:  # it splits each parameter by itself, the last part padded
+                length = math.ceil(place.size / len(parts))
+                flat = _region([part.narrow(0, place.start, length) for part in parts], start, numel)
+            else:
+                flat = _region(parts, place.start + start, numel)
+            tensor = flat.view(place.piece.shape)
         except RuntimeError as error:
             raise ConversionError(f"{self._folder}: {kind} of {name}: {error}") from error
         if kind == WEIGHT and name in self._experts:
@@ -170,24 +179,19 @@ class _ModelRank:
         self, groups: list[dict[str, torch.Size]], settings: dict[str, Any], names: FamilyNames | None
     ) -> dict[str, _Flat]:
         """The first rank's names and shapes are those of all, but for the numbers of its experts."""
-        places, num_ranks = {}, len(self._ranks)
-        holders = ranks_of_groups(self._ranks[0], settings, num_ranks, len(groups))
+        places: dict[str, _Flat] = {}
+        holders = ranks_of_groups(self._ranks[0], settings, len(self._ranks), len(groups))
         for number, shapes in enumerate(groups):
             start = 0
             paddings = (self._ranks[0].get("param_alignment_paddings") or {number: [0] * len(shapes)})[number]
             for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
-                size = torch.Size(shape).numel()
-                for expert_rank, ranks in enumerate(holders[number]):
-                    own = names.of_rank(name, expert_rank, len(holders[number])) if names else name
-                    places[own] = _Flat(number, start, torch.Size(shape), ranks)
-                start += math.ceil(size / num_ranks) if self._stage3 else size + padding
+                whole, num_expert_ranks = torch.Size(shape), len(holders[number])
+                size = whole.numel()
+                for rank, ranks in enumerate(holders[number]):
+                    pieces = names.pieces(name, whole, rank, num_expert_ranks) if names else [Piece(name, 0, whole)]
+                    places |= {piece.name: _Flat(number, start, size, piece, ranks) for piece in pieces}
+                start += math.ceil(size / len(holders[number][0])) if self._stage3 else size + padding
         return places
-
-    def _from_stage3(self, parts: list[Tensor], place: _Flat) -> Tensor:
-        """ZeRO 3 splits each parameter by itself, the last part padded."""
-        size = place.shape.numel()
-        length = math.ceil(size / len(parts))
-        return torch.cat([part.narrow(0, place.start, length) for part in parts])[:size]
 
 
 def _require_zero(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -154,6 +155,39 @@ def save_spread_experts(
         return state_of(engine)
     finally:
         engine.destroy()
+
+
+def save_with_autoep(folder: str, target: str, zero_stage: int) -> Tensors:
+    """A model of Hugging Face's whose experts DeepSpeed's AutoEP spreads over two ranks, after two steps."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import output_capturing
+
+    registry = type(output_capturing._CAN_RECORD_REGISTRY)
+    get = registry.get  # DeepSpeed 0.19.8 gives it a default, which transformers 5.24's does not take
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    linear = torch.nn.functional.linear
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": zero_stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "expert_parallel": {"enabled": True, "autoep_size": 2, "use_grouped_mm": False},
+    }
+    with mock.patch.object(registry, "get", lambda self, key, default=None: get(self, key) or default):
+        parameters = list(model.parameters())
+        engine = deepspeed.initialize(
+            model=model, model_parameters=parameters, config=config, dist_init_required=False
+        )[0]
+    try:
+        for _ in range(2):
+            _step(engine, torch.distributed.get_rank())
+        engine.save_checkpoint(target)
+        if zero_stage == 0:
+            return {("weight", name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+        return state_of(engine)
+    finally:
+        engine.destroy()
+        torch.nn.functional.linear = linear
 
 
 def _step(engine: Any, data_rank: int) -> None:

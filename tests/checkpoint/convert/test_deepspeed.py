@@ -16,6 +16,7 @@ from tests.checkpoint.convert.deepspeed_model import (
     Tensors,
     load_universal,
     save_spread_experts,
+    save_with_autoep,
     to_fp32,
     to_universal,
     train_and_save,
@@ -162,10 +163,36 @@ def exported(tmp_path: Path) -> Path:
     return tmp_path / "ds"
 
 
-def test_experts_of_autoep_are_refused(tmp_path: Path, exported: Path) -> None:
+@pytest.mark.parametrize(
+    ("zero_stage", "name"),
+    [
+        (1, "mixtral"),
+        (3, "qwen3-moe"),
+        pytest.param(2, "qwen3-moe", marks=pytest.mark.slow),
+        pytest.param(0, "mixtral", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_that_autoep_spread_over_ranks_are_read(pool: Pool, tmp_path: Path, zero_stage: int, name: str) -> None:
+    source = save_model(name, tmp_path / "source")
+    ranks = pool.run(save_with_autoep, 4, str(source), str(tmp_path / "ds"), zero_stage)
+    convert(Request(source, tmp_path / "names", "megatrain", verify=False))
+    choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml", weights_only=zero_stage == 0)
+    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    assert reader.step == 2 and set(reader.kinds) == {kind for kind, _ in ranks[0]}
+    for kind, layer in ((kind, layer) for kind in reader.kinds for layer in range(3)):
+        router = ranks[0][kind, f"model.layers.{layer}.mlp.router.gate.weight"]
+        assert torch.equal(reader.read(kind, f"layers.{layer}.feed_forward.router.weight"), router)
+        for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
+            parts = [rank[kind, f"model.layers.{layer}.mlp.experts.{theirs}"] for rank in ranks[:2]]
+            found = reader.read(kind, f"layers.{layer}.feed_forward.experts.{ours}")
+            assert found.any() and torch.equal(found, torch.cat(parts).transpose(1, 2)), (kind, layer, ours)
+
+
+def test_experts_of_autoep_over_tensor_ranks_are_refused(tmp_path: Path, exported: Path) -> None:
     states = exported / "global_step0" / "mp_rank_00_model_states.pt"
-    torch.save({**torch.load(states, weights_only=True), "ds_autoep_layers": [{"moe_layer_id": 0}]}, states)
-    with pytest.raises(ConversionError, match=r"mp_rank_00_.* DeepSpeed's AutoEP .*pytorch_model.bin beside"):
+    torch.save({**torch.load(states, weights_only=True), "folding": {"family": "dense"}}, states)
+    with pytest.raises(ConversionError, match=r"mp_rank_00_.* DeepSpeed's AutoEP folded .*pytorch_model.bin beside"):
         convert(Request(exported, tmp_path / "run", "megatrain", choices=TRUST))
 
 
