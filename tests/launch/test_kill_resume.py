@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatrain.checkpoint.folder import list_checkpoints
 from tests.data.factory import make_dataset
 from tests.launch.test_pretrain import deepspeed, launcher, start
 
@@ -43,10 +44,11 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
 
 
-def kill_at_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
-    """SIGKILL for the launcher and every rank, once ``step`` is logged."""
+def kill_at_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """SIGKILL for the launcher and every rank, once ``step`` is logged and the first save, in the background, done."""
     end = time.monotonic() + 400
-    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+    metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+    while not list_checkpoints(checkpoints) or f'"step": {step},' not in metrics.read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it does not get there"
         time.sleep(0.02)
@@ -71,7 +73,7 @@ def test_goes_on_bit_for_bit(tmp_path: Path, layout: str) -> None:
     step = random.Random(layout).randint(6, 12)
     killed = tmp_path / "runs" / "killed"
     process = start(*launcher(num_ranks), "launch/pretrain.py", *common, "--name", "killed")
-    kill_at_step(process, killed / "metrics.jsonl", step)
+    kill_at_step(process, killed, step)
     reached = max(losses(killed))  # the others may have gone on while it was looked for
     again = deepspeed(num_ranks, *common, "--name", "killed")
     assert again.returncode == 0, again.stdout + again.stderr
