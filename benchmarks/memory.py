@@ -138,7 +138,7 @@ def activation_bytes(model: ModelConfig, mode: str) -> float:
 def activation_formula(model: ModelConfig, mode: str) -> float:
     """Bytes of a Llama block by mode.
 
-    Each norm keeps its input, the normalised, the scaled and a factor a position; the rotation its angles; attention
+    Each norm keeps its input, the normalised, the scaled and a factor a position; attention
     queries, keys, values (as a view of all three), its result and a logarithm a head and position; SwiGLU both
     products, the activated and the product of the two. A budget keeps the input and products.
     """
@@ -147,13 +147,13 @@ def activation_formula(model: ModelConfig, mode: str) -> float:
     N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
     H, G = model.num_heads, model.num_kv_heads or model.num_heads
     K = D // H
-    norms, angles = 2 * (3 * N * D + N), 4 * SEQ_LEN * K // 2
+    norms = 2 * (3 * N * D + N)
     attention = N * (H + 2 * G) * K + N * (H + G) * K + N * H * K
     elements = {
-        "none": norms + angles + attention + N * H + 4 * N * F,
+        "none": norms + attention + N * H + 4 * N * F,
         "full": N * D,
-        "attention": norms + angles + attention + 4 * N * F,
-        "feed_forward": norms + angles + attention + N * H,
+        "attention": norms + attention + 4 * N * F,
+        "feed_forward": norms + attention + N * H,
     }
     elements["every_nth"] = (elements["none"] + elements["full"]) // 2
     return 4.0 * elements[mode]

@@ -13,8 +13,8 @@ from torch.nn.attention.bias import causal_lower_right
 from megatrain.config.derive import attention_bias, head_width
 from megatrain.config.schema import ModelConfig
 from megatrain.models.document_attention import KERNELS
-from megatrain.models.documents import Documents, own_positions, visible_pairs
-from megatrain.models.rotary import Rotary
+from megatrain.models.documents import Documents, visible_pairs
+from megatrain.models.rotary import Turns, turn
 from megatrain.parallel.layers import Layers
 
 
@@ -27,7 +27,7 @@ class Attention(nn.Module):
     value. So any whole number of groups is one slice of rows.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, site: str, rotary: bool, head_norms: bool):
+    def __init__(self, config: ModelConfig, layers: Layers, site: str, head_norms: bool):
         super().__init__()
         heads, groups, bias = config.num_heads, config.num_kv_heads or config.num_heads, attention_bias(config)
         self.head_width = head_width(config)
@@ -36,20 +36,16 @@ class Attention(nn.Module):
         self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
         self.query_norm = self._head_norm(config, layers) if head_norms else None
         self.key_norm = self._head_norm(config, layers) if head_norms else None
-        self.rotary = Rotary(config) if rotary else None
-        self.layers = layers
         self.core = layers.attention(AttentionCore(config, layers, site))
 
-    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None, turns: Turns | None) -> Tensor:
         groups = self.query_key_value(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_width))
         query, key, value = groups.split([self.queries_per_group, 1, 1], dim=-2)  # S, B, G, heads, K
         query, key, value = (x.flatten(2, 3) for x in (query, key, value))  # S, B, H or G, K
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary is not None:
-            positions_SB = own_positions(self.layers.positions(query.shape[0], query.device), documents)
-            length = self.layers.sequence_length(query.shape[0])
-            query, key = self.rotary(query, positions_SB, length), self.rotary(key, positions_SB, length)
+        if turns is not None:
+            query, key = turn(query, turns), turn(key, turns)
         return self.output(self.core(query, key, value, keys_B, documents).flatten(2))
 
     def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:

@@ -18,6 +18,7 @@ from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
 from megatrain.models.loss import sequence_losses
 from megatrain.models.mixture import MixtureOfExperts
 from megatrain.models.norm import LayerNorm, RMSNorm
+from megatrain.models.rotary import Rotary, Turns
 from megatrain.parallel.layers import Layers
 
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
         super().__init__()
         family, site = FAMILIES[config.family], f"layers.{number}"
         self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.attention = Attention(config, layers, site, family.rotary, family.head_norms)
+        self.attention = Attention(config, layers, site, family.head_norms)
         self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
         self.feed_forward = (
             _mixture(config, family, layers) if number in mixture_layers(config) else _dense(config, family, layers)
@@ -55,8 +56,9 @@ class Block(nn.Module):
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
         self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
 
-    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
-        x = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), keys_B, documents), keys_B)
+    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None, turns: Turns | None) -> Tensor:
+        mixed = self.attention(self.attention_norm(x_SBD), keys_B, documents, turns)
+        x = x_SBD + self.attention_dropout(mixed, keys_B)
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), keys_B)
 
 
@@ -123,7 +125,9 @@ class Decoder(nn.Module):
         tied = bool(config.tie_embeddings)
         if first or (last and tied):
             self.embedding = Embedding(config, layers, positions=first and not family.rotary)
+        self.rotary = Rotary(config) if family.rotary else None
         self.layers = nn.ModuleDict({str(i): Block(config, layers, i) for i in block_range})
+        self.losses: Callable[[Layers, Tensor, Tensor], Tensor] = sequence_losses
         if last:
             self.final_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
             if not tied:
@@ -153,8 +157,9 @@ class Decoder(nn.Module):
             x = self.embedding(x, keys_B, documents)
             if self.precision.residual_dtype == "fp32":
                 x = x.float()  # each sublayer's output is added to it, and takes its type
+        turns = None if self.rotary is None else self._turns(self.rotary, x, documents)
         for block in self.layers.values():
-            x = block(x, keys_B, documents)
+            x = block(x, keys_B, documents, turns)
         if not self.last:
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
@@ -164,4 +169,9 @@ class Decoder(nn.Module):
         logits_SBV = self.factory.head_logits(x, weight)
         if self.config.vocab_padding:
             logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
-        return logits_SBV if labels_BS is None else sequence_losses(self.factory, logits_SBV, labels_BS)
+        return logits_SBV if labels_BS is None else self.losses(self.factory, logits_SBV, labels_BS)
+
+    def _turns(self, rotary: Rotary, x_SBD: Tensor, documents: Documents | None) -> Turns:
+        num_positions = self.factory.gathered_length(x_SBD.shape[0])
+        positions_SB = own_positions(self.factory.positions(num_positions, x_SBD.device), documents)
+        return rotary(positions_SB, self.factory.sequence_length(num_positions))

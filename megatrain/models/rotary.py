@@ -4,6 +4,7 @@ Shapes: S sequence, B micro-batch, H heads, K head width.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +13,37 @@ from megatrain.config.derive import head_width, original_length
 from megatrain.config.schema import ModelConfig
 
 
+class Turns(NamedTuple):
+    """Cosines and sines [S, B, 1, K/2] of the angles; B may be 1: the same in every sequence."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def turn(x_SBHK: Tensor, turns: Turns) -> Tensor:
+    """Turns each pair (i, i + K/2) of queries or keys, in FP32."""
+    first, second = x_SBHK.float().chunk(2, dim=-1)
+    cos, sin = turns
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x_SBHK.dtype)
+
+
 class Rotary(nn.Module):
-    """Turns each pair (i, i + K/2) of a head by position x frequency i."""
+    """The angles of all pairs: position x frequency i. Made once for all blocks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
 
-    def forward(self, x_SBHK: Tensor, positions_SB: Tensor, length: int) -> Tensor:
-        """Turns queries or keys that stand at ``positions_SB`` (B may be 1: the same in every sequence).
+    def forward(self, positions_SB: Tensor, length: int) -> Turns:
+        """Turns of what stands at ``positions_SB``; some stretchings depend on the ``length`` of the whole sequences.
 
-        Some stretchings depend on the ``length`` of the whole sequences.
+        FP32 whatever the model's type: BF16 can't tell position 257 from 258.
         """
-        cos, sin = self._angles(positions_SB, length)
-        first, second = x_SBHK.float().chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return turned.to(x_SBHK.dtype)
-
-    def _angles(self, positions_SB: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """FP32 whatever the model's type: BF16 can't tell position 257 from 258."""
         frequencies = SCALINGS[self.config.rope_scaling](self.config, length, positions_SB.device)
         angles = positions_SB.float()[:, :, None, None] * frequencies  # S, B, 1, K/2
         size = _size(self.config)
-        return angles.cos() * size, angles.sin() * size
+        return Turns(angles.cos() * size, angles.sin() * size)
 
 
 def _powers(theta: float, config: ModelConfig, device: torch.device) -> Tensor:

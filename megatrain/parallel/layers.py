@@ -87,6 +87,10 @@ class Layers:
         """Positions in the sequence [``num_local``] of the tokens that are here."""
         return self.context.positions(num_local, device)
 
+    def gathered_length(self, num_rows: int) -> int:
+        """Positions that attention sees here, of activations split over the sequence to ``num_rows``."""
+        return num_rows
+
     def sequence_length(self, num_local: int) -> int:
         """Tokens of the sequences of which ``num_local`` are here."""
         return num_local * self.context.size

@@ -121,6 +121,9 @@ class TensorParallelLayers(Layers):
             return x_SBD
         return tensor_parallel.scatter_to_sequence_parallel_region(x_SBD, group=self.group)
 
+    def gathered_length(self, num_rows: int) -> int:
+        return num_rows * self.size if self.sequence_parallel else num_rows
+
     def dropout(self, probability: float, site: str) -> nn.Module:
         return Dropout(probability, site, self._split_positions if self.sequence_parallel else self.positions)
 
@@ -138,7 +141,7 @@ class TensorParallelLayers(Layers):
         return tensor_parallel.reduce_from_tensor_model_parallel_region(y_SBD, group=self.group)
 
     def _split_positions(self, num_local: int, device: torch.device) -> Tensor:
-        return self.positions(num_local * self.size, device).chunk(self.size)[self.rank]
+        return self.positions(self.gathered_length(num_local), device).chunk(self.size)[self.rank]
 
     def _sum_gradient(self, parameter: nn.Parameter) -> None:
         """A parameter that saw only this rank's part of the sequence, of the heads or of the

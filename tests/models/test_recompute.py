@@ -102,7 +102,7 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
     block = model.layers["0"]  # type: ignore[index]
     x = torch.randn(16, 2, 32, requires_grad=True)
     with _ProductRecorder() as recorder:
-        block(x, torch.tensor([1, 2]), None)
+        block(x, torch.tensor([1, 2]), None, None)
     sizes = {which: size for _, size, which in recorder._products}
     assert len(sizes) == 7, "query_key_value, scores, mixture, output, gate, up, down"
     for budget in (0.0, 0.3, 0.6, 1.0):
