@@ -1,9 +1,11 @@
-"""torch.compile of each block by itself: one compilation serves all."""
+"""torch.compile of each block by itself, where one compilation serves all, and of the loss."""
 
 import torch
 from torch import nn
 
-from megatrain.models.decoder import Block
+from megatrain.models.decoder import Block, Decoder
+from megatrain.models.experts import GeluExperts
+from megatrain.models.mixture import MixtureOfExperts, Router
 
 
 def compile_blocks(model: nn.Module) -> str | None:
@@ -17,7 +19,22 @@ def compile_blocks(model: nn.Module) -> str | None:
     except Exception as error:  # whatever a missing compiler, header or driver raises
         torch._dynamo.reset()
         return str(error).strip().splitlines()[0]
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile()
+    for module in model.modules():
+        _compile(module)
     return None
+
+
+def _compile(module: nn.Module) -> None:
+    """A block, the parts of a mixture, which no graph can hold whole, or the loss, where no other rank has a share
+    in it: fused, it reads the logits as they are and makes no FP32 copy of them."""
+    if isinstance(module, Block):
+        module.compile()
+    elif isinstance(module, Decoder) and module.factory.splits["tp"].size == 1:
+        module.losses = torch.compile(module.losses)
+    elif isinstance(module, MixtureOfExperts) and module.shared is not None:
+        module.shared.compile()
+    elif isinstance(module, Router):
+        module.route = torch.compile(module.route)  # type: ignore[method-assign]
+    elif isinstance(module, GeluExperts):
+        module.activate = torch.compile(module.activate)
+        module.exchange.compile()

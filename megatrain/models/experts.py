@@ -3,6 +3,8 @@
 Shapes: T tokens, D width, F expert width, E experts, k experts of a token, N rows, expert by expert.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ class GeluExperts(nn.Module):
         super().__init__()
         assert config.num_experts is not None
         width, expert_width = config.hidden_size, expert_hidden_size(config)
+        self.activate: Callable[..., Tensor] = gelu
         self.exchange = layers.expert_exchange(config.num_experts, drops=config.expert_capacity is not None)
         self.up = layers.expert_matrices(config.num_experts, width, expert_width, split=2)
         self.down = layers.expert_matrices(config.num_experts, expert_width, width, split=1)
@@ -29,7 +32,7 @@ class GeluExperts(nn.Module):
 
     def compute(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """All experts on their rows, of which they have ``counts_E``."""
-        hidden = F.gelu(grouped_matmul(x_ND, self.up, counts_E), approximate="tanh")
+        hidden = self.activate(grouped_matmul(x_ND, self.up, counts_E))
         return grouped_matmul(hidden, self.down, counts_E)
 
 
@@ -39,11 +42,20 @@ class SwiGluExperts(GeluExperts):
     def __init__(self, config: ModelConfig, layers: Layers):
         super().__init__(config, layers)
         assert config.num_experts is not None
+        self.activate = gated_silu
         self.gate = layers.expert_matrices(config.num_experts, config.hidden_size, expert_hidden_size(config), split=2)
 
     def compute(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        hidden = F.silu(grouped_matmul(x_ND, self.gate, counts_E)) * grouped_matmul(x_ND, self.up, counts_E)
+        hidden = self.activate(grouped_matmul(x_ND, self.up, counts_E), grouped_matmul(x_ND, self.gate, counts_E))
         return grouped_matmul(hidden, self.down, counts_E)
+
+
+def gelu(up_NF: Tensor) -> Tensor:
+    return F.gelu(up_NF, approximate="tanh")
+
+
+def gated_silu(up_NF: Tensor, gate_NF: Tensor) -> Tensor:
+    return F.silu(gate_NF) * up_NF
 
 
 def grouped_matmul(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:

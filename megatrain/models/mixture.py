@@ -56,6 +56,11 @@ class Router(nn.Module):
         self.state = layers.router_state(config.num_experts)
 
     def forward(self, x_SBD: Tensor) -> Routing:
+        experts_SBk, gates_SBk, *learned = self.route(x_SBD)
+        return Routing(experts_SBk, self.state.attach(gates_SBk, *learned) if learned else gates_SBk)
+
+    def route(self, x_SBD: Tensor) -> tuple[Tensor, ...]:
+        """Experts and gates; while training also the side loss and the statistics of the choice."""
         logits_SBE = F.linear(x_SBD.float(), self.weight.float())
         scores_SBE = SCORES[self.config.router_score](logits_SBE)
         experts_SBk = self._choose(scores_SBE.detach() + self.state.bias_E)
@@ -65,13 +70,13 @@ class Router(nn.Module):
         gates_SBk = gates_SBk * self.config.router_scale
         chosen_SBE = torch.zeros_like(scores_SBE, dtype=torch.bool).scatter(-1, experts_SBk, True)
         kept_SBE = chosen_SBE if self.config.expert_capacity is None else self._within_capacity(chosen_SBE)
-        if self.training and torch.is_grad_enabled():
-            probabilities_SBE = scores_SBE / scores_SBE.sum(-1, keepdim=True)
-            side_loss = self._side_loss(logits_SBE, probabilities_SBE, chosen_SBE)
-            counts = self.state.count(chosen_SBE, kept_SBE, probabilities_SBE)
-            gates_SBk = self.state.attach(gates_SBk, side_loss, counts)
         kept_SBk = kept_SBE.gather(-1, experts_SBk)
-        return Routing(experts_SBk.masked_fill(~kept_SBk, self.num_experts), gates_SBk * kept_SBk)
+        routing = experts_SBk.masked_fill(~kept_SBk, self.num_experts), gates_SBk * kept_SBk
+        if not (self.training and torch.is_grad_enabled()):
+            return routing
+        probabilities_SBE = scores_SBE / scores_SBE.sum(-1, keepdim=True)
+        side_loss = self._side_loss(logits_SBE, probabilities_SBE, chosen_SBE)
+        return *routing, side_loss, self.state.count(chosen_SBE, kept_SBE, probabilities_SBE)
 
     def _choose(self, wanted_SBE: Tensor) -> Tensor:
         """The k best experts, of the best groups only where these are limited (DeepSeek-AI 2024, section 2.1.2)."""

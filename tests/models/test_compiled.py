@@ -1,5 +1,7 @@
 """torch.compile of blocks: whole graphs, and a plain word where it cannot work."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ def test_no_graph_break_at_tensor_size_1(family: str, mode: str) -> None:
     block = model.layers["0"]
     torch._dynamo.reset()
     x = torch.randn(16, 2, 32, requires_grad=True)
-    explained = torch._dynamo.explain(block.forward)(x, torch.tensor([1, 2]), None)
+    turns = model.rotary(torch.arange(16)[:, None], 16) if model.rotary else None
+    explained = torch._dynamo.explain(block.forward)(x, torch.tensor([1, 2]), None, turns)
     assert explained.graph_break_count == 0, explained.break_reasons
     assert explained.graph_count == 1
 
@@ -42,14 +45,26 @@ def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
+MIXTURE = {"num_experts": 4, "num_layers": 2, "expert_hidden_size": 16}
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_numbers() -> None:
-    config = run_config("llama", ONE_PROCESS)
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("llama", {}),
+        ("llama", MIXTURE | {"num_shared_experts": 1}),
+        ("gpt", MIXTURE | {"expert_capacity": 0.6, "router_score": "sigmoid"}),
+    ],
+    ids=["dense", "mixture", "drops"],
+)
+def test_compiled_parts_give_the_same_numbers(family: str, model: dict[str, Any]) -> None:
+    config = run_config(family, ONE_PROCESS, model=model)
     plain, compiled = (build_model(config.model, seed=1) for _ in range(2))
     problem = compile_blocks(compiled)
     if problem:
         pytest.skip(problem)
-    tokens = torch.arange(16).view(1, 16)
+    tokens = torch.arange(64).view(4, 16)
     a, b = plain(tokens, tokens).sum(), compiled(tokens, tokens).sum()
     a.backward()
     b.backward()
