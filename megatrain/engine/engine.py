@@ -16,7 +16,13 @@ from megatrain.engine.base_optimizer import build_base_optimizer
 from megatrain.engine.compiled_operators import free_locked_operators
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
-from megatrain.engine.gradients import align_norms, all_reduce_accumulated, collect_gradients, set_up_buckets
+from megatrain.engine.gradients import (
+    add_without_copies,
+    align_norms,
+    all_reduce_accumulated,
+    collect_gradients,
+    set_up_buckets,
+)
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.start import import_deepspeed
@@ -93,6 +99,8 @@ class Engine:
 
     def __init__(self, config: RunConfig, mesh: Mesh, parts: list[nn.Module]):
         self.config, self.mesh = config, mesh
+        if mesh.device.type == "cuda":  # what comes from 16 bits is exact in TF32: routers and FP32 logits lose nothing
+            torch.set_float32_matmul_precision("highest" if config.precision.dtype == "fp32" else "high")
         self._context = build_context(config.parallel, mesh)
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
@@ -115,6 +123,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.optimizer = self._deepspeed.optimizer
+        add_without_copies(self.optimizer)
         if config.parallel.pp > 1:
             align_norms(self.optimizer)
         if config.precision.dtype == "fp16":

@@ -41,6 +41,33 @@ def collect_gradients(optimizer: Any) -> None:
         optimizer.fill_grad_accum_attribute()
 
 
+def add_without_copies(optimizer: Any) -> None:
+    """Lets 16-bit gradients be added to their FP32 sums as they are: to the same bits as an FP32 copy of each, which
+    DeepSpeed makes first, at half the bytes."""
+    if hasattr(optimizer, "bf16_groups"):
+
+        @torch.no_grad()
+        def update(parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+            if parameter.grad is not None:
+                total = optimizer.fp32_groups_gradients[group][number]
+                total.add_(parameter.grad.view_as(total))
+                parameter._hp_grad = total  # type: ignore[attr-defined]
+                optimizer.fp32_groups_has_gradients[group][number] = True
+
+        optimizer._update_hp_grad = update
+    elif getattr(optimizer, "use_grad_accum_attribute", False):
+        first = optimizer._fill_param_grad_accum_attribute
+
+        def fill(parameter: nn.Parameter) -> None:
+            if parameter.grad is None or parameter.grad_accum is None:  # type: ignore[attr-defined]
+                first(parameter)
+            else:
+                parameter.grad_accum.add_(parameter.grad)  # type: ignore[attr-defined]
+                parameter.grad = None
+
+        optimizer._fill_param_grad_accum_attribute = fill
+
+
 def align_norms(optimizer: Any) -> None:
     """Lets stages with different parameter groups agree on the gradient norm. Collective over the model's ranks.
 

@@ -3,11 +3,12 @@
 import unittest.mock
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.layouts import ONE_PROCESS, Layout, build_engine, global_batch, run_config, train, train_steps
+from tests.layouts import ONE_PROCESS, Layout, Trained, build_engine, global_batch, run_config, train, train_steps
 from tests.pool import Pool
 
 LAYOUTS = [
@@ -50,6 +51,23 @@ def test_a_split_backward_sums_in_fp32(pool: Pool) -> None:
     )
     assert split.losses == pytest.approx(whole.losses, rel=1e-6)
     assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-5)  # FP32 sums in another order
+
+
+def train_as_deepspeed_adds(*args: Any, **kwargs: Any) -> Trained:
+    """With an FP32 copy of each gradient."""
+    with unittest.mock.patch("megatrain.engine.engine.add_without_copies", lambda optimizer: None):
+        return train(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", BANDS)
+def test_gradients_are_added_without_a_copy_to_the_same_bits(pool: Pool, dtype: str) -> None:
+    layout = Layout(dp=2, zero_stage=1)
+    with_copies = pool.run(train_as_deepspeed_adds, 2, "llama", layout, 3, precision={"dtype": dtype})
+    without = pool.run(train, 2, "llama", layout, 3, precision={"dtype": dtype})
+    for ours, theirs in zip(without, with_copies, strict=True):
+        assert ours.losses == theirs.losses and ours.grad_norms == theirs.grad_norms
+        for key, (part, _) in theirs.state.items():
+            assert np.array_equal(ours.state[key][0], part), key
 
 
 def train_until_it_stops(layout: Layout, precision: dict[str, Any]) -> str:
