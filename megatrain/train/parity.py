@@ -102,6 +102,7 @@ def first_batch(config: RunConfig, engine: Engine) -> RankBatch:
 
 def _watch(part: nn.Module, kept: dict[str, list[Tensor]]) -> list[Any]:
     def keep(name: str) -> Callable[..., None]:
+        @torch.compiler.disable  # a compiled block would be traced for each list of outputs anew
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             kept[name].append(output.detach().float().cpu())
 

@@ -86,14 +86,19 @@ def _tensor(
         error = np.abs(part.values - wanted)
         allowed = getattr(bands, kind) * scale * np.ones_like(error)
         if kind == WEIGHT:
-            allowed += lr * _update_error(whole[GRADIENT, name][np.ix_(*part.index)], bands.gradient)
+            gradient = whole.get((GRADIENT, name))
+            own = None if gradient is None else gradient[np.ix_(*part.index)]
+            allowed += lr * _update_error(own, bands.gradient)
         if not (error <= allowed).all():
             yield Divergence(f"{kind} of {name}", captured.rank, float(error.max()) / scale, getattr(bands, kind))
 
 
-def _update_error(gradient: np.ndarray, band: float) -> np.ndarray:
+def _update_error(gradient: np.ndarray | None, band: float) -> np.ndarray | float:
     """How far an update may be off, in learning rates: a first step goes by about one learning rate in the direction
-    of the gradient, and where the gradient is rounding, so is its direction."""
+    of the gradient, and where the gradient is rounding, so is its direction. An optimizer that keeps no gradient
+    (Adafactor) divides by means of rows and columns, which are not small."""
+    if gradient is None:
+        return 20 * band
     small = np.abs(gradient) <= 2 * band * np.abs(gradient).max()
     return np.where(small, 2.1, 20 * band)
 

@@ -63,6 +63,19 @@ def test_right_layouts_are_equal(pool: Pool, family: str, layout: Layout, dtype:
     assert differences(pool, family, layout, precision={"dtype": dtype}) == []
 
 
+def test_an_optimizer_that_keeps_no_gradient(pool: Pool) -> None:
+    """Its weights are compared, and a gradient that is lost shows in them."""
+    layout, sections = Layout(dp=2, zero_stage=1), {"optimizer": {"name": "adafactor", "lr": 1e-2}}
+    assert differences(pool, "llama", layout, **sections) == []
+    found = differences(pool, "llama", layout, forget_a_weight, **sections)
+    assert "weight of layers.0.feed_forward.up.weight" in {difference.what for difference in found}
+
+
+def forget_a_weight(engine: Any) -> None:
+    """Its gradient is zero, so its step too."""
+    dict(engine.parameters)["layers.0.feed_forward.up.weight"].register_hook(lambda gradient: gradient * 0)
+
+
 def modules(engine: Any, kind: type) -> list[nn.Module]:
     return [module for module in engine.model.modules() if isinstance(module, kind)]
 
@@ -111,7 +124,7 @@ def count_positions_from_zero(engine: Any) -> None:
 
     for module in modules(engine, Rotary):
         turn = module.forward
-        module.forward = lambda x, at, length, turn=turn: turn(x, at - at.min(), length)  # type: ignore[method-assign]
+        module.forward = lambda at, length, turn=turn: turn(at - at.min(), length)  # type: ignore[method-assign]
 
 
 def overflow_alone(engine: Any) -> None:
