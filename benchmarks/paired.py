@@ -3,17 +3,20 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from megatrain.config.schema import RunConfig
 from megatrain.data.rows import Batch
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     repeats: int,
     clock: Callable[[], float] = time.process_time,
     before: Callable[[str], object] = lambda name: None,
@@ -35,6 +38,23 @@ def interleaved(
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
     """Median over the repeats of ours / theirs: what disturbed a pair disturbed both."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def quick_engine(config: RunConfig, device: torch.device) -> Any:
+    """An engine whose random weights are drawn where they stay: a billion takes a host ten seconds."""
+    from megatrain.train.build import build_engine
+
+    def draw(name: str, shape: tuple[int, ...], model: Any, seed: int) -> Tensor:
+        return torch.ones(shape, device=device) if len(shape) == 1 else torch.randn(shape, device=device) * 0.02
+
+    with mock.patch("megatrain.models.initial._initial", draw):
+        return build_engine(config, device)
+
+
+def wait(device: torch.device) -> None:
+    """Until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def describe_machine(*packages: str) -> str:

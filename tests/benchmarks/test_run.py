@@ -16,9 +16,11 @@ SMALL = {
     "data_read": ["--tokens", "3000000", "--documents", "1000000", "--repeats", "1", "--steps", "200"],
     "start": ["--repeats", "1"],
     "memory": [],
+    "mixture": ["--repeats", "1", "--micro-batches", "1", "--small", "--eager"],
+    "recompute": ["--repeats", "1", "--modes", "none", "full", "budget 0.5", "--small"],
     "step": ["--repeats", "1"],
     "wire": ["--axes", "ZeRO 1", "tensor + sequence", "--peers", "--worlds", "16", "10240"],
-    "throughput": ["--batch", "1", "--steps", "1", "--eager"],
+    "throughput": ["--batch", "1", "--steps", "1", "--dtypes", "bf16", "fp32", "--eager"],
 }
 
 

@@ -1,0 +1,1 @@
+"""What one GPU must show; skipped where there is none."""

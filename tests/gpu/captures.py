@@ -1,0 +1,62 @@
+"""One step of many configs, on the CPU or on the GPU: python -m tests.gpu.captures cpu FILE."""
+
+import os
+import pickle
+import sys
+from typing import Any
+
+from megatrain.config.schema import RunConfig
+from tests.layouts import Layout, run_config
+
+MIXTURE: dict[str, Any] = {"num_experts": 8, "expert_hidden_size": 32, "router_z_loss": 0.01}
+
+
+def configs() -> dict[str, RunConfig]:
+    """What is held against the CPU, by name."""
+
+    def made(family: str = "llama", zero_stage: int = 0, **sections: dict[str, Any]) -> RunConfig:
+        return run_config(family, Layout(zero_stage=zero_stage), **sections)
+
+    found = {
+        "gpt": made("gpt", model={"dropout": 0.1, "attention_dropout": 0.1}),
+        "llama": made(),
+        "qwen3": made("qwen3"),
+        "compiled": made(train={"compile": True}),
+        "mixture": made(model=MIXTURE | {"num_shared_experts": 1}),
+        "mixture compiled": made(model=MIXTURE | {"num_shared_experts": 1}, train={"compile": True}),
+        "mixture with drops": made("gpt", model=MIXTURE | {"expert_capacity": 0.75}, train={"compile": True}),
+    }
+    for stage in (1, 2, 3):
+        found[f"ZeRO {stage}"] = made(zero_stage=stage)
+    for optimizer in ("lion", "adafactor", "muon"):
+        found[optimizer] = made(zero_stage=1, optimizer={"name": optimizer})
+    for dtype in ("bf16", "fp16"):
+        found[dtype] = made(precision={"dtype": dtype, "initial_loss_scale": 1024.0})
+    return found
+
+
+def capture_all(device_type: str) -> dict[str, Any]:
+    """By name what a step of each config came to."""
+    import torch
+
+    from megatrain.engine.start import start_distributed
+    from megatrain.train.parity import capture_step
+
+    device = start_distributed()
+    assert device.type == device_type
+    if device_type == "cpu":  # DeepSpeed refuses FP16 on CPUs without native FP16 arithmetic, though torch computes it
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+    captured = {}
+    for name, config in configs().items():
+        captured[name] = capture_step(config, device)
+        torch._dynamo.reset()
+    return captured
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked yet
+    with open(sys.argv[2], "wb") as file:
+        pickle.dump(capture_all(sys.argv[1]), file)
