@@ -2,18 +2,19 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointError, UnfitError
+from megatrain.checkpoint.parts import ReadPart, Rows, rows_of, unproved
 from megatrain.checkpoint.placement import place
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
@@ -32,6 +33,7 @@ from megatrain.engine.state import (
 _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
 
 
+Result = TypeVar("Result")
 ResumeData = Callable[[dict[str, Any], int], None]
 """Is given what a checkpoint holds under ``data`` and its step; raises UnfitError where the data can't go on there."""
 
@@ -46,24 +48,30 @@ def load_checkpoint(engine: Engine, path: Path, resume_data: ResumeData) -> dict
         UnfitError: of another model or data (all differing fields are listed).
         CheckpointError: damaged, on every rank if on any; the engine's state is then undefined.
     """
-    problem: CheckpointError | None = None
-    try:
-        reader = CheckpointReader(path)
-        require_same_model(reader, engine.config.model)
-        resume_data(reader.state["data"], reader.state["step"])
-        _read_state(reader, engine)
-    except CheckpointError as error:
-        problem = error
-    problems: list[CheckpointError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in filter(None, problems):
-        raise found
+    loading = _Loading(engine, path, resume_data)
+    told = _on_every_rank(loading.read)
+    if any(len(rows) for rows in told):
+        _on_every_rank(lambda: loading.read_again(unproved(loading.parts, told)))
+    reader = loading.reader
     finish_import(engine)
     set_optimizer_step_count(engine, reader.state["optimizer_steps"])
     engine.routers.load_biases(reader.state["router_biases"])
     if engine.config.precision.dtype == reader.state["dtype"]:
         engine.load_loss_scaler_state(reader.state["loss_scaler"])
     return reader.state
+
+
+def _on_every_rank(action: Callable[[], Result]) -> list[Result]:
+    """What ``action`` gives, by rank. Raises CheckpointError on all ranks if on any."""
+    told: list[tuple[Result | None, CheckpointError | None]] = [(None, None)] * dist.get_world_size()
+    try:
+        own: tuple[Result | None, CheckpointError | None] = (action(), None)
+    except CheckpointError as error:
+        own = (None, error)
+    dist.all_gather_object(told, own)
+    for problem in filter(None, (problem for _, problem in told)):
+        raise problem
+    return [result for result, _ in told]  # type: ignore[misc]
 
 
 def require_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
@@ -94,7 +102,8 @@ def _require_equal(reader: CheckpointReader, section: str, saved: dict[str, Any]
 class _Read:
     """``kind`` of a fragment: the region of the array that has it, in whole rows, and how many elements lie before it.
 
-    ``memory``: of the live state, where the region may be read to at once.
+    ``memory``: of the live state, where the region may be read to at once. ``parts``: gets what was read of chunks
+    without a proof; None: all is proved as it is read.
     """
 
     kind: str
@@ -103,11 +112,13 @@ class _Read:
     shape: tuple[int, ...]
     before: int
     memory: Tensor | None
+    parts: list[ReadPart] | None
 
     def in_place(self, reader: CheckpointReader) -> None:
         """Reads into ``memory``."""
         assert self.memory is not None
-        reader.read(self.kind, self.fragment.name, self.offset, self.shape, self.memory.numpy().reshape(self.shape))
+        out = self.memory.numpy().reshape(self.shape)
+        reader.read(self.kind, self.fragment.name, self.offset, self.shape, out, self.parts)
 
     def values(self, reader: CheckpointReader) -> Tensor:
         """[size] FP32; zeros of a moment that the checkpoint lacks: of a converted model, or another optimizer."""
@@ -117,18 +128,46 @@ class _Read:
         return rows[self.before : self.before + self.fragment.size]
 
 
-def _read_state(reader: CheckpointReader, engine: Engine) -> None:
+class _Loading:
     """Reads in threads: straight into the state where it lies in memory, else a few fragments ahead of setting them."""
-    prepare_import(engine)
-    reads = [read for fragment in local_fragments(engine) for read in _reads(fragment, engine, reader)]
-    with ThreadPoolExecutor(_READERS, "checkpoint-read") as pool:
-        work = iter([read for read in reads if read.memory is not None])
-        for done in [pool.submit(_read_all, work, reader) for _ in range(_READERS)]:
-            done.result()
-        for read, values in _ahead(pool, iter([read for read in reads if read.memory is None]), reader):
-            read.fragment.set(read.kind, values.to(engine.mesh.device))
-    for key, factor in factors(engine).items():
-        factor.copy_(torch.from_numpy(reader.read(*key)) if key in reader.arrays else torch.zeros(factor.shape))
+
+    reader: CheckpointReader
+
+    def __init__(self, engine: Engine, path: Path, resume_data: ResumeData):
+        self._engine, self._path, self._resume_data = engine, path, resume_data
+        self._reads: list[_Read] = []
+
+    @property
+    def parts(self) -> list[ReadPart]:
+        """Of chunks, read without a proof."""
+        return [part for read in self._reads for part in read.parts or ()]
+
+    def read(self) -> Rows:
+        """Opens the checkpoint and reads all; returns ``parts``, to be told to the other ranks."""
+        self.reader = CheckpointReader(self._path)
+        require_same_model(self.reader, self._engine.config.model)
+        self._resume_data(self.reader.state["data"], self.reader.state["step"])
+        prepare_import(self._engine)
+        fragments = local_fragments(self._engine)
+        self._reads = [read for fragment in fragments for read in _reads(fragment, self._engine, self.reader)]
+        self._carry_out(self._reads)
+        for key, factor in factors(self._engine).items():
+            present = key in self.reader.arrays
+            factor.copy_(torch.from_numpy(self.reader.read(*key)) if present else torch.zeros(factor.shape))
+        return rows_of(self.parts)
+
+    def read_again(self, chunks: set[int]) -> None:
+        """Reads whole what has parts of ``chunks``: each rank then proves them for itself, or names what is damaged."""
+        doubtful = [read for read in self._reads if any(part.chunk in chunks for part in read.parts or ())]
+        self._carry_out([replace(read, parts=None) for read in doubtful])
+
+    def _carry_out(self, reads: Sequence[_Read]) -> None:
+        with ThreadPoolExecutor(_READERS, "checkpoint-read") as pool:
+            work = iter([read for read in reads if read.memory is not None])
+            for done in [pool.submit(_read_all, work, self.reader) for _ in range(_READERS)]:
+                done.result()
+            for read, values in _ahead(pool, iter([read for read in reads if read.memory is None]), self.reader):
+                read.fragment.set(read.kind, values.to(self._engine.mesh.device))
 
 
 def _reads(fragment: Fragment, engine: Engine, reader: CheckpointReader) -> Iterator[_Read]:
@@ -143,7 +182,7 @@ def _reads(fragment: Fragment, engine: Engine, reader: CheckpointReader) -> Iter
     for kind in kinds_of(engine, fragment.parameter):
         fits = (kind, fragment.name) in reader.arrays and fragment.size == torch.Size(shape).numel()
         memory = fragment.memory(kind) if fits else None
-        yield _Read(kind, fragment, offset, shape, fragment.start - first * row_elements, memory)
+        yield _Read(kind, fragment, offset, shape, fragment.start - first * row_elements, memory, [])
 
 
 def _read_all(work: Iterator[_Read], reader: CheckpointReader) -> None:

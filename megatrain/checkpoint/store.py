@@ -21,8 +21,9 @@ import numpy as np
 from megatrain.checkpoint import folder as layout
 from megatrain.checkpoint.errors import CheckpointError, explained, persistently
 from megatrain.checkpoint.files import Array, Files, padded
-from megatrain.checkpoint.grid import index_of, ints, overlap, overlapping
+from megatrain.checkpoint.grid import index_of, ints, overlap, overlapping, region_of
 from megatrain.checkpoint.manifest import (
+    CRC_BYTES,
     DTYPES,
     HEADER,
     MAX_HEADER_BYTES,
@@ -38,6 +39,7 @@ from megatrain.checkpoint.manifest import (
     zarr_array,
     zarr_group,
 )
+from megatrain.checkpoint.parts import ReadPart, digest
 from megatrain.checkpoint.tree import Tree
 from megatrain.disk.durable import fsync_folder, write_durably
 
@@ -167,7 +169,9 @@ class CheckpointWriter:
 
 
 class CheckpointReader:
-    """A committed checkpoint. Every byte that ``read`` returns was checked; safe to use from several threads.
+    """A committed checkpoint. Every byte that ``read`` returns was checked, unless ``parts`` are asked for.
+
+    Safe to use from several threads.
 
     Args:
         path: the checkpoint's folder, as ``newest_checkpoint`` gives it.
@@ -213,6 +217,7 @@ class CheckpointReader:
         offset: Sequence[int] | None = None,
         shape: Sequence[int] | None = None,
         out: Array | None = None,
+        parts: list[ReadPart] | None = None,
     ) -> Array:
         """A region of an array, by default all of it; opens only the chunks that overlap it.
 
@@ -220,6 +225,8 @@ class CheckpointReader:
             offset: of the region in the full array; by default its start.
             shape: of the region; by default all that is there from ``offset`` on.
             out: of ``shape`` and the stored dtype, to be filled instead of a new array; undefined after an error.
+            parts: is given what was read of chunks of which whole rows, but not all, belong to the region. They are
+                **not** checked: that is for the caller, with what others read of them. None: all is checked here.
 
         Returns: ``out``, or a new array.
 
@@ -246,6 +253,9 @@ class CheckpointReader:
         for index in indices:
             source, target = overlap(spec, index, start, size)
             part = region[(*target, ...)]  # the dots keep a view of an array without dims
+            if parts is not None and (found := persistently(partial(self._read_rows, array, index, source, part))):
+                parts.append(found)
+                continue
             persistently(partial(self._read_chunk, array, index, source, part))
         return region
 
@@ -264,6 +274,19 @@ class CheckpointReader:
                 f"{array.spec.label}: {self.path}/{array.spec.folder}/{file} is whole but not the chunk that was "
                 f"saved here: {self._origin(crc)}"
             )
+
+    def _read_rows(self, array: StoredArray, index: Index, source: tuple[slice, ...], part: Array) -> ReadPart | None:
+        """None: not a part that can be read alone, or there is something wrong: to be read with its chunk."""
+        spec, file = array.spec, chunk_file(index)
+        is_part = part.shape[1:] == spec.chunk_shape[1:] and part.shape != spec.chunk_shape
+        if not is_part or not part.flags.c_contiguous or region_of(spec, index)[1] != spec.chunk_shape:
+            return None
+        found = self._tree.read_rows(spec, file, source[0].start, part)
+        if found is None or found[1] != array.chunks[file]:
+            return None
+        start = source[0].start * (part.nbytes // part.shape[0])
+        place = digest(f"{spec.folder}/{file}")
+        return ReadPart(place, int(found[1], 16), spec.file_bytes - CRC_BYTES, start, part.nbytes, found[0])
 
     def _origin(self, crc: str) -> str:
         """Where a foreign chunk comes from, as far as this checkpoint and those beside it know."""

@@ -84,6 +84,26 @@ class Tree:
             raise CheckpointError(f"{spec.label}: {self.root}/{relative} is damaged: the data does not match its CRC")
         return f"{crc:08x}"
 
+    def read_rows(self, spec: ArraySpec, file: str, first: int, out: Array) -> tuple[int, str] | None:
+        """Fills ``out``, contiguous, from row ``first`` of a chunk on. Proves nothing.
+
+        Returns the CRC-32C of ``out``, and that of the chunk as it says itself; None: the file is shorter.
+        Raises:
+            CheckpointError: as ``open``.
+        """
+        relative = f"{spec.folder}/{file}"
+        with explained(f"read {spec.label} from {self.root}/{relative}"):
+            descriptor, size = self.open(relative)
+            try:
+                if size != spec.file_bytes:
+                    return None
+                os.lseek(descriptor, first * (size - CRC_BYTES) // spec.chunk_shape[0], os.SEEK_SET)
+                crc, complete = read_with_crc(descriptor, out)
+                trailer = os.pread(descriptor, CRC_BYTES, size - CRC_BYTES)
+            finally:
+                os.close(descriptor)
+        return (crc, f"{int.from_bytes(trailer, 'little'):08x}") if complete and len(trailer) == CRC_BYTES else None
+
     def require(self, chunks: Iterable[tuple[ArraySpec, Iterable[Index]]]) -> None:
         """Checks that the chunks' files are there and of the right size.
 
