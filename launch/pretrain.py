@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
 
 
 def leave_at_once(code: Any) -> NoReturn:
-    """Ends the process without the threads of a save, for which the interpreter would wait until all is written."""
+    """Ends the process without its threads: the interpreter would wait until those of a save have written all, and
+    those of process groups that a mistake left behind now and then abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
@@ -90,4 +91,7 @@ def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code not in (0, STOPPED):
+        leave_at_once(code)
+    sys.exit(code)
