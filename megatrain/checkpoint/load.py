@@ -19,8 +19,8 @@ from megatrain.checkpoint.placement import place
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
+from megatrain.engine.kinds import WEIGHT
 from megatrain.engine.state import (
-    WEIGHT,
     Fragment,
     factors,
     finish_import,

@@ -21,16 +21,17 @@ Compute = Callable[[Tensor, Tensor], Tensor]
 
 
 def sum_rows(rows_ND: Tensor, rows_Tk: Tensor, drops: bool) -> Tensor:
-    """sum over k of the rows of a token [T, D], in FP32; number N stands for none where ``drops``."""
+    """sum over k of the rows of a token [T, D], added in FP32; number N stands for none where ``drops``."""
     ones_Tk = rows_ND.new_ones((), dtype=torch.promote_types(rows_ND.dtype, torch.float32)).expand_as(rows_Tk)
-    return mix_rows(rows_ND, ones_Tk, rows_Tk, drops).to(rows_ND.dtype)
+    return mix_rows(rows_ND, ones_Tk, rows_Tk, drops)
 
 
 def mix_rows(rows_ND: Tensor, gates_Tk: Tensor, rows_Tk: Tensor, drops: bool) -> Tensor:
     """sum over k of gate x row of a token [T, D], slot by slot: a tensor of all pairs would be k times as large."""
     rows_ND = _closed(rows_ND, drops)
     slots = zip(rows_Tk.unbind(1), gates_Tk.unbind(1), strict=True)
-    return functools.reduce(torch.add, (rows_ND[rows_T] * gates_T[:, None] for rows_T, gates_T in slots))
+    mixed_TD = functools.reduce(torch.add, (rows_ND[rows_T] * gates_T[:, None] for rows_T, gates_T in slots))
+    return mixed_TD.to(rows_ND.dtype)
 
 
 def mix_rows_backward(
@@ -73,7 +74,7 @@ class ExpertExchange:
             choices_N, rows_Tk = choices_N[:sent], rows_Tk.clamp(max=sent)
         rows = _Gathered.apply(x_TD, choices_N // experts_Tk.shape[1], rows_Tk, self, self.drops)
         results = self._run(rows, ends_E.diff(prepend=ends_E.new_zeros(1)), compute)
-        return _Mixed.apply(results, gates_Tk, rows_Tk, choices_N, self).to(x_TD.dtype)  # type: ignore[no-any-return]
+        return _Mixed.apply(results, gates_Tk, rows_Tk, choices_N, self)  # type: ignore[no-any-return]
 
     def _run(self, rows_ND: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
         return compute(rows_ND, counts_E)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatrain.train.parity import ACTIVATION, GRADIENT, WEIGHT, RankCapture
+from megatrain.engine.kinds import WEIGHT
+from megatrain.train.parity import ACTIVATION, GRADIENT, RankCapture
 
 Key = tuple[str, str]
 

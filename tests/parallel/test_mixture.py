@@ -83,6 +83,25 @@ def one_process(pool: Pool, family: str) -> Trained:
     return pool.run(train, 1, family, ONE_PROCESS, model=MODELS[family], optimizer=OPTIMIZER)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", Layout(cp=2, ep=2, zero_stage=1)),
+        ("gpt", Layout(cp=2, ep=2, zero_stage=1)),
+        ("llama", Layout(tp=2, sequence_parallel=True, zero_stage=1)),
+    ],
+    ids=str,
+)
+def test_compiled_parts_talk_to_other_ranks(pool: Pool, family: str, layout: Layout) -> None:
+    """A compiled router sums over the ranks that share a sequence, and its gradient over those that share a tensor."""
+    reference, sections = one_process(pool, family), {"model": MODELS[family], "optimizer": OPTIMIZER}
+    ranks = pool.run(train, layout.world_size, family, layout, train={"compile": True}, **sections)
+    assert ranks[0].losses == pytest.approx(reference.losses, rel=LOSS)
+    error, name = worst_state_error(ranks, reference)
+    assert error < WEIGHT, f"{name} differs by {error:.1e}"
+
+
 @pytest.mark.parametrize(("family", "layout"), cases())
 def test_experts_equal_one_process(pool: Pool, family: str, layout: Layout) -> None:
     reference = one_process(pool, family)

@@ -147,12 +147,7 @@ def save_spread_experts(
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
     try:
-        for _ in range(2):
-            _step(engine, torch.distributed.get_rank())
-        engine.save_checkpoint(target)
-        if zero_stage == 0:
-            return {("weight", name): parameter.detach().clone() for name, parameter in model.named_parameters()}
-        return state_of(engine)
+        return _stepped_and_saved(engine, model, target, zero_stage)
     finally:
         engine.destroy()
 
@@ -179,15 +174,19 @@ def save_with_autoep(folder: str, target: str, zero_stage: int) -> Tensors:
             model=model, model_parameters=parameters, config=config, dist_init_required=False
         )[0]
     try:
-        for _ in range(2):
-            _step(engine, torch.distributed.get_rank())
-        engine.save_checkpoint(target)
-        if zero_stage == 0:
-            return {("weight", name): parameter.detach().clone() for name, parameter in model.named_parameters()}
-        return state_of(engine)
+        return _stepped_and_saved(engine, model, target, zero_stage)
     finally:
         engine.destroy()
         torch.nn.functional.linear = linear
+
+
+def _stepped_and_saved(engine: Any, model: Any, target: str, zero_stage: int) -> Tensors:
+    for _ in range(2):
+        _step(engine, torch.distributed.get_rank())
+    engine.save_checkpoint(target)
+    if zero_stage == 0:
+        return {("weight", name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return state_of(engine)
 
 
 def _step(engine: Any, data_rank: int) -> None:

@@ -86,6 +86,17 @@ def test_several_tensor_ranks_are_read_and_written(pool: Pool, tmp_path: Path) -
     assert equal(FORMATS["universal"].read(tmp_path / "theirs", model_file), wholes)
 
 
+def converted_and_read(tmp_path: Path, choices: Choices, rank: Tensors, router: str) -> Reader:
+    """What came of DeepSpeed's checkpoint, whose step, kinds and routers are those of ``rank``."""
+    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
+    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
+    assert reader.step == 2 and set(reader.kinds) == {kind for kind, _ in rank}
+    for kind, layer in ((kind, layer) for kind in reader.kinds for layer in range(3)):
+        ours = reader.read(kind, f"layers.{layer}.feed_forward.router.weight")
+        assert torch.equal(ours, rank[kind, f"model.layers.{layer}.mlp.{router}.weight"]), (kind, layer)
+    return reader
+
+
 def whole_experts(ranks: list[Tensors], kind: str, layer: int, matrix: str) -> torch.Tensor:
     """[E, F, D] of what the ranks of an expert axis hold under the same name."""
     name = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
@@ -105,12 +116,8 @@ def test_experts_that_deepspeed_spread_over_ranks_are_read(
     ranks = [ranks[0], ranks[2 if data_first else 1]]
     convert(Request(source, tmp_path / "names", "megatrain", verify=False))
     choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml")
-    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
-    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
-    assert reader.step == 2 and set(reader.kinds) == {kind for kind, _ in ranks[0]}
+    reader = converted_and_read(tmp_path, choices, ranks[0], "deepspeed_moe.gate.wg")
     for kind, layer in ((kind, layer) for kind in reader.kinds for layer in range(3)):
-        router = ranks[0][kind, f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight"]
-        assert torch.equal(reader.read(kind, f"layers.{layer}.feed_forward.router.weight"), router)
         for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
             found = reader.read(kind, f"layers.{layer}.feed_forward.experts.{ours}")
             assert found.any() and torch.equal(found, whole_experts(ranks, kind, layer, theirs)), (kind, layer, ours)
@@ -177,12 +184,8 @@ def test_experts_that_autoep_spread_over_ranks_are_read(pool: Pool, tmp_path: Pa
     ranks = pool.run(save_with_autoep, 4, str(source), str(tmp_path / "ds"), zero_stage)
     convert(Request(source, tmp_path / "names", "megatrain", verify=False))
     choices = Choices(trust_pickle=True, model_file=tmp_path / "names" / "model.yaml", weights_only=zero_stage == 0)
-    assert convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
-    reader = FORMATS["megatrain"].read(tmp_path / "run", Choices())
-    assert reader.step == 2 and set(reader.kinds) == {kind for kind, _ in ranks[0]}
+    reader = converted_and_read(tmp_path, choices, ranks[0], "router.gate")
     for kind, layer in ((kind, layer) for kind in reader.kinds for layer in range(3)):
-        router = ranks[0][kind, f"model.layers.{layer}.mlp.router.gate.weight"]
-        assert torch.equal(reader.read(kind, f"layers.{layer}.feed_forward.router.weight"), router)
         for ours, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items():
             parts = [rank[kind, f"model.layers.{layer}.mlp.experts.{theirs}"] for rank in ranks[:2]]
             found = reader.read(kind, f"layers.{layer}.feed_forward.experts.{ours}")
