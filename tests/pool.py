@@ -89,19 +89,18 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    linear = torch.nn.functional.linear
     while True:
         function, rank, world_size, store, args, options = pipe.recv()
         gc.collect()  # engines are cycles
         gc.freeze()  # what the libraries hold is not looked through again: a second per rank and engine
         try:
-            with_fresh_world(rank, world_size, store, linear)
+            with_fresh_world(rank, world_size, store)
             pipe.send((True, function(*args, **options)))
         except BaseException:
             pipe.send((False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}"))
 
 
-def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..., Any]) -> None:
+def with_fresh_world(rank: int, world_size: int, store: str) -> None:
     """Ends the previous world and joins a new one; clears the groups that DeepSpeed and megatron-core keep."""
     import sys
 
@@ -111,6 +110,8 @@ def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
+
+    from megatrain.engine.leftovers import clear_leftovers
 
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -126,7 +127,7 @@ def with_fresh_world(rank: int, world_size: int, store: str, linear: Callable[..
             setattr(groups, name, {} if isinstance(value, dict) else None)
     groups.mpu = None
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    torch.nn.functional.linear = linear  # an engine that was not closed leaves ZeRO-3's, on the ranks that it had
+    clear_leftovers()  # of engines that were not closed
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if "megatrain.parallel.tensor" in sys.modules:

@@ -19,6 +19,7 @@ from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, sizes, writ
 from megatrain.checkpoint.store import CheckpointWriter
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import optimizer_step_count
+from megatrain.parallel.mesh import group_of
 
 Result = TypeVar("Result")
 
@@ -80,7 +81,8 @@ class Saver:
         self.background, self.retention, self.lock = background, retention or Retention(), lock
         self._damaged = set(damaged)
         # of its own: the threads of a save talk to each other while training uses the other groups
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
+        everybody = list(range(dist.get_world_size()))
+        self._group = group_of("save", everybody, backend="gloo", timeout=_LONGEST_SAVE)
         self._shares = Shares(engine, self._group)
         self._staging = Staging()
         self._thread: Thread | None = None

@@ -23,6 +23,7 @@ from megatrain.engine.gradients import (
     collect_gradients,
     set_up_buckets,
 )
+from megatrain.engine.leftovers import clear_leftovers
 from megatrain.engine.mpu import MeshForDeepSpeed
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.start import import_deepspeed
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from megatrain.parallel.pipeline import Pipeline
 
 IGNORE = -100
-_LINEAR = nn.functional.linear
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -189,13 +189,9 @@ class Engine:
         return self.over_all_ranks(losses.sum()), self._global_loss_tokens(inputs.labels)
 
     def close(self) -> None:
-        """Takes DeepSpeed out of the process, for one that builds one engine after another.
-
-        ZeRO 3 leaves its own ``linear`` behind, whose backward hands out the gradients of weight and
-        bias in another order; ranks that differ in it would reduce each other's wrong buckets.
-        """
+        """Takes DeepSpeed out of the process, for one that builds one engine after another."""
         self._deepspeed.destroy()
-        nn.functional.linear = _LINEAR
+        clear_leftovers()
 
     @property
     def loss_scale(self) -> float:

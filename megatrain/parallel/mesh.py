@@ -1,12 +1,18 @@
 """The process groups of this rank."""
 
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from megatrain.config.schema import ParallelConfig
 from megatrain.parallel.topology import Topology
+
+_Groups = dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]
+_groups: WeakKeyDictionary[dist.ProcessGroup, _Groups] = WeakKeyDictionary()
+"""The groups of each world that lives, by purpose and ranks."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,39 @@ def build_mesh(topology: Topology, device: torch.device) -> Mesh:
         raise ValueError(f"{topology} needs {topology.world_size} ranks, but {world_size} were started")
     # torch names a group after its ranks and the number of groups that each of them has, so all make as many
     ends = [part for r in topology.groups(["pp"]) for part in (sorted({r[0], r[-1]}), *([one] for one in r[1:-1]))]
+
+    def group(purpose: str, all_ranks: list[list[int]]) -> dist.ProcessGroup:
+        own = next(ranks for ranks in all_ranks if rank in ranks)
+        return group_of(purpose, own, use_local_synchronization=True)
+
     return Mesh(
         topology=topology,
         rank=rank,
         device=device,
-        tp_group=_own_group(topology.groups(["tp"]), rank),
-        cp_group=_own_group(topology.groups(["cp"]), rank),
-        data_group=_own_group(topology.groups(["cp", "dp"]), rank),
-        ep_group=_own_group(topology.groups(["ep"]), rank),
-        edp_group=_own_group(topology.groups(["edp"]), rank),
-        pp_group=_own_group(topology.groups(["pp"]), rank),
-        model_group=_own_group(topology.groups(["tp", "pp"]), rank),
-        expert_model_group=_own_group(topology.groups(["tp", "ep", "pp"]), rank),
-        tied_group=_own_group(ends, rank),
-        self_group=_own_group(topology.groups([]), rank),
+        tp_group=group("tp", topology.groups(["tp"])),
+        cp_group=group("cp", topology.groups(["cp"])),
+        data_group=group("data", topology.groups(["cp", "dp"])),
+        ep_group=group("ep", topology.groups(["ep"])),
+        edp_group=group("edp", topology.groups(["edp"])),
+        pp_group=group("pp", topology.groups(["pp"])),
+        model_group=group("model", topology.groups(["tp", "pp"])),
+        expert_model_group=group("expert_model", topology.groups(["tp", "ep", "pp"])),
+        tied_group=group("tied", ends),
+        self_group=group("self", topology.groups([])),
     )
 
 
-def _own_group(all_ranks: list[list[int]], rank: int) -> dist.ProcessGroup:
-    own = next(ranks for ranks in all_ranks if rank in ranks)
-    return dist.new_group(own, use_local_synchronization=True)  # type: ignore[return-value]
+def group_of(purpose: str, ranks: list[int], **options: Any) -> dist.ProcessGroup:
+    """The world's group of ``ranks`` for ``purpose``: made when first asked for, and the same one after that.
+
+    A group holds three threads (gloo) or memory of the GPU (NCCL) as long as the world lives, so a process that
+    builds one engine after another must not make new ones for each. They can't end with their engine: torch would
+    give the next ones their names, and these would find the addresses of the old ones in the store.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "start the world first"
+    groups = _groups.setdefault(world, {})
+    key = purpose, tuple(ranks)
+    if key not in groups:
+        groups[key] = dist.new_group(ranks, **options)  # type: ignore[assignment]
+    return groups[key]
