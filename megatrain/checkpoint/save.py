@@ -77,12 +77,13 @@ class Saver:
         lock: FolderLock | None = None,
         damaged: frozenset[int] = frozenset(),
     ):
-        self.engine, self.folder, self.run_id = engine, folder, run_id
+        self.engine, self.folder = engine, folder
         self.background, self.retention, self.lock = background, retention or Retention(), lock
         self._damaged = set(damaged)
         # of its own: the threads of a save talk to each other while training uses the other groups
         everybody = list(range(dist.get_world_size()))
         self._group = group_of("save", everybody, backend="gloo", timeout=_LONGEST_SAVE)
+        self.run_id = self._gathered(run_id)[0]  # the array headers that this rank writes name it, too
         self._shares = Shares(engine, self._group)
         self._staging = Staging()
         self._thread: Thread | None = None
@@ -174,6 +175,7 @@ class Saver:
             if problem is None:
                 all_records = [record for _, rank_records in everything for record in rank_records]
                 problem, _ = _told(lambda: self._commit(writer, all_records, job))
+            notes += writer.notes
             if problem is None:
                 notes += self._after_commit(job.step)
             else:
