@@ -4,6 +4,7 @@ python launch/checkpoint.py ls runs/quickstart
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ def merge_all(options: argparse.Namespace) -> int:
 
 
 def rebuild(options: argparse.Namespace) -> int:
-    place = options.checkpoint.resolve().parent  # a run that goes on there would replace what is rebuilt
+    place = Path(os.path.realpath(options.checkpoint)).parent  # a run that goes on there would replace what is rebuilt
     with FolderLock(place), bar(None, "rebuild") as progress:
         manifest = rebuild_manifest(options.checkpoint, progress)
     print(f"{options.checkpoint}: {len(manifest.arrays)} arrays of step {manifest.step}, run {manifest.run_id}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import newest_checkpoint
+from megatrain.checkpoint.folder import checkpoint_at
 from megatrain.config.load import from_yaml
 
 
@@ -40,9 +40,7 @@ def continued(options: argparse.Namespace) -> str:
 
     from megatrain.train.generate import generate, load_model
 
-    checkpoint = options.checkpoint or newest_checkpoint(options.run / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{options.run} holds no checkpoint yet")
+    checkpoint = checkpoint_at(options.checkpoint or options.run)
     data = from_yaml((options.run / "config.yaml").read_text(encoding="utf-8")).data
     first = next(iter(data.train.values()))
     path = options.tokenizer or Path(data.tokenizer or Path(first.path) / "tokenizer.json")

@@ -4,7 +4,7 @@
     .step-00001000.partial/   being written, or the stump of a save that was killed
     .step-00001000.replaced/  the older save of a step while the newer one takes its name
     .step-00001000.removed/   being deleted
-    set-aside-1/              what was in the way of a save and is not surely worthless; nothing here reads it
+    set-aside-1-NAME          what was in the way of a save and is not surely worthless; nothing here reads it
     latest                    a hint for people: the name of the newest; nothing here reads it
 
 Only one save at a time may write into a folder; ``lock`` sees to it.
@@ -175,7 +175,10 @@ def clean_stumps(folder: Path, notes: list[str] | None = None) -> list[Path]:
                 shutil.rmtree(path)
                 removed.append(path)
         except OSError as error:
-            told.append(f"cannot clean {path} up: {error.strerror or error}")
+            try:
+                told.append(_put_aside(folder, path))
+            except OSError:
+                told.append(f"cannot clean {path} up: {error.strerror or error}")
     return removed
 
 
@@ -206,24 +209,32 @@ def publish(folder: Path, step: int, is_worthless: bool = True) -> str | None:
 
 
 def move_aside(folder: Path, paths: Sequence[Path]) -> Path:
-    """Moves ``paths``, all in ``folder``, into a new folder ``set-aside-…`` in it, which is returned.
+    """Moves ``paths``, all in ``folder``, into a new folder ``set-aside-1`` (or -2, …) in it, which is returned.
 
     Raises:
         OSError: they can't be moved.
     """
-    number = 1
-    while os.path.lexists(place := folder / f"set-aside-{number}"):
-        number += 1
+    place = _free_place(folder)
     place.mkdir()
     for path in paths:
-        os.rename(path, place / path.name)
+        path.rename(place / path.name)
     fsync_folder(folder)
     return place
 
 
 def _put_aside(folder: Path, path: Path) -> str:
-    place = move_aside(folder, [path])
-    return f"{path} was in the way and no whole checkpoint: it is now {place / path.name}"
+    """Gives something in ``folder`` another name there: to move a folder elsewhere one must be allowed to enter it."""
+    place = _free_place(folder, f"-{path.name.removeprefix('.')}")
+    path.rename(place)
+    fsync_folder(folder)
+    return f"{path} was in the way and is no whole checkpoint: it is now {place}"
+
+
+def _free_place(folder: Path, end: str = "") -> Path:
+    number = 1
+    while os.path.lexists(place := folder / f"set-aside-{number}{end}"):
+        number += 1
+    return place
 
 
 def _is_own_folder(path: Path) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader
-from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
@@ -18,14 +18,15 @@ def load_model(checkpoint: Path) -> Decoder:
     """The model of a checkpoint, in plain PyTorch and FP32, ready to evaluate.
 
     Raises:
-        CheckpointError: damaged or not there.
+        CheckpointError: damaged or not there, or its state is not that of a model.
     """
     reader = CheckpointReader(checkpoint)
-    model = build_empty_model(ModelConfig.model_validate(reader.state["model"]))
+    reader.require_files()  # before memory is taken
+    model = build_empty_model(saved_model(reader))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(reader.read(WEIGHT, name)))
-    load_router_biases(model, reader.state["router_biases"])
+    load_router_biases(model, require_state(reader, "router_biases")["router_biases"])
     return model.eval()
 
 

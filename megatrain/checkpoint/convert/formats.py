@@ -24,7 +24,8 @@ from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter
 from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
 from megatrain.checkpoint.convert.runners import HuggingFaceRunner, OwnRunner, Runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
-from megatrain.checkpoint.folder import is_committed, newest_checkpoint
+from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.folder import checkpoint_at
 
 EXTRAS = "huggingface"
 """Folder beside an imported checkpoint that keeps the tokenizer and generation config for the way back."""
@@ -89,8 +90,11 @@ def tokenizer_file(path: Path, choices: Choices) -> Path | None:
 
 
 def _native_checkpoint(path: Path) -> Path | None:
-    """``path`` itself, or the newest checkpoint in it."""
-    return path if is_committed(path) else newest_checkpoint(path)
+    """``path`` itself, or the newest checkpoint of the run there; None: there is none."""
+    try:
+        return checkpoint_at(path)
+    except CheckpointError:
+        return None
 
 
 def _read_native(path: Path, choices: Choices) -> Reader:

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
+from megatrain.config.yaml_text import Loader
+from megatrain.disk.small import read_regular
 
 NAME = "model.yaml"
 
@@ -26,9 +28,11 @@ def read_model(folder: Path, given: Path | None) -> ModelConfig:
     """
     path = given or folder / NAME
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        values = yaml.load(read_regular(path), Loader)["model"]
         return resolve_model(ModelConfig.model_validate(values))
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: --model names a config file that says what model it is") from error
-    except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValidationError, ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} holds no valid section `model`: {error}") from error

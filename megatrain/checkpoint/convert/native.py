@@ -11,8 +11,8 @@ from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
-from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import MOMENTS, WEIGHT
 
@@ -28,14 +28,16 @@ class NativeReader:
 
     def __init__(self, path: Path):
         self.path, self._reader = path, CheckpointReader(path)
-        self.model = resolve_model(ModelConfig.model_validate(self._reader.state["model"]))
+        self._reader.require_files()  # before memory is taken
+        self.model = saved_model(self._reader)
         self.table = identity(self.model)
         arrays = self._reader.arrays
         states = all((kind, name) in arrays for weight, name in arrays if weight == WEIGHT for kind in MOMENTS)
         self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)  # other formats know AdamW's alone
         self.step = self._reader.step
         self.adam = _adam_settings(self._reader.state)
-        self._biases: dict[str, list[float]] = self._reader.state["router_biases"] if balanced(self.model) else {}
+        biases = require_state(self._reader, "router_biases")["router_biases"]
+        self._biases: dict[str, list[float]] = biases if balanced(self.model) else {}
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
@@ -97,8 +99,13 @@ class NativeWriter:
 
 
 def _adam_settings(state: dict[str, Any]) -> dict[str, Any]:
-    optimizer = state.get("config", {}).get("optimizer", {})
-    if optimizer.get("name") not in ("adamw", "cpu_adamw"):
+    if "config" not in state:
         return {}
-    betas = (optimizer["beta1"], optimizer["beta2"])
-    return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}
+    try:
+        optimizer = state["config"]["optimizer"]
+        if optimizer["name"] not in ("adamw", "cpu_adamw"):
+            return {}
+        betas = (optimizer["beta1"], optimizer["beta2"])
+        return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the config in the checkpoint's state is not one of ours: {error!r:.100}") from error

@@ -26,6 +26,7 @@ from megatrain.checkpoint.convert.table import (
     require_lines,
     their_shapes,
 )
+from megatrain.disk.target import require_free
 from megatrain.engine.kinds import WEIGHT
 
 RECORD = "conversion.json"
@@ -58,8 +59,10 @@ def convert(request: Request) -> dict[str, Any]:
     """
     partial, failed = (request.target.with_name(request.target.name + end) for end in (".partial", ".failed"))
     for place in (request.target, partial, failed):
-        if place.exists():
-            raise ConversionError(f"{place} is there already: remove it, or choose another target")
+        try:
+            require_free(place, "remove it, or choose another target")
+        except FileExistsError as error:
+            raise ConversionError(str(error)) from error
     origin = detect(request.source)
     if origin == request.to:
         raise ConversionError(f"{request.source} is in the format {origin} already")
