@@ -88,6 +88,15 @@ TOOLS: dict[str, Callable[[Path], int]] = {
     "save": save,
 }
 CASES = list(product(PLACES, ODD, TOOLS))
+# what had no answer, or blocked saves for ever
+ONCE_WRONG = [
+    *product(["step"], ["unreadable"], ["ls", "verify", "prune", "resume", "save"]),
+    *product(["step", "partial", "replaced"], ["dangling", "empty"], ["save"]),
+    ("owner", "pipe", "prune"),
+    ("hint", "pipe", "save"),
+    ("manifest", "sparse", "convert"),
+    ("chunk", "sparse", "merge"),
+]
 
 
 @contextmanager
@@ -133,7 +142,8 @@ def try_all(cases: list[tuple[str, str, str]], folder: Path, capsys: pytest.Capt
 
 @pytest.mark.timeout(120)
 def test_odd_files_get_an_answer(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try_all(CASES[::37], memory_path, capsys)  # 37 and the numbers of places, kinds and tools have no factor in common
+    # 37 and the numbers of places, kinds and tools have no factor in common
+    try_all(ONCE_WRONG + CASES[::37], memory_path, capsys)
 
 
 @pytest.mark.slow
