@@ -112,6 +112,21 @@ def test_imports_follow_the_contract(path: Path) -> None:
     assert import_violations(room_of(path), path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sources("tests/reference") if not p.name.startswith(("test_", "conftest"))],
+    ids=lambda p: p.name,
+)
+def test_the_reference_knows_nothing_of_what_it_judges(path: Path) -> None:
+    """A formula that both sides take from one place is proved by neither. Runs are started by its tests alone."""
+    own = [
+        name
+        for name in imported_names(path.read_text(encoding="utf-8"))
+        if name.startswith((".", "megatrain", "tests"))
+    ]
+    assert [name for name in own if not name.startswith("tests.reference.")] == []
+
+
 def test_every_room_is_in_the_contract() -> None:
     rooms = {path.name for path in (ROOT / "megatrain").iterdir() if (path / "__init__.py").exists()}
     assert rooms <= set(CONTRACT)
