@@ -56,6 +56,8 @@ class Trainer:
     def __init__(self, config: dict[str, Any]):
         self.config, self.model, data = config, config["model"], config["data"]
         self.weights = initial_weights(self.model, config["train"]["seed"])
+        if config["precision"]["dtype"] == "fp16":  # DeepSpeed makes the FP32 weights of those of the step
+            self.weights = {name: weight.half().double() for name, weight in self.weights.items()}
         self.kept: dict[str, State] = {name: {} for name in self.weights}
         balanced = mixture_blocks(self.model) if self.model["router_balance_rate"] else []
         zeros = torch.zeros(self.model["num_experts"] or 0, dtype=torch.float64)
@@ -66,7 +68,7 @@ class Trainer:
         opened = {name: read_corpus(Path(source["path"])) for name, source in data["train"].items()}
         self._sources = [Source(corpus, name, data) for name, corpus in opened.items()]
         self._blend = Blend(_weights_by_sample(data), data["seed"])
-        self._validation = {name: Source(read_corpus(Path(p)), name, data) for name, p in data["validation"].items()}
+        self.validation = {name: Source(read_corpus(Path(p)), name, data) for name, p in data["validation"].items()}
 
     def batch(self, step: int) -> Batch:
         """Of step number ``step``, the first being 1."""
@@ -103,7 +105,7 @@ class Trainer:
         """Mean loss over the first batches of each validation set, without dropout."""
         size, most = self.config["train"]["global_batch_size"], self.config["train"]["eval_batches"]
         found = {}
-        for name, source in self._validation.items():
+        for name, source in self.validation.items():
             total, count = 0.0, 0
             for first in range(0, min(source.num_ordered, most * size), size):
                 rows = [source.ordered(number) for number in range(first, min(first + size, source.num_ordered))]
