@@ -24,9 +24,14 @@ class RouterStatistics:
 
 
 def mixture(
-    model: dict[str, Any], weights: dict[str, Tensor], name: str, x_BSD: Tensor, bias_E: Tensor | None
+    model: dict[str, Any],
+    weights: dict[str, Tensor],
+    name: str,
+    x_BSD: Tensor,
+    real_BS: Tensor,
+    bias_E: Tensor | None,
 ) -> tuple[Tensor, Tensor, RouterStatistics]:
-    """Output, side loss and statistics of one block."""
+    """Output, side loss and statistics of one block. Padding, where ``real_BS`` is false, counts in neither."""
     logits = x_BSD @ weights[f"{name}.router.weight"].T
     scores = logits.softmax(-1) if model["router_score"] == "softmax" else 1 / (1 + torch.exp(-logits))
     chosen = _chosen(model, scores.detach() + (0 if bias_E is None else bias_E))  # B, S, E, true or not
@@ -42,12 +47,15 @@ def mixture(
         y = y + feed_forward(model, weights, f"{name}.shared", x_BSD)
     chances = scores / scores.sum(-1, keepdim=True)
     statistics = RouterStatistics(
-        chosen.sum((0, 1)),
-        int(chosen.sum() - kept.sum()),
-        float(-(chances * chances.log()).sum()),
-        chosen.shape[0] * chosen.shape[1],
+        chosen[real_BS].sum(0),
+        int(chosen[real_BS].sum() - kept[real_BS].sum()),
+        float(-(chances * chances.log())[real_BS].sum()),
+        int(real_BS.sum()),
     )
-    return y, _side_loss(model, logits, chances, chosen), statistics
+    # DeepSeek-AI 2024, eq. 18: the choice that would be made without a bias
+    sequences = zip(logits, chances, _chosen(model, scores.detach()), real_BS, strict=True)
+    lost = [_side_loss(model, *(part[real_S] for part in parts)) for *parts, real_S in sequences if real_S.any()]
+    return y, sum(lost, torch.zeros((), dtype=torch.float64)), statistics
 
 
 def _expert(model: dict[str, Any], weights: dict[str, Tensor], name: str, expert: int, x: Tensor) -> Tensor:
@@ -78,12 +86,11 @@ def _has_room(model: dict[str, Any], chosen_BSE: Tensor) -> Tensor:
     return before < math.ceil(model["expert_capacity"] * even)
 
 
-def _side_loss(model: dict[str, Any], logits_BSE: Tensor, chances_BSE: Tensor, chosen_BSE: Tensor) -> Tensor:
-    """Balance (Fedus et al. 2021, eq. 4; of each sequence: DeepSeek-AI 2024, eq. 17) and z-loss (Zoph et al. 2022,
+def _side_loss(model: dict[str, Any], logits_SE: Tensor, chances_SE: Tensor, chosen_SE: Tensor) -> Tensor:
+    """Of one sequence: balance (Fedus et al. 2021, eq. 4; DeepSeek-AI 2024, eq. 17) and z-loss (Zoph et al. 2022,
     eq. 5). Both count once for each token."""
-    total = torch.zeros((), dtype=torch.float64)
-    length = chosen_BSE.shape[1]
-    for chances, chosen in zip(chances_BSE, chosen_BSE, strict=True):
-        share_E = chosen.sum(0) / chosen.sum()
-        total = total + model["router_balance_loss"] * length * len(share_E) * (share_E * chances.mean(0)).sum()
-    return total + model["router_z_loss"] * logits_BSE.exp().sum(-1).log().square().sum()
+    tokens, experts = chances_SE.shape
+    share_E = chosen_SE.sum(0) / chosen_SE.sum()
+    balance = experts * (share_E * chances_SE.mean(0)).sum()
+    z = logits_SE.exp().sum(-1).log().square().mean()
+    return tokens * (model["router_balance_loss"] * balance + model["router_z_loss"] * z)

@@ -32,20 +32,24 @@ class Output:
 
 @dataclass(frozen=True)
 class Places:
-    """``positions_BS`` in their documents; ``visible_BSS``: whether a query (row) sees a key (column)."""
+    """``positions_BS`` in their documents; ``visible_BSS``: whether a query (row) sees a key (column).
+
+    ``real_BS``: whether a token is none of padding.
+    """
 
     positions_BS: Tensor
     visible_BSS: Tensor
+    real_BS: Tensor
 
     @classmethod
-    def of(cls, positions_BS: Tensor | None, shape: torch.Size) -> "Places":
+    def of(cls, positions_BS: Tensor | None, real_BS: Tensor) -> "Places":
         """Causal; where documents are told apart, a token also sees nothing before its own document's first."""
-        count, length = shape
+        count, length = real_BS.shape
         places = torch.arange(length)
         own = places.expand(count, length) if positions_BS is None else positions_BS
         begins_BS = places - own
         seen = (places[None, :] <= places[:, None]) & (places[None, None, :] >= begins_BS[:, :, None])
-        return cls(own, seen)
+        return cls(own, seen, real_BS)
 
 
 def run(
@@ -53,13 +57,12 @@ def run(
     weights: dict[str, Tensor],
     tokens_BS: Tensor,
     labels_BS: Tensor,
-    positions_BS: Tensor | None,
+    places: Places,
     dropouts: tuple[Dropout, Dropout],
     biases: dict[int, Tensor],
 ) -> Output:
     """Losses of some sequences. ``dropouts``: of activations and of attention; ``biases``: of the routers, by block."""
     hidden, scores = dropouts
-    places = Places.of(positions_BS, tokens_BS.shape)
     x = weights["embedding.word.weight"][tokens_BS]
     if model["family"] == "gpt":
         x = x + weights["embedding.position.weight"][places.positions_BS]
@@ -71,7 +74,8 @@ def run(
         x = x + hidden.activations(inside, f"{name}.attention.output")
         normed = _norm(model, weights, f"{name}.feed_forward_norm", x)
         if number in mixture_blocks(model):
-            y, lost, routing[number] = mixture(model, weights, f"{name}.feed_forward", normed, biases.get(number))
+            arguments = model, weights, f"{name}.feed_forward", normed, places.real_BS, biases.get(number)
+            y, lost, routing[number] = mixture(*arguments)
             side_loss = side_loss + lost
         else:
             y = feed_forward(model, weights, f"{name}.feed_forward", normed)

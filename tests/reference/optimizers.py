@@ -49,16 +49,20 @@ def muon(w: Tensor, g: Tensor, kept: State, t: int, rate: float, decay: float, c
     """Jordan et al. 2024 with Nesterov's momentum, of AdamW's size as in Liu et al. 2025, eq. 4."""
     mu = config["muon_momentum"]
     m = kept["exp_avg"] = mu * kept.get("exp_avg", torch.zeros_like(w)) + (1 - mu) * g
-    x = mu * m + (1 - mu) * g
+    return w - rate * (0.2 * math.sqrt(max(w.shape)) * _orthogonal(mu * m + (1 - mu) * g) + decay * w)
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """a x + b (x x^T) x + c (x x^T)^2 x, five times."""
     x = x / (x.square().sum().sqrt() + 1e-7)
-    for _ in range(5):  # a x + b (x x^T) x + c (x x^T)^2 x
+    for _ in range(5):
         if x.shape[0] <= x.shape[1]:
             gram = x @ x.T
             x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
         else:
             gram = x.T @ x
             x = 3.4445 * x - 4.7750 * x @ gram + 2.0315 * x @ gram @ gram
-    return w - rate * (0.2 * math.sqrt(max(w.shape)) * x + decay * w)
+    return x
 
 
 def update_of(optimizer: str, name: str, weight: Tensor) -> Update:

@@ -106,7 +106,7 @@ RUNS: dict[str, Sections] = {
         "model": {"family": "qwen3", **LONGROPE, **SIGMOID, "router_normalize": False, "expert_capacity": 1.0,
                   "num_shared_experts": 0, "experts_per_token": 2},
         "optimizer": {"name": "lion", "lr": 2e-3},
-        "data": {"sequences": "pack_documents"},
+        "data": {"sequences": "mask_documents"},
         "train": {"micro_batch_size": 4},
     },
     "llama: adamw, dynamic, documents by a kernel of their own": {

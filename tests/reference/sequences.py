@@ -17,11 +17,12 @@ _CHUNK, _GROUP = 1024, 8  # documents packed together; chunks whose rows are mix
 
 @dataclass(frozen=True)
 class Row:
-    """Three lists of S numbers; ``positions`` restart where a document does."""
+    """Four lists of S numbers; ``positions`` restart where a document does; ``real``: 1, in padding 0."""
 
     tokens: list[int]
     labels: list[int]
     positions: list[int]
+    real: list[int]
 
 
 class Source:
@@ -72,7 +73,7 @@ class Source:
             ends = token == self.corpus.eod
             place = 0 if ends else place + 1
             labels.append(NO_LOSS if following is None or (ends and not self._eod_loss) else following)
-        return Row([token or 0 for token in raw[:-1]], labels, positions)
+        return Row([token or 0 for token in raw[:-1]], labels, positions, [1] * self.length)
 
     def _packed(self, pieces: list[list[int]]) -> Row:
         """Pieces one after the other, each with the token behind it as its last label where the document goes on."""
@@ -84,7 +85,8 @@ class Source:
             labels += following + [NO_LOSS] * (len(inside) - len(following))
             positions += range(len(inside))
         rest = self.length - len(tokens)
-        return Row(tokens + [self.corpus.eod] * rest, labels + [NO_LOSS] * rest, [*positions, *range(rest)])
+        real = [1] * len(tokens) + [0] * rest
+        return Row(tokens + [self.corpus.eod] * rest, labels + [NO_LOSS] * rest, [*positions, *range(rest)], real)
 
     def _all_rows(self) -> list[list[list[list[int]]]]:
         """Rows of pieces of every chunk of documents. A piece that its document outlasts has one token more than S."""
@@ -135,10 +137,11 @@ def tells_documents_apart(kind: str) -> bool:
     return kind in ("mask_documents", "pack_documents")
 
 
-def as_arrays(rows: list[Row], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, labels and positions [rows x S / length, length]: samples cut into shorter sequences."""
-    tokens, labels, positions = (
-        np.array([getattr(row, name) for row in rows]).reshape(-1, length) for name in ("tokens", "labels", "positions")
+def as_arrays(rows: list[Row], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each of a row's lists [rows x S / length, length]: samples cut into shorter sequences."""
+    tokens, labels, positions, real = (
+        np.array([getattr(row, name) for row in rows]).reshape(-1, length)
+        for name in ("tokens", "labels", "positions", "real")
     )
     begins = np.where(positions == 0, np.arange(length), 0)
-    return tokens, labels, np.arange(length) - np.maximum.accumulate(begins, 1)  # a cut starts anew, too
+    return tokens, labels, np.arange(length) - np.maximum.accumulate(begins, 1), real  # a cut starts anew, too

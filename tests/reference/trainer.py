@@ -16,7 +16,7 @@ from tests.reference.data_order import Blend, stages
 from tests.reference.dropout import Dropout
 from tests.reference.files import read_corpus
 from tests.reference.initial import initial_weights, mixture_blocks
-from tests.reference.model import Output, run
+from tests.reference.model import Output, Places, run
 from tests.reference.optimizers import State, update_of
 from tests.reference.rules import decay_and_scale
 from tests.reference.scaler import LARGEST, LossScaler
@@ -29,6 +29,8 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     positions: Tensor | None
+    real: Tensor
+    """Whether a token is none of padding."""
     ids: list[int] | None
     """Global numbers of the sequences; None in an evaluation."""
 
@@ -118,12 +120,20 @@ class Trainer:
     def _run(self, weights: dict[str, Tensor], batch: Batch) -> Output:
         chances = (self.model[key] for key in ("dropout", "attention_dropout"))
         hidden, scores = (Dropout(chance, self.config["train"]["seed"], batch.ids) for chance in chances)
-        return run(self.model, weights, batch.tokens, batch.labels, batch.positions, (hidden, scores), self.biases)
+        return run(
+            self.model,
+            weights,
+            batch.tokens,
+            batch.labels,
+            Places.of(batch.positions, batch.real),
+            (hidden, scores),
+            self.biases,
+        )
 
-    def _as_batch(self, tokens: Any, labels: Any, positions: Any, ids: list[int] | None) -> Batch:
+    def _as_batch(self, tokens: Any, labels: Any, positions: Any, real: Any, ids: list[int] | None) -> Batch:
         apart = tells_documents_apart(self.config["data"]["sequences"])
         own = torch.from_numpy(positions) if apart else None
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), own, ids)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), own, torch.from_numpy(real).bool(), ids)
 
     def _update(self, gradients: dict[str, Tensor], lr: float) -> None:
         self.num_updates += 1
