@@ -30,6 +30,7 @@ def differences(run: Path, bands: Bands) -> tuple[list[str], dict[str, float]]:
     reference, found = Trainer(config), _Found(bands)
     initial = dict(reference.weights)
     steps = {record["step"]: record for record in records if record["kind"] == "step"}
+    sources = {record["step"]: record["sources"] for record in records if record["kind"] == "sources"}
     evaluations: dict[int, dict[str, float]] = {}
     for record in records:
         if record["kind"] == "evaluation":
@@ -38,7 +39,9 @@ def differences(run: Path, bands: Bands) -> tuple[list[str], dict[str, float]]:
     assert list(steps) == list(range(1, number + 1)), "every step is logged"
     assert number in evaluations, "the last step is evaluated"
     for step, logged in steps.items():
-        found.compare_step(step, logged, reference.step(step))
+        expected_step = reference.step(step)
+        found.compare_step(step, logged, expected_step)
+        found.compare_sources(step, sources[step], expected_step.sources)
         if step in evaluations:
             expected = reference.evaluate()
             found.same(f"validation sets at step {step}", sorted(evaluations[step]), sorted(expected))
@@ -86,6 +89,16 @@ class _Found:
             self.same(f"loads of {block} at step {step}", routing[block]["load"], own["load"])
             self.same(f"drops of {block} at step {step}", routing[block]["drop_rate"], own["drop_rate"])
             self.near("loss", f"entropy of {block} at step {step}", routing[block]["entropy"], own["entropy"])
+
+    def compare_sources(self, step: int, logged: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
+        self.same(f"sources at step {step}", list(logged), list(expected))
+        for name, own in expected.items():
+            for key in ("tokens", "epoch"):
+                self.same(f"{key} of {name} at step {step}", logged[name][key], own[key])
+            if own["loss"] is None or logged[name]["loss"] is None:
+                self.same(f"loss of {name} at step {step}", logged[name]["loss"], own["loss"])
+            else:
+                self.near("loss", f"loss of {name} at step {step}", logged[name]["loss"], own["loss"])
 
     def compare_biases(self, saved: dict[str, list[float]], expected: dict[int, Tensor]) -> None:
         names = {f"layers.{block}.feed_forward.router.balance_bias": bias for block, bias in expected.items()}

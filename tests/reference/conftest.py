@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-Run = Callable[[dict[str, Any]], Path]
+Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="package")
@@ -33,28 +33,39 @@ def world() -> Iterator[None]:
 
 @pytest.fixture
 def train(world: None, memory_path: Path) -> Run:
-    """Trains a config, given as sections, from its first step to its last; returns its run folder."""
+    """Trains a config, given as sections, from its first step to its last; returns its run folder.
 
-    def trained(sections: dict[str, Any]) -> Path:
-        from megatrain.config.derive import num_tokens, resolve
-        from megatrain.config.rules import check
-        from megatrain.config.schema import RunConfig
-        from megatrain.data.training import TrainingData
-        from megatrain.data.validation import validation_loader, validation_sets
-        from megatrain.train.loop import Trainer
-        from megatrain.train.run_folder import RunFolder
-        from tests.layouts import build_engine
+    ``stop``: a step after which the run ends, to be resumed by another start.
+    """
 
-        asked = RunConfig.model_validate({"folder": str(memory_path / "runs"), "name": "run", **sections})
-        assert (problems := check(asked, 1)) == [], problems
-        config = resolve(asked, 1)
-        RunFolder.of(config).prepare(config)
-        engine, vocab = build_engine(config), num_tokens(config.model)
-        validation = {name: validation_loader(d, config, 0, 1) for name, d in validation_sets(config, vocab).items()}
-        try:
-            assert Trainer(config, engine, TrainingData(config, vocab), validation).train()
-        finally:
-            engine.close()
-        return RunFolder.of(config).path
+    def trained(sections: dict[str, Any], stop: int | None = None) -> Path:
+        sections = {"folder": str(memory_path / "runs"), "name": "run", **sections}
+        if stop is not None:
+            _start({**sections, "train": {**sections["train"], "steps": stop}})
+        return _start(sections)
 
     return trained
+
+
+def _start(sections: dict[str, Any]) -> Path:
+    """One start of a run, as train/run.py makes it, in a process group that is there already."""
+    from megatrain.config.derive import num_tokens, resolve
+    from megatrain.config.rules import check
+    from megatrain.config.schema import RunConfig
+    from megatrain.data.training import TrainingData
+    from megatrain.data.validation import validation_loader, validation_sets
+    from megatrain.train.loop import Trainer
+    from megatrain.train.run_folder import RunFolder
+    from tests.layouts import build_engine
+
+    asked = RunConfig.model_validate(sections)
+    assert (problems := check(asked, 1)) == [], problems
+    config = resolve(asked, 1)
+    RunFolder.of(config).prepare(config)
+    engine, vocab = build_engine(config), num_tokens(config.model)
+    validation = {name: validation_loader(d, config, 0, 1) for name, d in validation_sets(config, vocab).items()}
+    try:
+        assert Trainer(config, engine, TrainingData(config, vocab), validation).train()
+    finally:
+        engine.close()
+    return RunFolder.of(config).path

@@ -76,6 +76,7 @@ RUNS: dict[str, Sections] = {
         "optimizer": {"name": "adafactor", "lr": 3e-2, "rules": RULES[1:], "grad_clip": 10.0},
         "schedule": {"name": "inverse_sqrt", "warmup_steps": 2, "min_lr_ratio": 0.6},
         "data": {"eod_loss": False, "train": {"a": {"path": "large", "weight": "3/7"}, "b": {"path": "small"}},
+                 "weigh_by": "tokens", "temperature": 2.0,
                  "weight_schedule": [{"from_sample": 20, "weights": {"a": "2"}}],
                  "validation": {"one": "held_out", "other": "small"}},
         "train": {"steps": 6, "activation_checkpointing": "full"},
@@ -99,7 +100,7 @@ RUNS: dict[str, Sections] = {
     "sigmoid mixture of gpt: muon, balance bias, groups": {
         "model": {"family": "gpt", **SIGMOID, "expert_interval": 2},
         "optimizer": {"name": "muon"},
-        "schedule": {"warmup_steps": 1},
+        "schedule": {"warmup_steps": 1, "decay_steps": 6},
         "train": {"eval_every": 2},
     },
     "sigmoid mixture of qwen3: lion, gates as they are, longrope": {
@@ -121,6 +122,13 @@ RUNS: dict[str, Sections] = {
         "train": {"steps": 2, "eval_batches": 1},
     },
 }  # fmt: skip
+
+STOPS = {
+    "gpt: adamw, cosine, masked documents, dropout, ramp, rules, clipping": 3,
+    "llama: adafactor, inverse square root, two sources, tied": 4,
+    "sigmoid mixture of gpt: muon, balance bias, groups": 1,
+}
+"""Runs of two starts, the second of which goes on behind this step. Their rates don't depend on the number of steps."""
 
 
 def sections_of(run: Sections, corpora: dict[str, str]) -> dict[str, Any]:

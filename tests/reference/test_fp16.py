@@ -18,23 +18,23 @@ MODEL = {"family": "gpt", "dropout": 0.1, "init_std": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("precision", "skipped"),
+    ("precision", "skipped", "stop"),
     [
-        ({"initial_loss_scale": 2.0**21, "loss_scale_window": 2}, [True, True, False, False, False, True, False]),
-        ({"initial_loss_scale": 2.0**21, "loss_scale_hysteresis": 2}, [True, True, True, False]),
+        ({"initial_loss_scale": 2.0**21, "loss_scale_window": 2}, [True, True, False, False, False, True, False], 5),
+        ({"initial_loss_scale": 2.0**21, "loss_scale_hysteresis": 2}, [True, True, True, False], 2),
     ],
     ids=["window", "hysteresis"],
 )
-def test_skipped_steps(train: Run, tmp_path: Path, precision: dict[str, Any], skipped: list[bool]) -> None:
+def test_skipped_steps(train: Run, tmp_path: Path, precision: dict[str, Any], skipped: list[bool], stop: int) -> None:
     corpus = str(make_dataset(tmp_path / "data", 3000, VOCAB))
     sections = {
         "model": MODEL,
         "precision": {"dtype": "fp16", **precision},
         "optimizer": {"eps": 1e-2, "grad_clip": 0.5},
-        "schedule": {"warmup_steps": 2},
+        "schedule": {"warmup_steps": 2, "decay_steps": 6},
         "train": {"steps": len(skipped), "micro_batch_size": 8},
     }
-    run = train(sections_of(sections, dict.fromkeys(("large", "held_out"), corpus)))
+    run = train(sections_of(sections, dict.fromkeys(("large", "held_out"), corpus)), stop)
     assert [record["skipped"] for record in read_metrics(run) if record["kind"] == "step"] == skipped
     problems, _ = differences(run, BANDS)
     assert not problems, "\n".join(problems)

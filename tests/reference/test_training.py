@@ -5,7 +5,7 @@ import pytest
 from tests.data.factory import make_dataset
 from tests.reference.comparison import Bands, differences
 from tests.reference.conftest import Run
-from tests.reference.runs import CORPORA, RUNS, VOCAB, sections_of
+from tests.reference.runs import CORPORA, RUNS, STOPS, VOCAB, sections_of
 
 # A run computes in FP32, which rounds each number by 6e-8: so a loss and a norm, sums of many; a moment by some tens of
 # that, as the gradients in it cancel. An update also has the rounding of the weight that it changes: of a norm's 1.0
@@ -21,5 +21,5 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_run_equals_the_reference(train: Run, corpora: dict[str, str], name: str) -> None:
-    problems, _ = differences(train(sections_of(RUNS[name], corpora)), BANDS)
+    problems, _ = differences(train(sections_of(RUNS[name], corpora), STOPS.get(name)), BANDS)
     assert not problems, "\n".join(problems)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.reference.data_order import Blend, stages
 from tests.reference.dropout import Dropout
-from tests.reference.files import read_corpus
+from tests.reference.files import Corpus, read_corpus
 from tests.reference.initial import initial_weights, mixture_blocks
 from tests.reference.model import Output, Places, run
 from tests.reference.optimizers import State, update_of
@@ -33,6 +33,8 @@ class Batch:
     """Whether a token is none of padding."""
     ids: list[int] | None
     """Global numbers of the sequences; None in an evaluation."""
+    sources: list[int] = field(default_factory=list)
+    """Numbers of the sources of the sequences."""
 
     @property
     def loss_tokens(self) -> int:
@@ -49,7 +51,8 @@ class StepRecord:
     loss_scale: float
     skipped: bool
     tokens: int
-    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    routing: dict[str, dict[str, Any]]
+    sources: dict[str, dict[str, Any]]
 
 
 class Trainer:
@@ -69,7 +72,7 @@ class Trainer:
         self._stages = stages(config)
         opened = {name: read_corpus(Path(source["path"])) for name, source in data["train"].items()}
         self._sources = [Source(corpus, name, data) for name, corpus in opened.items()]
-        self._blend = Blend(_weights_by_sample(data), data["seed"])
+        self._blend = Blend(_weights_by_sample(data, opened), data["seed"])
         self.validation = {name: Source(read_corpus(Path(p)), name, data) for name, p in data["validation"].items()}
 
     def batch(self, step: int) -> Batch:
@@ -77,9 +80,12 @@ class Trainer:
         count, length, first = self._stages[step - 1]
         window = self.config["data"]["seq_len"]
         samples = range(first, first + count * length // window)
-        rows = [self._sources[source].shuffled(number) for source, number in map(self._blend, samples)]
-        ids = [sample + cut * 2**48 for sample in samples for cut in range(window // length)]
-        return self._as_batch(*as_arrays(rows, length), ids)
+        found = [self._blend(sample) for sample in samples]
+        rows = [self._sources[source].shuffled(number) for source, number in found]
+        cuts = range(window // length)
+        batch = self._as_batch(*as_arrays(rows, length), [sample + cut * 2**48 for sample in samples for cut in cuts])
+        batch.sources = [source for source, _ in found for _ in cuts]
+        return batch
 
     def step(self, step: int) -> StepRecord:
         """One step: loss over its loss tokens, gradients, their norm, one update of each weight."""
@@ -100,7 +106,23 @@ class Trainer:
             self._move_biases(output)
         loss = float(output.losses_B.detach().sum()) / batch.loss_tokens
         routing = {f"layers.{block}": _routing(found) for block, found in output.routing.items()}
-        return StepRecord(loss, norm, lr, scale, skipped, batch.tokens.numel(), routing)
+        by_source = self._by_source(step, batch, output.losses_B.detach())
+        return StepRecord(loss, norm, lr, scale, skipped, batch.tokens.numel(), routing, by_source)
+
+    def _by_source(self, step: int, batch: Batch, losses_B: Tensor) -> dict[str, dict[str, Any]]:
+        """Mean loss in this step, tokens and epochs read up to its end."""
+        count, length, first = self._stages[step - 1]
+        window = self.config["data"]["seq_len"]
+        given = [self._blend(sample)[0] for sample in range(first + count * length // window)]
+        found = {}
+        for number, name in enumerate(self.config["data"]["train"]):
+            own = torch.tensor(batch.sources) == number
+            tokens = int((batch.labels[own] >= 0).sum())
+            read = given.count(number)
+            loss = float(losses_B[own].sum()) / tokens if tokens else None
+            epoch = read / self._sources[number].num_samples
+            found[name] = {"tokens": read * window, "epoch": epoch, "loss": loss}
+        return found
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -161,12 +183,19 @@ class Trainer:
         return reach > 1
 
 
-def _weights_by_sample(data: dict[str, Any]) -> list[tuple[int, list[Fraction]]]:
+def _weights_by_sample(data: dict[str, Any], corpora: dict[str, Corpus]) -> list[tuple[int, list[Fraction]]]:
+    """docs/data.md: by sample, times the sources' tokens to the power of 1 / temperature where these weigh."""
+    sizes = dict.fromkeys(corpora, Fraction(1))
+    if data["weigh_by"] == "tokens":
+        sizes = {name: Fraction(len(c.stream) ** (1 / data["temperature"])) for name, c in corpora.items()}
     current = {name: Fraction(str(source["weight"])) for name, source in data["train"].items()}
-    changes = [(0, list(current.values()))]
-    for change in data["weight_schedule"]:
-        current |= {name: Fraction(str(weight)) for name, weight in change["weights"].items()}
-        changes.append((change["from_sample"], list(current.values())))
+    changes = []
+    for first, weights in [
+        (0, {}),
+        *((change["from_sample"], change["weights"]) for change in data["weight_schedule"]),
+    ]:
+        current |= {name: Fraction(str(weight)) for name, weight in weights.items()}
+        changes.append((first, [weight * sizes[name] for name, weight in current.items()]))
     return changes
 
 
