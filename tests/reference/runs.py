@@ -45,7 +45,8 @@ SIGMOID = {
     "router_balance_loss": 0.0,
     "router_balance_rate": 0.05,
 }
-YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_seq_len": 16, "rope_beta_fast": 3.0}
+# both ends of the transition lie between two frequencies
+YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_theta": 100.0, "rope_beta_fast": 3.0}
 LONGROPE = {
     "rope_scaling": "longrope",
     "rope_scaling_factor": 4.0,

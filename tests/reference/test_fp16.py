@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.data.factory import make_dataset
+from tests.layouts import Layout, build_engine, global_batch, run_config
 from tests.reference.comparison import Bands, differences
 from tests.reference.conftest import Run
 from tests.reference.files import read_metrics
 from tests.reference.runs import VOCAB, sections_of
+from tests.reference.scaler import LossScaler
 
 # FP16 rounds each activation, weight and gradient by 2^-12 = 2.4e-4, and the reference none: an element of a gradient
 # comes through some tens of them, a norm averages them out. Measured: 5e-6, 2e-4, 6e-3 and 9e-3.
@@ -38,3 +41,25 @@ def test_skipped_steps(train: Run, tmp_path: Path, precision: dict[str, Any], sk
     assert [record["skipped"] for record in read_metrics(run) if record["kind"] == "step"] == skipped
     problems, _ = differences(run, BANDS)
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(("window", "hysteresis"), [(1, 1), (3, 2), (2, 3)])
+def test_scale_over_a_long_pattern_of_overflows(world: None, window: int, hysteresis: int) -> None:
+    """Steps whose gradients are made infinite, or left as they are, at random."""
+    precision = {"dtype": "fp16", "loss_scale_window": window, "loss_scale_hysteresis": hysteresis}
+    precision |= {"initial_loss_scale": 2.0**10}
+    train, model = {"steps": 100, "micro_batch_size": 16}, {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8}
+    config = run_config("llama", Layout(), model=model, precision=precision, train=train)
+    random, scaler = np.random.default_rng(window), LossScaler(config.precision.model_dump())
+    engine = build_engine(config)
+    try:
+        broken = False
+        engine.parameters[0][1].register_hook(lambda gradient: gradient * float("inf") if broken else gradient)
+        for step in range(1, 41):
+            # near FP16's ends the pattern is not left to chance: no overflow by itself, none at the smallest scale
+            broken = scaler.scale > 2**12 or (scaler.scale > 2 and bool(random.random() < 0.5))
+            result = engine.train_step(global_batch(1), step)
+            assert (result.loss_scale, result.skipped) == (scaler.scale, broken), f"step {step}"
+            scaler.step(broken)
+    finally:
+        engine.close()
