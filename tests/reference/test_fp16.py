@@ -17,25 +17,35 @@ from tests.reference.scaler import LossScaler
 # FP16 rounds each activation, weight and gradient by 2^-12 = 2.4e-4, and the reference none: an element of a gradient
 # comes through some tens of them, a norm averages them out. Measured: 5e-6, 2e-4, 6e-3 and 9e-3.
 BANDS = Bands(loss=2e-5, norm=1e-3, update=2e-2, moment=3e-2)
-MODEL = {"family": "gpt", "dropout": 0.1, "init_std": 0.05}
+GPT = {"family": "gpt", "dropout": 0.1, "init_std": 0.05}
+# initial weights with which no token is so near to another expert that FP16 sends it there
+MIXTURE = {"family": "llama", "init_std": 0.11, "num_dense_layers": 1, "num_experts": 4, "expert_hidden_size": 16}
+MIXTURE |= {"router_balance_loss": 0.0, "router_z_loss": 0.3, "router_balance_rate": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("precision", "skipped", "stop"),
+    ("model", "precision", "skipped", "stop"),
     [
-        ({"initial_loss_scale": 2.0**21, "loss_scale_window": 2}, [True, True, False, False, False, True, False], 5),
-        ({"initial_loss_scale": 2.0**21, "loss_scale_hysteresis": 2}, [True, True, True, False], 2),
+        (
+            GPT,
+            {"initial_loss_scale": 2.0**21, "loss_scale_window": 2},
+            [True, True, False, False, False, True, False],
+            5,
+        ),
+        (MIXTURE, {"initial_loss_scale": 2.0**20, "loss_scale_hysteresis": 2}, [True, True, True, False, False], 2),
     ],
-    ids=["window", "hysteresis"],
+    ids=["window", "hysteresis of a mixture"],
 )
-def test_skipped_steps(train: Run, tmp_path: Path, precision: dict[str, Any], skipped: list[bool], stop: int) -> None:
+def test_skipped_steps(
+    train: Run, tmp_path: Path, model: dict[str, Any], precision: dict[str, Any], skipped: list[bool], stop: int
+) -> None:
     corpus = str(make_dataset(tmp_path / "data", 3000, VOCAB))
     sections = {
-        "model": MODEL,
+        "model": model,
         "precision": {"dtype": "fp16", **precision},
         "optimizer": {"eps": 1e-2, "grad_clip": 0.5},
         "schedule": {"warmup_steps": 2, "decay_steps": 6},
-        "train": {"steps": len(skipped), "micro_batch_size": 8},
+        "train": {"steps": len(skipped), "micro_batch_size": 8, "eval_batches": 1},
     }
     run = train(sections_of(sections, dict.fromkeys(("large", "held_out"), corpus)), stop)
     assert [record["skipped"] for record in read_metrics(run) if record["kind"] == "step"] == skipped
