@@ -49,7 +49,13 @@ def muon(w: Tensor, g: Tensor, kept: State, t: int, rate: float, decay: float, c
     """Jordan et al. 2024 with Nesterov's momentum, of AdamW's size as in Liu et al. 2025, eq. 4."""
     mu = config["muon_momentum"]
     m = kept["exp_avg"] = mu * kept.get("exp_avg", torch.zeros_like(w)) + (1 - mu) * g
-    return w - rate * (0.2 * math.sqrt(max(w.shape)) * _orthogonal(mu * m + (1 - mu) * g) + decay * w)
+    x = mu * m + (1 - mu) * g
+    # several matrices in one parameter, a few rows of each in turn: queries, keys and values, each by itself
+    rows = config.get("stacked_rows") or [len(x)]
+    parts = x.unflatten(0, (-1, sum(rows))).split(rows, 1)
+    each = [_orthogonal(part.flatten(0, 1)).mul(0.2 * math.sqrt(max(part.flatten(0, 1).shape))) for part in parts]
+    whole = torch.cat([made.view_as(part) for made, part in zip(each, parts, strict=True)], 1).flatten(0, 1)
+    return w - rate * (whole + decay * w)
 
 
 def _orthogonal(x: Tensor) -> Tensor:

@@ -163,8 +163,16 @@ class Trainer:
         for name, weight in self.weights.items():
             decay, scale = decay_and_scale(name, weight, optimizer)
             update = update_of(optimizer["name"], name, weight)
-            arguments = weight, gradients[name], self.kept[name], self.num_updates, lr * scale, decay, optimizer
+            own = {**optimizer, "stacked_rows": self._stacked_rows(name)}
+            arguments = weight, gradients[name], self.kept[name], self.num_updates, lr * scale, decay, own
             self.weights[name] = update(*arguments)
+
+    def _stacked_rows(self, name: str) -> list[int] | None:
+        """Rows of a group's queries, key and value, where Muon takes these apart."""
+        if not (self.config["optimizer"].get("muon_split_qkv") and name.endswith("query_key_value.weight")):
+            return None
+        width = self.model["head_width"]
+        return [self.model["num_heads"] // self.model["num_kv_heads"] * width, width, width]
 
     def _move_biases(self, output: Output) -> None:
         """Wang et al. 2024, algorithm 1: against the load of the whole batch."""
