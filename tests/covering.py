@@ -23,6 +23,8 @@ SAMPLES: dict[str, Any] = {
     "dropout": 0.1, "attention_dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1,
     "num_dense_layers": 1, "expert_interval": 2, "router_groups": 2, "router_balance_rate": 0.01,
     "tp": 2, "cp": 2, "pp": 2, "dp": 2, "ep": 2,
+    "reduce_bucket_size": 1000, "sub_group_size": 1000, "stage3_prefetch_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
 }  # fmt: skip
 MOST_RANKS = 8
 RAMPS: dict[str, list[dict[str, int]]] = {"one_length": [], "shorter_first": [{"until_step": 1, "seq_len": 8}]}
@@ -47,8 +49,13 @@ def sections(features: Case) -> dict[str, dict[str, Any]]:
     """Features as sections of a config file."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in features.items():
-        section, field = AXES[name].key.split(".")
-        found.setdefault(section, {})[field] = raw(name, value)
+        *outer, field = AXES[name].key.split(".")
+        if outer[0] == "deepspeed" and raw(name, value) is None:
+            continue  # is left out where it is not set
+        section: dict[str, Any] = found
+        for part in outer:
+            section = section.setdefault(part, {})
+        section[field] = raw(name, value)
     return found
 
 

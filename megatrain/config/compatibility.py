@@ -54,7 +54,7 @@ class Axis:
             if _number(raw)
             else raw
         )
-        return text if text in self.values else self.values[-1]
+        return text if text in self.values else self.values[0 if raw is None else -1]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,19 @@ def _axes(**axes: str | tuple[str, tuple[str, ...]]) -> dict[str, Axis]:
     return {name: Axis(name, key, values, _USED_WITH.get(name)) for name, (key, values) in pairs.items()}
 
 
+_ZERO = "deepspeed.zero_optimization."
+_OF_ZERO_3 = (
+    *("sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+)
 _ONE, _NONE, _UNSET = ("1", ">1"), ("0", ">0"), ("null", "number")
 
 _USED_WITH = {
     "document_attention": ("sequences", ("mask_documents", "pack_documents", "one_document")),
     "cp_method": ("cp", (">1",)),
     **dict.fromkeys(("router_score", "router_groups", "router_balance_rate"), ("num_experts", ("number",))),
+    **dict.fromkeys(_OF_ZERO_3, ("zero_stage", ("3",))),
+    "reduce_bucket_size": ("zero_stage", ("1", "2", "3")),
 }
 
 AXES = _axes(
@@ -135,6 +142,8 @@ AXES = _axes(
     offload_activations="train.offload_activations",
     compile="train.compile",
     background="checkpoint.background",
+    overlap_comm=(f"{_ZERO}overlap_comm", ("false", "true")),
+    **{key: (f"{_ZERO}{key}", _UNSET) for key in ("reduce_bucket_size", *_OF_ZERO_3)},
 )
 
 _SPLIT = tuple(name for name, traits in SCHEDULES.items() if traits.splits_backward)
@@ -174,6 +183,10 @@ REFUSALS = (
         "zero_stage", "2 3", "pp", ">1",
         "ZeRO-2 and ZeRO-3 partition gradients inside backward hooks, which a pipeline schedule's backward for several "
         "micro-batches does not go through",
+    ),
+    _refuse(
+        "overlap_comm", "true", "zero_stage", "0 1",
+        "gradients are summed when all micro-batches are done: only ZeRO 2 and 3 sum them inside the backward pass",
     ),
     _refuse(
         "zero_stage", "3", "ep", ">1",

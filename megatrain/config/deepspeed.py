@@ -32,8 +32,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": {
             "stage": zero_stage,
             "overlap_comm": False,
-            # DeepSpeed allocates a whole bucket; more than all gradients are would be waste
-            "reduce_bucket_size": min(DEEPSPEED_BUCKET, num_parameters(config.model)),
+            "reduce_bucket_size": DEEPSPEED_BUCKET,
             "use_multi_rank_bucket_allreduce": False,  # each partition to its rank: half the bytes of an all-reduce
             # in one buffer: else ZeRO 1 all-reduces, and sums experts as if all ranks held the same
             "contiguous_gradients": parallel.zero_stage > 0 or parallel.ep > 1,
@@ -43,7 +42,11 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also runs on the host, without a compiler
         **_precision(config),
     }
-    return _merge(derived, config.deepspeed)
+    merged = _merge(derived, config.deepspeed)
+    # DeepSpeed allocates a whole bucket, and one that holds all gradients holds no more
+    zero = merged["zero_optimization"]
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], num_parameters(config.model))
+    return merged
 
 
 def _offload(offload: OffloadConfig) -> dict[str, Any]:

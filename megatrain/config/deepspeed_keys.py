@@ -1,4 +1,8 @@
-"""The few DeepSpeed keys that a user may add: they change how fast or how loud a run is, never what it computes."""
+"""The few DeepSpeed keys that a user may add: they change how fast or how loud a run is, never what it computes.
+
+Those of ``zero_optimization`` are axes of the table of compatibility: each is tried with every feature that it goes
+together with. The others only print, and a test holds that a run with all of them on has the same bits.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +21,11 @@ ALLOWED: dict[str, tuple[type, str]] = {
     "comms_logger.prof_all": (bool, "All operations, not only those in prof_ops."),
     "comms_logger.prof_ops": (list, "Names of the operations to log."),
     "comms_logger.debug": (bool, "Add the caller's name to each operation."),
-    "flops_profiler.enabled": (bool, "Count the operations of one step."),
-    "flops_profiler.profile_step": (int, "The step to count."),
-    "flops_profiler.module_depth": (int, "Depth of modules to print; -1: all."),
-    "flops_profiler.top_modules": (int, "Modules to print at each depth."),
-    "flops_profiler.detailed": (bool, "Print every module."),
-    "flops_profiler.output_file": (str, "File to print into."),
-    "zero_optimization.reduce_bucket_size": (int, "Elements of a gradient reduction."),
-    "zero_optimization.allgather_bucket_size": (int, "Elements of a gathering of weights."),
-    "zero_optimization.overlap_comm": (bool, "Reduce gradients during the backward pass."),
-    "zero_optimization.contiguous_gradients": (bool, "Copy gradients into one buffer as they come."),
-    "zero_optimization.round_robin_gradients": (bool, "ZeRO 2: spread gradients over ranks in turn."),
+    "zero_optimization.reduce_bucket_size": (
+        int,
+        "Elements of a gradient reduction; at most all are.",
+    ),
+    "zero_optimization.overlap_comm": (bool, "ZeRO 2, 3: reduce gradients during the backward pass."),
     "zero_optimization.stage3_prefetch_bucket_size": (int, "ZeRO 3: elements fetched ahead."),
     "zero_optimization.stage3_param_persistence_threshold": (int, "ZeRO 3: smaller weights are not sharded."),
     "zero_optimization.stage3_max_live_parameters": (int, "ZeRO 3: weights that may be whole at a time."),
@@ -59,9 +57,20 @@ _DERIVED = {
     "checkpoint": "the section `checkpoint`",
     "seed": "train.seed",
 }
-_KINDS = {bool: "true or false", int: "a whole number, at least {}", str: "text", list: "a list of names"}
-# least numbers other than 0
-_LEAST = {"flops_profiler.module_depth": -1, "zero_optimization.reduce_bucket_size": 1}
+# DeepSpeed key -> why no value of it is passed on
+_HARMFUL = {
+    "flops_profiler": "replaces torch's functions in the step that it counts, and attention over context ranks then "
+    "reads its mask wrongly (launch/plan.py counts operations, and train.peak_tflops has MFU logged)",
+    "zero_optimization.round_robin_gradients": "makes DeepSpeed order the weights of its partitions anew and look for "
+    "each at its old place: a checkpoint of ZeRO 1 or 2 then holds another weight's numbers under a name, and Muon and "
+    "Adafactor update other matrices than they should",
+    "zero_optimization.contiguous_gradients": "is set by megatrain: without one buffer of gradients ZeRO 1 sums those "
+    "of experts as if all ranks held the same ones, and ZeRO 2 refuses experts",
+    "zero_optimization.allgather_bucket_size": "does nothing: DeepSpeed gathers the weights of a group at once",
+}
+_KINDS = {bool: "true or false", int: "a whole number, at least {}", list: "a list of names"}
+_LEAST = {"zero_optimization.reduce_bucket_size": 1}
+"""Least numbers other than 0."""
 
 
 def forbidden_keys(config: RunConfig, world_size: int | None = None) -> Iterator[Problem]:
@@ -95,6 +104,8 @@ def _unknown(key: str, value: Any) -> Problem:
     if derived is not None:
         what = f"set {derived} instead" if "." in derived or "`" in derived else "leave it out"
         return _wrong(key, value, f"is decided by {derived}: megatrain derives DeepSpeed's own config", allowed, what)
+    if key in _HARMFUL:
+        return _wrong(key, value, _HARMFUL[key], allowed, "leave it out")
     near = nearest_keys(key, ALLOWED)
     cure = f"did you mean {' or '.join(f'deepspeed.{other}' for other in near)}?" if near else "leave it out"
     return _wrong(key, value, "is not a DeepSpeed key that may be added here", allowed, cure)

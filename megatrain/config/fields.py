@@ -84,11 +84,14 @@ def all_sections() -> dict[str, str]:
 
 
 def value_at(config: RunConfig, key: str) -> object:
-    """The value at a dotted key."""
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    """The value at a dotted key; None for a key below ``deepspeed`` that is not set."""
+    if key.startswith("deepspeed."):
+        return functools.reduce(_below, key.split(".")[1:], config.deepspeed)
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _below(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else None
 
 
 def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:

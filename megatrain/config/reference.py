@@ -20,7 +20,6 @@ SCHEMA_FILE, PAGE = Path("configs/schema.json"), Path("docs/config.md")
 _JSON_TYPES: dict[type, dict[str, Any]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer"},
-    str: {"type": "string"},
     list: {"type": "array", "items": {"type": "string"}},
 }
 

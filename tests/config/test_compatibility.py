@@ -10,7 +10,8 @@ import pytest
 from megatrain.config import compatibility_page
 from megatrain.config.combine import keys_of, read_features, refusal_of, refusals_of, values_left
 from megatrain.config.compatibility import AXES, CLASSES, REFUSALS, Axis
-from megatrain.config.fields import all_fields
+from megatrain.config.deepspeed_keys import ALLOWED
+from megatrain.config.fields import all_fields, value_at
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.rules import REFUSED_PAIRS, check
 from megatrain.config.schema import RunConfig
@@ -57,7 +58,8 @@ def test_a_refusal_reads_only_its_two_fields() -> None:
         seen: set[str] = set()
         watched: Any = Watched(RunConfig(), "", seen)
         list(rule.function(watched, None))
-        assert seen <= set(rule.reads) == set(keys_of(refusal))
+        assert set(rule.reads) == set(keys_of(refusal))
+        assert seen <= {"deepspeed" if key.startswith("deepspeed.") else key for key in rule.reads}  # one field
 
 
 @pytest.mark.parametrize("pair", REFUSED_BY_OTHERS, ids=lambda pair: "-".join(map("=".join, pair)))
@@ -84,7 +86,16 @@ def test_every_value_of_a_config_is_a_feature() -> None:
     assert AXES["dropout"].value_of(0.0) == "0" and AXES["dropout"].value_of(0.25) == ">0"
     assert AXES["num_experts"].value_of(None) == "null" and AXES["num_experts"].value_of(64) == "number"
     assert AXES["compile"].value_of(True) == "true" and AXES["zero_stage"].value_of(3) == "3"
-    assert {axis.key for axis in AXES.values()} <= set(all_fields())
+    assert {axis.key for axis in AXES.values()} <= {*all_fields(), *(f"deepspeed.{key}" for key in ALLOWED)}
+
+
+def test_a_key_below_deepspeed_is_a_feature_set_or_not() -> None:
+    for zero, overlap, size in (({}, "false", "null"), ({"overlap_comm": True, "sub_group_size": 0}, "true", "number")):
+        config = RunConfig(deepspeed={"zero_optimization": zero})
+        for name, value in (("overlap_comm", overlap), ("sub_group_size", size)):
+            assert AXES[name].value_of(value_at(config, AXES[name].key)) == value
+    for not_a_section in ({}, {"zero_optimization": 3}):
+        assert value_at(RunConfig(deepspeed=not_a_section), AXES["overlap_comm"].key) is None
 
 
 def test_a_question_names_features_by_name_or_key() -> None:

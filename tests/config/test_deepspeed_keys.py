@@ -4,13 +4,19 @@ from typing import Any
 
 import pytest
 
+from megatrain.config.compatibility import AXES
 from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
 from megatrain.config.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
 from megatrain.config.derive import num_parameters
 from megatrain.config.problems import Problem
 from megatrain.config.schema import ParallelConfig, RunConfig
 
-GOOD: dict[type, Any] = {bool: True, int: 1000, str: "flops.txt", list: ["all_reduce"]}
+PRINTING = (
+    *("wall_clock_breakdown", "memory_breakdown", "dump_state"),
+    *(f"comms_logger.{name}" for name in ("enabled", "verbose", "prof_all", "prof_ops", "debug")),
+)
+"""Keys that tests/parallel/test_deepspeed_keys.py has on, all of them, and finds to change no bit."""
+GOOD: dict[type, Any] = {bool: True, int: 1000, list: ["all_reduce"]}
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -71,16 +77,36 @@ def test_an_unknown_key_gets_the_nearest(key: str, cure: str) -> None:
     assert problem.allowed
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("zero_optimization.round_robin_gradients", True, "another weight's numbers"),
+        ("zero_optimization.contiguous_gradients", False, "experts"),
+        ("zero_optimization.allgather_bucket_size", 1000, "does nothing"),
+        ("flops_profiler", {"enabled": True}, "replaces torch's functions"),
+    ],
+)
+def test_a_key_that_does_harm_says_which(key: str, value: Any, reason: str) -> None:
+    (problem,) = problems_of(key, value)
+    assert (problem.key, problem.value, problem.cure) == (f"deepspeed.{key}", value, "leave it out")
+    assert reason in problem.message
+    assert key.rpartition(".")[2] not in problem.allowed
+
+
+def test_every_key_is_an_axis_or_only_prints() -> None:
+    axes = {axis.key for axis in AXES.values() if axis.key.startswith("deepspeed.")}
+    assert axes | {f"deepspeed.{key}" for key in PRINTING} == {f"deepspeed.{key}" for key in ALLOWED}
+
+
 def test_a_section_wants_keys() -> None:
     (problem,) = problems_of("comms_logger", True)
     assert "enabled" in problem.allowed and problem.cure == "put its keys below it"
 
 
 def test_bounds() -> None:
-    assert problems_of("flops_profiler.module_depth", -1) == []
-    assert problems_of("flops_profiler.module_depth", -2)
-    assert problems_of("flops_profiler.profile_step", -1)
     assert problems_of("zero_optimization.reduce_bucket_size", 0)
+    assert problems_of("zero_optimization.sub_group_size", 0) == []
+    assert problems_of("zero_optimization.sub_group_size", -1)
     assert problems_of("comms_logger.prof_ops", [1])
 
 
@@ -92,3 +118,5 @@ def test_a_bucket_holds_no_more_than_all_gradients() -> None:
     assert deepspeed_config(large)["zero_optimization"]["reduce_bucket_size"] == DEEPSPEED_BUCKET
     own = RunConfig(parallel=ParallelConfig(dp=1), deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
     assert deepspeed_config(own)["zero_optimization"]["reduce_bucket_size"] == 1000
+    own.deepspeed["zero_optimization"]["reduce_bucket_size"] = 10**12
+    assert deepspeed_config(own)["zero_optimization"]["reduce_bucket_size"] == bucket

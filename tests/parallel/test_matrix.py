@@ -223,6 +223,10 @@ def test_an_allowed_pair_that_no_case_holds_does_nothing_or_needs_a_gpu() -> Non
     routing = ("router_score", "router_groups", "router_balance_rate")
     idle = {("cp", "cp_method"), ("document_attention", "sequences")}  # at cp 1, and without documents
     idle |= {("num_experts", name) for name in routing} | {(name, "optimizer") for name in routing}  # dense
+    of_zero = [axis.name for axis in AXES.values() if axis.used_with and axis.used_with[0] == "zero_stage"]
+    idle |= {("zero_stage", name) for name in of_zero}  # at a stage that does not ask for them
+    not_at_3 = ("ep", "pp", "pp_schedule", "optimizer", "activation_checkpointing")
+    idle |= {(other, name) for other in not_at_3 for name in of_zero if name != "reduce_bucket_size"}
     left_out = set(allowed_pairs()) - pairs_in_use().keys()
     assert {(one[0], two[0]) for one, two in left_out if not GPU_ONLY.keys() & {one, two}} == idle
     assert len(pairs_in_use()) > 3500
