@@ -9,7 +9,7 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,22 @@ class Pool:
         self._calls = 0
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[Any]:
-        """Results by rank. A worker that fails or hangs ends the pool's processes; the next call starts new ones."""
+    def run(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        placement: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """Results by rank. ``placement``: the worker of each rank, else its own number.
+
+        A worker that fails or hangs ends the pool's processes; the next call starts new ones.
+        """
         self._start()
         self._calls += 1
         store = str(Path(self._folder.name) / f"store-{self._calls}")
-        pipes = [pipe for _, pipe in self._workers[:world_size]]
+        pipes = [self._workers[worker][1] for worker in placement or range(world_size)]
         for rank, pipe in enumerate(pipes):
             pipe.send((function, rank, world_size, store, args, options))
         results = self._collect(pipes)

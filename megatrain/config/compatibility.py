@@ -141,6 +141,7 @@ AXES = _axes(
     activation_checkpointing="train.activation_checkpointing",
     offload_activations="train.offload_activations",
     compile="train.compile",
+    deterministic="train.deterministic",
     background="checkpoint.background",
     overlap_comm=(f"{_ZERO}overlap_comm", ("false", "true")),
     **{key: (f"{_ZERO}{key}", _UNSET) for key in ("reduce_bucket_size", *_OF_ZERO_3)},

@@ -21,10 +21,7 @@ ALLOWED: dict[str, tuple[type, str]] = {
     "comms_logger.prof_all": (bool, "All operations, not only those in prof_ops."),
     "comms_logger.prof_ops": (list, "Names of the operations to log."),
     "comms_logger.debug": (bool, "Add the caller's name to each operation."),
-    "zero_optimization.reduce_bucket_size": (
-        int,
-        "Elements of a gradient reduction; at most all are.",
-    ),
+    "zero_optimization.reduce_bucket_size": (int, "Elements of a gradient reduction; at most all are."),
     "zero_optimization.overlap_comm": (bool, "ZeRO 2, 3: reduce gradients during the backward pass."),
     "zero_optimization.stage3_prefetch_bucket_size": (int, "ZeRO 3: elements fetched ahead."),
     "zero_optimization.stage3_param_persistence_threshold": (int, "ZeRO 3: smaller weights are not sharded."),

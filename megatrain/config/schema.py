@@ -311,6 +311,11 @@ class TrainConfig(Section):
         description="torch.compile each block (needs a C++ compiler on CPU); runs as it is, with a message, where "
         "that does not work.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Two runs of one layout, and a run that was restarted, have the same bits on one kind of machine; "
+        "docs/parity.md says what it fixes and costs.",
+    )
     log_every: Positive = Field(10, description="Steps between two lines of metrics.")
     eval_every: Natural = Field(0, description="Steps between two evaluations; 0: only at the end.")
     eval_batches: Positive = Field(8, description="Global batches in one evaluation.")

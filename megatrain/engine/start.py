@@ -8,15 +8,18 @@ from functools import cache
 import torch
 
 from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
+from megatrain.engine.determinism import make_deterministic, num_cpu_threads
 
 _LAUNCHER_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def start_distributed() -> torch.device:
+def start_distributed(deterministic: bool = False) -> torch.device:
     """Initialises the process group (NCCL on GPUs, gloo on CPUs) and returns this rank's device.
 
-    Started without a launcher, the process is a world of its own.
+    Started without a launcher, the process is a world of its own. ``deterministic``: `train.deterministic`.
     """
+    if deterministic:
+        make_deterministic()
     deepspeed = import_deepspeed()
     alone = "RANK" not in os.environ
     for name, value in _LAUNCHER_DEFAULTS.items():
@@ -27,9 +30,8 @@ def start_distributed() -> torch.device:
     else:
         device = torch.device("cpu")
         # ranks of one host share its cores: more threads than cores wait for each other
-        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(num_cpu_threads(deterministic))
         speed_up_bf16_matmul()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
     if alone:
         os.environ["MASTER_PORT"] = "0"
     backend = "nccl" if device.type == "cuda" else "gloo"

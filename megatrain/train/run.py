@@ -28,7 +28,7 @@ def run(config: RunConfig) -> bool:
     assert config.parallel.dp is not None, "resolve the config first"
     training = TrainingData(config, num_tokens(config.model))
     validation = validation_sets(config, num_tokens(config.model))
-    device = start_distributed()
+    device = start_distributed(config.train.deterministic)
     with _claimed_folder(config) as lock:
         engine = build_engine(config, device)
         place = engine.mesh.coordinate("dp"), config.parallel.dp, device.type == "cuda"

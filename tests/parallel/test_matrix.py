@@ -131,13 +131,16 @@ def run_case(case: Case, folder: str) -> Ran:
     """The steps of a case; a checkpoint is written while the last of them runs. Runs on every rank."""
     # traced and differentiated, but without C++ for each block, which takes half a minute
     traced = functools.partial(torch.compile, backend="aot_eager")
+    config = config_of(case, folder)
+    torch.use_deterministic_algorithms(config.train.deterministic)
     with unittest.mock.patch.object(torch, "compile", traced):
-        engine = build_engine(config_of(case, folder))
+        engine = build_engine(config)
         try:
             return train_around_a_save(engine, functools.partial(batch_of, case), Path(folder))
         finally:
             engine.close()
             torch._dynamo.reset()
+            torch.use_deterministic_algorithms(False)
 
 
 def train_around_a_save(engine: Any, batch: Any, folder: Path) -> Ran:
