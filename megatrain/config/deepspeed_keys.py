@@ -57,7 +57,7 @@ _DERIVED = {
 # DeepSpeed key -> why no value of it is passed on
 _HARMFUL = {
     "flops_profiler": "replaces torch's functions in the step that it counts, and attention over context ranks then "
-    "reads its mask wrongly (launch/plan.py counts operations, and train.peak_tflops has MFU logged)",
+    "reads its mask wrongly; train.peak_tflops has the operations per second logged, as MFU",
     "zero_optimization.round_robin_gradients": "makes DeepSpeed order the weights of its partitions anew and look for "
     "each at its old place: a checkpoint of ZeRO 1 or 2 then holds another weight's numbers under a name, and Muon and "
     "Adafactor update other matrices than they should",

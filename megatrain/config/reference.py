@@ -55,8 +55,8 @@ def field_table() -> str:
         parts.append(f"{title}\n\n{about}\n\n{_table(('key', 'values', 'default', 'meaning'), rows)}")
     extra = [(f"deepspeed.{key}", kind_of(key), text) for key, (_, text) in ALLOWED.items()]
     about = (
-        "Extra DeepSpeed keys. All others are refused: derived ones with the name of the field to set instead, and those "
-        "that would change numbers, break checkpoints or do nothing with the reason."
+        "Extra DeepSpeed keys. All others are refused: derived ones with the name of the field to set instead, and "
+        "those that would change numbers, break checkpoints or do nothing with the reason."
     )
     parts.append(f"### `deepspeed`\n\n{about}\n\n{_table(('key', 'values', 'meaning'), extra)}")
     return "\n".join(parts)

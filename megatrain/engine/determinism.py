@@ -18,7 +18,8 @@ def make_deterministic() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)  # torch.compile, too, then measures no kernels to choose from
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    # nothing here reads what was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
