@@ -129,12 +129,17 @@ def digests(ranks_of_hosts: list[int], *arguments: str) -> list[str]:
         environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # these threads are more than there are cores
         command = [sys.executable, "-m", "tests.engine.determinism_run", *arguments]
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    found = [process.communicate()[0] for process in running]
+    try:
+        found = [process.communicate()[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * len(places)
     return found[::-1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes that import everything
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: one thread, wherever a rank is")
 def test_two_ranks_on_one_host_or_on_two() -> None:
     """Started as a run is. Without the field they have other threads, and other bits."""
