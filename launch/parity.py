@@ -1,11 +1,12 @@
-"""Runs one step of a config in two layouts on the same batch, and names the first tensor that differs.
+"""Runs the first steps of a config in two layouts on the same batches, and names the first tensor that differs.
 
     python launch/parity.py --config configs/model/llama_tiny.yaml --layout tp=2,pp=2 --against tp=1
 
 A layout is a list of fields of the section `parallel`; `model`, `train` and the rest come from config files and
-dotted overrides, as for pretrain.py. Without data.train the batch is random. Compared are activations at the borders
-of blocks, loss, gradients, gradient norm and updated weights, in bands that follow precision.dtype
-(docs/parity.md). Exit code: 0 equal, 1 different, 2 a config that cannot run.
+dotted overrides, as for pretrain.py. Without data.train the batches are random. Compared are activations at the borders
+of blocks, losses, gradients and their norms, moments, updates, balance biases and skipped steps, each in the band that
+rounding explains: the layout to trust runs four more times, with noise of that size (docs/parity.md). Exit code: 0
+equal, 1 different, 2 a config that cannot run.
 """
 
 import argparse

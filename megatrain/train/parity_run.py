@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 from megatrain.config.schema import RunConfig
 from megatrain.engine.start import start_distributed
-from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.mesh import topology_of
-from megatrain.train.parity import RankCapture, capture_step
-from megatrain.train.parity_compare import BANDS, Divergence, compare
+from megatrain.train.parity import RankCapture, capture_steps
+from megatrain.train.parity_bands import Bands
+from megatrain.train.parity_compare import Divergence, compare
+
+DRAWS = 4
+"""Disturbed runs of the reference."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What came out: ``num_tensors`` were compared, on ``num_ranks`` ranks of the layout in question."""
+    """What came out: ``num_tensors`` were compared, on ``num_ranks`` ranks of the layout in question.
+
+    ``loss``: of its first step.
+    """
 
     differences: list[Divergence]
     num_tensors: int
@@ -24,16 +30,13 @@ class Parity:
 
 
 def compare_layouts(ours: RunConfig, reference: RunConfig) -> Parity:
-    """One step of both resolved configs."""
-    ranks, reference_ranks = run_layout(ours), run_layout(reference)
-    lr = learning_rate(1, ours.train.steps, ours.schedule, ours.optimizer)
-    differences = compare(ranks, reference_ranks, BANDS[ours.precision.dtype], lr)
-    num_tensors = len({key for rank in reference_ranks for key in rank.parts})
-    return Parity(differences, num_tensors, len(ranks), ranks[0].scalars["loss"])
+    """The first steps of both resolved configs."""
+    ranks, bands = run_layout(ours)[0], Bands(run_layout(reference, DRAWS))
+    return Parity(compare(ranks, bands), bands.num_tensors, len(ranks), ranks[0].scalars[1, "loss"])
 
 
-def run_layout(config: RunConfig) -> list[RankCapture]:
-    """What each rank captured."""
+def run_layout(config: RunConfig, draws: int = 0) -> list[list[RankCapture]]:
+    """What each rank captured, undisturbed and then in each of some draws of noise."""
     world_size = topology_of(config.parallel).world_size
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,11 +44,12 @@ def run_layout(config: RunConfig) -> list[RankCapture]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatrain.train.preload"])
     with context.Pool(world_size) as pool:  # all wait for each other: one task each
-        tasks = [(config, rank, world_size, port) for rank in range(world_size)]
-        return pool.starmap(_run_rank, tasks, chunksize=1)
+        tasks = [(config, draws, rank, world_size, port) for rank in range(world_size)]
+        return list(map(list, zip(*pool.starmap(_run_rank, tasks, chunksize=1), strict=True)))
 
 
-def _run_rank(config: RunConfig, rank: int, world_size: int, port: int) -> RankCapture:
+def _run_rank(config: RunConfig, draws: int, rank: int, world_size: int, port: int) -> list[RankCapture]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    return capture_step(config, start_distributed())
+    device = start_distributed()
+    return [capture_steps(config, device, draw=draw) for draw in range(1 + draws)]
