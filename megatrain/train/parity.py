@@ -64,7 +64,11 @@ def comparable(config: RunConfig) -> RunConfig:
 
 
 def capture_steps(
-    config: RunConfig, device: torch.device, change: Callable[[Engine], None] | None = None, draw: int = 0
+    config: RunConfig,
+    device: torch.device,
+    change: Callable[[Engine], None] | None = None,
+    draw: int = 0,
+    steps: int = STEPS,
 ) -> RankCapture:
     """Builds the engine and takes the first steps on the run's first batches. Collective over all ranks.
 
@@ -74,7 +78,8 @@ def capture_steps(
 
     Args:
         change: called with the engine before the first step; tests plant mistakes with it.
-        draw: > 0: every result is disturbed by one rounding (parity_noise.py), each draw by other ones.
+        draw: above 0, every result is disturbed by one rounding (parity_noise.py), each draw by other ones.
+        steps: how many; fewer than the reference's are compared with its first.
     """
     engine = build_engine(comparable(plain(config) if draw else config), device)
     try:
@@ -85,7 +90,7 @@ def capture_steps(
         if change is not None:
             change(engine)
         clip, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 0.0
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             result = _captured_step(captured, engine, step)
             before = _add_state(captured, engine, step, before)
             if step == 1 and clip and not result.skipped:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatrain.engine.kinds import WEIGHT
-from megatrain.train.parity import BIAS, CONTRIBUTION, UPDATE, Key, Part, RankCapture
+from megatrain.engine.kinds import MOMENTS, WEIGHT
+from megatrain.train.parity import BIAS, CONTRIBUTION, GRADIENT, UPDATE, Key, Part, RankCapture
 
 Measures = dict[str, float]
 RMS, HALF, ALONG, LARGEST = "error", "median error", "error along itself", "largest error"
-DECAY, NUMBER = "error along the weight", "number of experts"
+ROWS, DECAY, NUMBER = "error of rows", "error along the weight", "number of experts"
+_BY_ROWS = (GRADIENT, *MOMENTS)
 FACTOR = 4.0
 """Band over the largest spread that the draws had."""
 FLOOR = 2.0**-21
@@ -40,17 +41,27 @@ def measure(kind: str, error: np.ndarray, wanted: np.ndarray, weight: np.ndarray
 
     The root of the mean square; the median, which the few elements that tip over (AdamW's first step goes by a whole
     learning rate in the direction of a gradient that is rounding) do not move; the part along the tensor itself, a
-    wrong factor; the largest or, of an update, the part along the weight, a wrong decay.
+    wrong factor; the largest or, of an update, the part along the weight, a wrong decay; of a gradient or moment the
+    mean square over rows, each relative to its own size: queries' and keys' are small beside the values'.
     """
     if kind == BIAS:
         return {NUMBER: float((error != 0).sum())}
     size, half = np.sqrt(error.size), float(np.median(np.abs(error)))
     found = {RMS: _norm(error) / size, HALF: half}
+    if kind in _BY_ROWS and error.ndim > 1:
+        found[ROWS] = _norm(wanted) / size * _of_rows(error, wanted)
     if kind != UPDATE:
         return found | {ALONG: _along(error, wanted) / size, LARGEST: float(np.abs(error).max())}
     bounded = np.clip(error, -4 * half, 4 * half)  # a regression that does not follow what tips over
     found[ALONG] = _along(bounded, wanted) / size
     return found if weight is None else found | {DECAY: _along(bounded, weight) / size}
+
+
+def _of_rows(error: np.ndarray, wanted: np.ndarray) -> float:
+    """Rows without a gradient, of tokens that were not read, are left out."""
+    error_R, wanted_R = (np.sqrt(np.square(x).mean(-1)).ravel() for x in (error, wanted))
+    own = wanted_R > 0
+    return float(np.sqrt(np.mean(np.square(error_R[own] / wanted_R[own])))) if own.any() else 0.0
 
 
 def _along(error: np.ndarray, direction: np.ndarray) -> float:
@@ -88,7 +99,7 @@ class Bands:
             return {NUMBER: 2 + 2 * max(m[NUMBER] for m in own)}
         wanted, weight = self.whole[key][place], self.weight_before(key, place)
         scale = _norm(wanted) / np.sqrt(wanted.size)
-        stored = np.abs(wanted if weight is None else weight).max()
+        stored = max(np.abs(x).max() for x in (wanted, weight) if x is not None)
         bands = {
             name: FACTOR * max(max(m[name] for m in own), scale * self._pooled[key[:2]][name]) + FLOOR * float(stored)
             for name in own[0]
