@@ -17,6 +17,7 @@ from megatrain.engine.compiled_operators import free_locked_operators
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
 from megatrain.engine.gradients import (
+    add_experts_to_norm,
     add_without_copies,
     align_norms,
     all_reduce_accumulated,
@@ -127,6 +128,9 @@ class Engine:
         add_without_copies(self.optimizer)
         if config.parallel.pp > 1:
             align_norms(self.optimizer)
+        if config.parallel.ep > 1 and config.parallel.zero_stage > 0 and hasattr(self.optimizer, "bf16_groups"):
+            mark_dense_copies((p for _, p in self.parameters), mesh)
+            add_experts_to_norm(self.optimizer, MeshForDeepSpeed(mesh, shards_data_parallel=False))
         if config.precision.dtype == "fp16":
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
             self._count_good_step = count_good_steps_later(self.optimizer.loss_scaler)

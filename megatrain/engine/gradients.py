@@ -109,3 +109,24 @@ def align_norms(optimizer: Any) -> None:
         return torch.where(total.isfinite(), total, torch.inf)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def add_experts_to_norm(optimizer: Any, ranks_of_one_model: Any) -> None:
+    """Lets the norm of BF16 gradients under ZeRO 1 hold all experts on all ranks.
+
+    DeepSpeed adds up the experts' part over the expert ranks alone, not over the tensor and pipeline ranks that hold
+    other parts of them: each tensor rank then clips by a norm of its own. Here experts count as all weights do, over
+    the ranks that hold one model, experts included; of dense weights one expert rank counts (``mark_dense_copies``).
+
+    Args:
+        ranks_of_one_model: an ``mpu`` whose model-parallel group they are.
+    """
+    gradients = optimizer.get_grads_for_norm
+
+    def as_one(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return gradients(for_clipping=True)
+        dense, experts = gradients()
+        return [*dense, *(gradient for group in experts.values() for gradient in group)], {}
+
+    optimizer.get_grads_for_norm, optimizer.mpu = as_one, ranks_of_one_model
