@@ -1,4 +1,7 @@
-"""One step of many configs, on the CPU or on the GPU: python -m tests.gpu.captures cpu FILE."""
+"""The first step of many configs, on the CPU (also in draws of noise) or on the GPU:
+
+python -m tests.gpu.captures cpu FILE
+"""
 
 import os
 import pickle
@@ -36,11 +39,12 @@ def configs() -> dict[str, RunConfig]:
 
 
 def capture_all(device_type: str) -> dict[str, Any]:
-    """By name what a step of each config came to."""
+    """By name what a step of each config came to, on the CPU followed by its draws of noise."""
     import torch
 
     from megatrain.engine.start import start_distributed
-    from megatrain.train.parity import capture_step
+    from megatrain.train.parity import capture_steps
+    from megatrain.train.parity_run import DRAWS
 
     device = start_distributed()
     assert device.type == device_type
@@ -48,9 +52,9 @@ def capture_all(device_type: str) -> dict[str, Any]:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True
-    captured = {}
+    captured, draws = {}, DRAWS if device_type == "cpu" else 0
     for name, config in configs().items():
-        captured[name] = capture_step(config, device)
+        captured[name] = [capture_steps(config, device, draw=draw, steps=1) for draw in range(1 + draws)]
         torch._dynamo.reset()
     return captured
 

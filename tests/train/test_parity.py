@@ -96,7 +96,9 @@ def test_an_optimizer_that_keeps_no_gradient(pool: Pool) -> None:
 
 NORM_OF_TP = "gradient norm against the gradients"
 LAST_SUM = "sum over backward passes of head.weight"
-MISTAKES: list[tuple[Change | Patch, str, Layout, str]] = [
+# at the start attention is even, whatever the turns: in BF16 rounding hides them but in the gradients of queries and keys
+TURNED = {"fp32": "activation of layers.0", "bf16": "gradient of layers.4.attention.query_key_value.weight"}
+MISTAKES: list[tuple[Change | Patch, str, Layout, str | dict[str, str]]] = [
     (
         mistakes.forget_the_sum_of_norm_gradients,
         "llama",
@@ -108,7 +110,7 @@ MISTAKES: list[tuple[Change | Patch, str, Layout, str]] = [
     (mistakes.average_averages, "llama", Layout(dp=2), "loss"),
     (mistakes.drop_the_last_micro_batch, "llama", Layout(dp=2, zero_stage=1), "activation of embedding"),
     (mistakes.forget_a_backward, "llama", Layout(dp=2, zero_stage=2), "gradient of final_norm"),
-    (mistakes.count_positions_from_zero, "llama", Layout(cp=2), "activation of layers.0"),
+    (mistakes.count_positions_from_zero, "llama", Layout(cp=2), TURNED),
     (mistakes.average_instead_of_sum, "llama", Layout(dp=2, zero_stage=1), "gradient of final_norm"),
     (mistakes.count_a_tied_copy_twice, "gpt", Layout(pp=2, zero_stage=1), NORM_OF_TP),
     (mistakes.scatter_the_wrong_chunk, "llama", Layout(pp=2), "activation of layers.2"),
@@ -129,12 +131,13 @@ def name_of(value: object) -> str | None:
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mistake", "family", "layout", "first"), MISTAKES, ids=name_of)
 def test_a_mistake_is_found_and_named(
-    pool: Pool, mistake: Change | Patch, family: str, layout: Layout, first: str, dtype: str
+    pool: Pool, mistake: Change | Patch, family: str, layout: Layout, first: str | dict[str, str], dtype: str
 ) -> None:
     if dtype == "fp32" and mistake == ("deepspeed_config", mistakes.reduce_in_16_bits):
         pytest.skip("DeepSpeed reduces FP32 weights' gradients as they are")
     found = differences(pool, family, layout, mistake, steps=1, precision={"dtype": dtype})
-    assert found and found[0].what.startswith(first), [str(difference) for difference in found[:5]]
+    wanted = first if isinstance(first, str) else first[dtype]
+    assert found and found[0].what.startswith(wanted), [str(difference) for difference in found[:5]]
 
 
 def test_clipping_by_a_wrong_norm(pool: Pool) -> None:
