@@ -144,6 +144,5 @@ def test_documents_train_with_the_kernels_of_gpus(kernel: str) -> None:
         losses.sum().backward()
         norm = torch.stack([p.grad.float().norm() for p in model.parameters()]).norm()
         found.append((losses.sum().item(), norm.item()))
-    bands = BANDS["bf16"]
-    assert found[1][0] == pytest.approx(found[0][0], rel=bands.loss)
-    assert found[1][1] == pytest.approx(found[0][1], rel=bands.norm)
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-3)  # BF16 rounds each activation by 2^-9
+    assert found[1][1] == pytest.approx(found[0][1], rel=3e-2)

@@ -96,7 +96,7 @@ def test_an_optimizer_that_keeps_no_gradient(pool: Pool) -> None:
 
 NORM_OF_TP = "gradient norm against the gradients"
 LAST_SUM = "sum over backward passes of head.weight"
-# at the start attention is even, whatever the turns: in BF16 rounding hides them but in the gradients of queries and keys
+# attention begins even, whatever the turns: in BF16 rounding hides them but in the gradients of queries and keys
 TURNED = {"fp32": "activation of layers.0", "bf16": "gradient of layers.4.attention.query_key_value.weight"}
 MISTAKES: list[tuple[Change | Patch, str, Layout, str | dict[str, str]]] = [
     (
