@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,28 +35,36 @@ _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments ma
 
 
 Result = TypeVar("Result")
+What = Literal["weights", "weights_and_optimizer", "all"]
 ResumeData = Callable[[dict[str, Any], int], None]
 """Is given what a checkpoint holds under ``data`` and its step; raises UnfitError where the data can't go on there."""
 
 
-def load_checkpoint(engine: Engine, path: Path, resume_data: ResumeData) -> dict[str, Any]:
+def load_checkpoint(
+    engine: Engine, path: Path, resume_data: ResumeData, what: What = "all", grow: bool = False
+) -> dict[str, Any]:
     """Restores weights, moments, update count and loss scaler; each rank reads only the chunks that it needs.
 
     Args:
-        resume_data: called before anything is restored.
+        resume_data: called before anything is restored, where ``what`` is all.
+        what: weights: moments, update count and loss scaler stay as they are in a new run, and so do steps and data;
+            weights_and_optimizer: only steps and data do.
+        grow: the vocabulary may have more rows than the checkpoint's; the new ones keep their initial weights.
     Returns: the manifest's state (``step``, ``data``, …).
     Raises:
         UnfitError: of another model or data (all differing fields are listed).
         CheckpointError: damaged, on every rank if on any; the engine's state is then undefined.
     """
-    loading = _Loading(engine, path, resume_data)
+    loading = _Loading(engine, path, resume_data, what, grow)
     told = _on_every_rank(loading.read)
     if any(len(rows) for rows in told):
         _on_every_rank(lambda: loading.read_again(unproved(loading.parts, told)))
     reader = loading.reader
     finish_import(engine)
-    set_optimizer_step_count(engine, reader.state["optimizer_steps"])
     engine.routers.load_biases(reader.state["router_biases"])
+    if what == "weights":
+        return reader.state
+    set_optimizer_step_count(engine, reader.state["optimizer_steps"])
     if engine.config.precision.dtype == reader.state["dtype"]:
         engine.load_loss_scaler_state(reader.state["loss_scaler"])
     return reader.state
@@ -75,28 +83,40 @@ def _on_every_rank(action: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in told]  # type: ignore[misc]
 
 
-def require_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
-    """Refuses a checkpoint whose weights are another model's. Dropout and side losses do not shape the weights.
+def require_same_model(reader: CheckpointReader, model: ModelConfig, grow: bool = False) -> None:
+    """Refuses a checkpoint whose weights have other shapes, or another meaning; ``grow`` as in ``load_checkpoint``.
+
+    What the weights are trained with may change (experts' capacity, rotary frequencies, dropout): whoever resumes tells.
 
     Raises:
         UnfitError: lists every field that differs.
     """
-    ignored = ("dropout", "attention_dropout", "init_std", "router_balance_loss", "router_z_loss")
-    wanted = {field: value for field, value in model.model_dump(mode="json").items() if field not in ignored}
-    _require_equal(reader, "model", reader.state["model"], wanted)
-
-
-def _require_equal(reader: CheckpointReader, section: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [
-        f"{section}.{field}: {saved.get(field)!r} saved, {value!r} asked"
-        for field, value in wanted.items()
-        if saved.get(field) != value
-    ]
-    if different:
-        listed = "\n  ".join(different)
+    saved, wanted = reader.state["model"], model.model_dump(mode="json")
+    different = {field for field, value in wanted.items() if saved.get(field) != value}
+    in_the_way = {field for field in different if field in _SHAPES}
+    if model.family == "gpt" and "max_seq_len" in different:  # a row of the position table for each
+        in_the_way.add("max_seq_len")
+    if grow and "vocab_size" in different and (saved.get("vocab_size") or 0) < model.vocab_size:
+        in_the_way.remove("vocab_size")
+    if in_the_way:
+        lines = [
+            f"model.{field}: {saved.get(field)!r} saved, {wanted[field]!r} asked"
+            + ("" if field in in_the_way else " (may change)")
+            for field in wanted
+            if field in different
+        ]
+        listed = "\n  ".join(lines)
         raise UnfitError(
-            f"{reader.path} was made with another {section}:\n  {listed}\nuse the saved values, or another run folder"
+            f"{reader.path} was made with another model:\n  {listed}\nuse the saved values, or another run folder"
         )
+
+
+_SHAPES = (
+    *("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_width", "attention_bias"),
+    *("ffn_hidden_size", "num_experts", "expert_hidden_size", "num_shared_experts", "num_dense_layers"),
+    *("expert_interval", "vocab_size", "tie_embeddings"),
+)
+"""Fields of the model that weights of another value can't be loaded into."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +142,12 @@ class _Read:
         reader.read(self.kind, self.fragment.name, self.offset, self.shape, out, self.parts)
 
     def values(self, reader: CheckpointReader) -> Tensor:
-        """[size] FP32; zeros of a moment that the checkpoint lacks: of a converted model, or another optimizer."""
+        """[size] FP32, or less where the checkpoint has fewer rows; zeros of a moment that it lacks: of a converted
+        model, or another optimizer."""
         if self.kind != WEIGHT and (self.kind, self.fragment.name) not in reader.arrays:
             return torch.zeros(self.fragment.size)
+        if 0 in self.shape:
+            return torch.zeros(0)
         rows = torch.from_numpy(reader.read(self.kind, self.fragment.name, self.offset, self.shape)).flatten()
         return rows[self.before : self.before + self.fragment.size]
 
@@ -134,8 +157,9 @@ class _Loading:
 
     reader: CheckpointReader
 
-    def __init__(self, engine: Engine, path: Path, resume_data: ResumeData):
+    def __init__(self, engine: Engine, path: Path, resume_data: ResumeData, what: What, grow: bool):
         self._engine, self._path, self._resume_data = engine, path, resume_data
+        self._what, self._grow = what, grow
         self._reads: list[_Read] = []
 
     @property
@@ -147,15 +171,21 @@ class _Loading:
         """Opens the checkpoint and reads all; returns ``parts``, to be told to the other ranks."""
         self.reader = CheckpointReader(self._path)
         require_state(self.reader)
-        require_same_model(self.reader, self._engine.config.model)
-        self._resume_data(self.reader.state["data"], self.reader.state["step"])
-        prepare_import(self._engine)
+        require_same_model(self.reader, self._engine.config.model, self._grow)
+        if self._what == "all":
+            self._resume_data(self.reader.state["data"], self.reader.state["step"])
+        only_weights = self._what == "weights"
+        if not only_weights:
+            prepare_import(self._engine)
         fragments = local_fragments(self._engine)
-        self._reads = [read for fragment in fragments for read in _reads(fragment, self._engine, self.reader)]
+        reads = [read for fragment in fragments for read in _reads(fragment, self._engine, self.reader)]
+        self._reads = [read for read in reads if read.kind == WEIGHT or not only_weights]
         self._carry_out(self._reads)
         for key, factor in factors(self._engine).items():
-            present = key in self.reader.arrays
-            factor.copy_(torch.from_numpy(self.reader.read(*key)) if present else torch.zeros(factor.shape))
+            factor.zero_()
+            if key in self.reader.arrays and not only_weights:
+                saved = torch.from_numpy(self.reader.read(*key))
+                factor[: len(saved)].copy_(saved)
         return rows_of(self.parts)
 
     def read_again(self, chunks: set[int]) -> None:
@@ -169,6 +199,9 @@ class _Loading:
             for done in [pool.submit(_read_all, work, self.reader) for _ in range(_READERS)]:
                 done.result()
             for read, values in _ahead(pool, iter([read for read in reads if read.memory is None]), self.reader):
+                if (missing := read.fragment.size - len(values)) > 0:  # rows that the checkpoint does not have
+                    rest = read.fragment.values(read.kind)[-missing:].cpu()
+                    values = torch.cat([values, rest if read.kind == WEIGHT else torch.zeros(missing)])
                 read.fragment.set(read.kind, values.to(self._engine.mesh.device))
 
 
@@ -181,6 +214,10 @@ def _reads(fragment: Fragment, engine: Engine, reader: CheckpointReader) -> Iter
     if where.shape:
         offset = (where.offset[0] + first, *where.offset[1:])
         shape = (last - first, *where.shape[1:])
+    saved = reader.arrays.get((WEIGHT, fragment.name))
+    if where.shape and saved is not None and saved.shape[0] < where.full_shape[0]:  # a vocabulary that has grown
+        first_row = min(offset[0], saved.shape[0])
+        offset, shape = (first_row, *offset[1:]), (min(shape[0], saved.shape[0] - first_row), *shape[1:])
     for kind in kinds_of(engine, fragment.parameter):
         fits = (kind, fragment.name) in reader.arrays and fragment.size == torch.Size(shape).numel()
         memory = fragment.memory(kind) if fits else None

@@ -8,9 +8,11 @@ import torch.distributed as dist
 
 from megatrain.checkpoint.errors import CheckpointError, StorageError, UnfitError, explained
 from megatrain.checkpoint.folder import candidates, checkpoint_at, checkpoint_remains, list_checkpoints, move_aside
-from megatrain.checkpoint.load import ResumeData, load_checkpoint
+from megatrain.checkpoint.load import ResumeData, What, load_checkpoint
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.engine.engine import Engine
+from megatrain.engine.kinds import WEIGHT
+from megatrain.engine.state import factors
 
 Mode = Literal["auto", "never", "restart"]
 
@@ -19,22 +21,40 @@ Mode = Literal["auto", "never", "restart"]
 class Resumed:
     """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged or lack their manifest, and how.
 
-    ``versions``: of the programs that saved it, by name.
+    ``versions``: of the programs that saved it, by name; ``what``: how much of it was loaded; ``report``: the same in
+    sentences, of a checkpoint of another run.
     """
 
     path: Path
     state: dict[str, Any]
     versions: dict[str, str]
     skipped: tuple[tuple[Path, str], ...] = ()
+    what: What = "all"
+    report: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The step that the run stands at: 0 where only weights or optimizer were loaded."""
+        return self.state["step"] if self.what == "all" else 0
+
+    @property
+    def tokens(self) -> int:
+        """Read so far, as ``step``."""
+        return self.state.get("tokens", 0) if self.what == "all" else 0
 
 
 def resume(
-    engine: Engine, folder: Path, resume_data: ResumeData, mode: Mode = "auto", load: Path | None = None
+    engine: Engine,
+    folder: Path,
+    resume_data: ResumeData,
+    mode: Mode = "auto",
+    load: Path | None = None,
+    what: What = "all",
 ) -> Resumed | None:
     """Loads the newest whole checkpoint of ``folder``, else ``load``; None: the run starts fresh. Collective.
 
     Args:
-        load: a checkpoint of another run, for a folder that has none.
+        load: a checkpoint of another run, for a folder that has none; ``what`` says how much of it.
     Raises:
         UnfitError: the newest whole one is of another model or data.
         StorageError: there are checkpoints, but none can be loaded.
@@ -59,7 +79,33 @@ def resume(
         return None
     load = _agreed(engine, lambda load=load: checkpoint_at(load))
     versions = _agreed(engine, lambda: _looked_at(load))
-    return Resumed(load, load_checkpoint(engine, load, resume_data), versions)
+    state = load_checkpoint(engine, load, resume_data, what, grow=True)
+    report = _agreed(engine, lambda: _report(engine, CheckpointReader(load), what))
+    return Resumed(load, state, versions, what=what, report=report)
+
+
+def _report(engine: Engine, reader: CheckpointReader, what: What) -> tuple[str, ...]:
+    """What of another run's checkpoint was loaded, and what was not, in sentences."""
+    saved = {kind: sum(1 for other, _ in reader.arrays if other == kind) for kind, _ in sorted(reader.arrays)}
+    kept = {kind for moments in engine.moments.values() for kind in moments} | {kind for kind, _ in factors(engine)}
+    loaded = [f"{saved.pop(WEIGHT)} weights"]
+    if what != "weights":
+        loaded += [f"{saved.pop(kind)} {kind}" for kind in sorted(kept & set(saved))]
+        loaded.append(f"the optimizer's update count ({reader.state['optimizer_steps']})")
+    if reader.state["router_biases"]:
+        loaded.append("the routers' balance biases")
+    if what == "all":
+        loaded.append(f"step {reader.state['step']} and the place in the data")
+    left = [f"{count} {kind}" for kind, count in saved.items()]
+    left += ["the update count"] if what == "weights" else []
+    left += [f"step {reader.state['step']} and the place in the data: both start anew"] if what != "all" else []
+    sentences = [f"loaded {', '.join(loaded)}"]
+    if left:
+        sentences.append(f"not loaded: {', '.join(left)}")
+    before, now = reader.state["model"]["vocab_size"], engine.config.model.vocab_size
+    if now > before:
+        sentences.append(f"rows {before} to {now - 1} of the vocabulary are not in it: they keep their initial weights")
+    return tuple(sentences)
 
 
 def _looked_at(path: Path) -> dict[str, str]:

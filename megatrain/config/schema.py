@@ -170,7 +170,9 @@ class PrecisionConfig(Section):
     initial_loss_scale: PositiveFloat = Field(65536.0, description="FP16: first dynamic loss scale (a power of 2).")
     loss_scale_window: Positive = Field(1000, description="FP16: steps without overflow before the scale doubles.")
     loss_scale_hysteresis: Positive = Field(1, description="FP16: overflows in a row before the scale halves.")
-    min_loss_scale: PositiveFloat = Field(1.0, description="FP16: an overflow at this scale ends the run.")
+    min_loss_scale: PositiveFloat = Field(
+        1.0, description="FP16: an overflow at this scale ends the run, as train.max_skipped_steps of them do."
+    )
 
 
 def _weight(value: Any) -> Any:
@@ -291,6 +293,11 @@ class TrainConfig(Section):
     )
     micro_batch_size: Positive = Field(1, description="Sequences in one forward pass of one rank.")
     seed: Natural = Field(1234, description="Seed of the initial weights and of dropout.")
+    max_skipped_steps: Positive = Field(
+        20,
+        description="Steps in a row whose gradients may be NaN or infinite. Such a step changes nothing; the last of so "
+        "many ends the run.",
+    )
     activation_checkpointing: Literal["none", "full", "every_nth", "attention", "feed_forward", "budget"] = Field(
         "none",
         description="What is computed again in the backward pass instead of kept. full: all of each block; every_nth: "
@@ -345,6 +352,12 @@ class CheckpointConfig(Section):
     )
     load: str | None = Field(
         None, description="A checkpoint folder (step-…) of another run to start from when the run folder has none."
+    )
+    load_what: Literal["weights", "weights_and_optimizer", "all"] = Field(
+        "all",
+        description="What load brings. all: the run goes on at the checkpoint's step and place in the data. weights, "
+        "weights_and_optimizer: a second phase, which begins at step 0 with data, sequences and schedule of its own. "
+        "The vocabulary may have more rows than the checkpoint's.",
     )
 
 

@@ -14,6 +14,7 @@ from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.base_optimizer import build_base_optimizer
 from megatrain.engine.compiled_operators import free_locked_operators
+from megatrain.engine.cpu_fp16 import allow_fp16_on_cpus
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
 from megatrain.engine.gradients import (
@@ -64,7 +65,7 @@ class StepResult:
 
     ``loss``: mean over the step's loss tokens; ``losses``: sum of each of this rank's sequences [N] (zeros but on
     the last pipeline rank); ``grad_norm``: global norm before clipping; ``tokens``: tokens read by all ranks;
-    ``skipped``: overflow, no update; ``routing``: of a mixture of experts.
+    ``skipped``: the norm is not finite, so there was no update, on any rank; ``routing``: of a mixture of experts.
     """
 
     loss: Tensor
@@ -113,6 +114,8 @@ class Engine:
         else:
             mark_dense_copies((p for _, p in self.parameters), mesh)
         free_locked_operators(config)
+        if config.precision.dtype == "fp16":
+            allow_fp16_on_cpus()
         base = build_base_optimizer(self.parameters, config, mesh)
         self.moments = {parameter: group["moments"] for group in base.param_groups for parameter in group["params"]}
         """What the optimizer keeps of each parameter, by kind (engine/state.py)."""
@@ -161,15 +164,14 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         self.model.train()
         scale = self.loss_scale
-        inputs = self._inputs(batch)
-        num_tokens = self._global_loss_tokens(inputs.labels)
-        losses = self._forward_backward(inputs, self._gradient_factor() / num_tokens)
+        losses, num_tokens = self.accumulate(batch)
         self._reduce_what_deepspeed_does_not()
         self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
-        if self.config.precision.dtype == "fp16" and not skipped:
+        precision = self.config.precision
+        if precision.dtype == "fp16" and not skipped:
             self._count_good_step()
-        if skipped and scale == self.config.precision.min_loss_scale:
+        if skipped and precision.dtype == "fp16" and scale == precision.min_loss_scale:
             raise LossScaleError(
                 f"step {step}: FP16 gradients overflow at the smallest loss scale, precision.min_loss_scale = {scale:g}"
                 "; lower optimizer.lr or precision.min_loss_scale, or set precision.dtype to bf16"
@@ -184,6 +186,16 @@ class Engine:
             skipped=skipped,
             routing=self.routers.end_step(updated=not skipped),
         )
+
+    def accumulate(self, batch: RankBatch) -> tuple[Tensor, int]:
+        """The forward and backward passes of a step: leaves the gradients where DeepSpeed reduces them.
+
+        Returns: the sum of the losses of each of this rank's sequences [N] (zeros but on the last pipeline rank), and
+        the number of loss tokens over all ranks.
+        """
+        inputs = self._inputs(batch)
+        num_tokens = self._global_loss_tokens(inputs.labels)
+        return self._forward_backward(inputs, self._gradient_factor() / num_tokens), num_tokens
 
     @torch.no_grad()
     def evaluate(self, batch: RankBatch) -> tuple[Tensor, int]:

@@ -72,7 +72,7 @@ class Routers:
 
     def saved_biases(self) -> dict[str, list[float]]:
         """The balance biases [E] of all layers, for a checkpoint; FP32 numbers survive as JSON."""
-        if not self.config.router_balance_rate:
+        if not self.config.router_balance_rate and not self.biases.any():  # of a rate that is 0 by now they stay
             return {}
         return {bias_name(layer): row for layer, row in zip(self.layers, self.biases.tolist(), strict=True)}
 

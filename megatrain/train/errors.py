@@ -3,10 +3,18 @@
 from megatrain.checkpoint.errors import CheckpointError, StorageError
 from megatrain.config.problems import ConfigError
 from megatrain.data.errors import DataError
-from megatrain.engine.errors import LossScaleError, OperatorLockError
+from megatrain.engine.errors import LossScaleError, NonFiniteError, OperatorLockError
 from megatrain.train.run_folder import RunFolderError
 
-EXPECTED = (ConfigError, DataError, CheckpointError, RunFolderError, LossScaleError, OperatorLockError)
+EXPECTED = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    RunFolderError,
+    LossScaleError,
+    NonFiniteError,
+    OperatorLockError,
+)
 
 # exit codes; those of sysexits.h for an input/output error, and for what is to be tried again
 MISTAKE, STORAGE_FAILED, STOPPED = 2, 74, 75

@@ -16,11 +16,14 @@ from megatrain.train.throughput import Hardware
 
 ONLY_SET = "validation"
 """Name of a validation set that the config gives none."""
+_LONGEST_PERPLEXITY = 1e6
+"""Larger ones say nothing by their digits, and are shown by their power of ten."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logging step. ``tokens`` (over all ranks) and ``seconds`` cover all steps since the record before;
+    """One logging step. ``tokens`` (over all ranks), ``seconds`` and ``num_skipped`` (steps whose gradients were not
+    finite, and which changed nothing) cover all steps since the record before; ``skipped``: whether this one was;
     ``routing``: of a mixture's layers, as ``RoutingReport.read`` gives it."""
 
     step: int
@@ -31,6 +34,7 @@ class StepRecord:
     skipped: bool
     tokens: int
     seconds: float
+    num_skipped: int = 0
     routing: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -59,6 +63,7 @@ class MetricsLog:
 
         self.num_steps, self.flops_per_token, self.hardware = num_steps, flops_per_token, hardware
         self._previous_step, self._write_line = resumed_step, write_line
+        self._run = run
         _drop_after(run.metrics, resumed_step)
         self._file = run.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=resumed_step + 1)
@@ -84,6 +89,7 @@ class MetricsLog:
                 "train/lr": record.lr,
                 "train/loss_scale": record.loss_scale,
                 "train/skipped": float(record.skipped),
+                "train/num_skipped": float(record.num_skipped),
                 "throughput/tokens_per_second": record.tokens_per_second,
                 "throughput/mfu": mfu,
                 **_routing_scalars(record.routing),
@@ -97,10 +103,15 @@ class MetricsLog:
         for name, record in sources.items():
             self._scalars(step, {f"data/{name}/{key}": value for key, value in asdict(record).items()})
 
-    def log_evaluation(self, step: int, loss: float, perplexity: float, name: str = ONLY_SET) -> None:
-        """Reports an evaluation of the weights after ``step``, on the validation set ``name``, everywhere."""
+    def log_evaluation(self, step: int, loss: float, name: str = ONLY_SET) -> None:
+        """Reports an evaluation of the weights after ``step``, on the validation set ``name``, everywhere.
+
+        ``loss``: mean over the tokens, in nats; the perplexity is e to its power.
+        """
+        perplexity = _perplexity(loss)
+        shown = f"{perplexity:,.2f}" if perplexity < _LONGEST_PERPLEXITY else f"{perplexity:.3g}"
         title, tag = ("validation", "evaluation") if name == ONLY_SET else (f"validation {name}", f"evaluation/{name}")
-        self._write_line(f"{self._progress(step)} | {title} loss {loss:.4f} | perplexity {perplexity:,.2f}")
+        self._write_line(f"{self._progress(step)} | {title} loss {loss:.4f} | perplexity {shown}")
         self._append({"kind": "evaluation", "step": step, "set": name, "loss": loss, "perplexity": perplexity})
         self._scalars(step, {f"{tag}/loss": loss, f"{tag}/perplexity": perplexity})
 
@@ -110,6 +121,11 @@ class MetricsLog:
         self._append({"kind": kind, "step": step, **fields})
         numbers = {f"{kind}/{name}": float(value) for name, value in fields.items() if isinstance(value, int | float)}
         self._scalars(step, dict(numbers))
+
+    def evaluated(self, step: int) -> set[str]:
+        """The validation sets that have a record of an evaluation at ``step``."""
+        records = map(json.loads, self._run.metrics.read_text(encoding="utf-8").splitlines())
+        return {row["set"] for row in records if row["kind"] == "evaluation" and row["step"] == step}
 
     def close(self) -> None:
         self._file.close()
@@ -140,11 +156,12 @@ class MetricsLog:
             f"loss scale {record.loss_scale:g}",
             f"eta {remaining}",
         ]
-        return " | ".join(parts + ["skipped (overflow)"] * record.skipped)
+        if record.num_skipped > record.skipped:
+            parts.append(f"{record.num_skipped} steps skipped")
+        return " | ".join(parts + ["skipped (gradients not finite)"] * record.skipped)
 
     def _append(self, record: dict[str, Any]) -> None:
-        finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def _scalars(self, step: int, values: dict[str, float | None]) -> None:
@@ -152,6 +169,14 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(name, value, step)
         self._board.flush()
+
+
+def _perplexity(loss: float) -> float:
+    """e to the power of ``loss``; infinity where no float is so large (a loss above 709)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _routing_scalars(routing: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -164,9 +189,13 @@ def _routing_scalars(routing: dict[str, dict[str, Any]]) -> dict[str, float | No
     return scalars
 
 
-def _is_not_finite(value: Any) -> bool:
-    """JSON has no NaN and no infinity: readers get null."""
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """``value`` at any depth as JSON can have it, which has no NaN and no infinity: readers get null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(path: Path, step: int) -> None:

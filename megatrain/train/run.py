@@ -6,17 +6,19 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.errors import CheckpointError, StorageError
+from megatrain.checkpoint.folder import newest_checkpoint, require_free_space, step_of
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import set_aside
-from megatrain.config.derive import num_tokens
+from megatrain.config.derive import num_parameters, num_tokens
+from megatrain.config.problems import ConfigError
 from megatrain.config.schema import RunConfig
 from megatrain.data.training import TrainingData
 from megatrain.data.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
 from megatrain.train.build import build_engine
 from megatrain.train.loop import Trainer
-from megatrain.train.run_folder import RunFolder, RunFolderError
+from megatrain.train.run_folder import RunFolder, RunFolderError, require_steps_left
 
 
 def run(config: RunConfig) -> bool:
@@ -51,7 +53,7 @@ def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
         if dist.get_rank() == 0:
             try:
                 _claim(run, lock, config)
-            except (CheckpointError, RunFolderError) as error:
+            except (CheckpointError, ConfigError, RunFolderError) as error:
                 problem = [error]
         dist.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
@@ -61,7 +63,27 @@ def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
         lock.release()
 
 
+_LEAST_MOMENTS = {"adamw": 2, "cpu_adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}
+
+
+def require_room(run: RunFolder, config: RunConfig) -> None:
+    """Refuses to train what can't be saved. Counts FP32 weights and, of each optimizer, the moments that all have.
+
+    Raises:
+        StorageError: the disk of the run folder has no room for one checkpoint.
+    """
+    least = 4 * num_parameters(config.model) * (1 + _LEAST_MOMENTS[config.optimizer.name])
+    try:
+        require_free_space(run.checkpoints, least)
+    except CheckpointError as error:
+        raise StorageError(f"{error}. Make room there, or set `folder` to a place on another disk") from error
+
+
 def _claim(run: RunFolder, lock: FolderLock, config: RunConfig) -> None:
+    require_room(run, config)
+    run.make()
+    if config.checkpoint.resume == "auto" and (newest := newest_checkpoint(run.checkpoints)) is not None:
+        require_steps_left(config, step_of(newest.name) or 0, newest)
     if (dead := lock.take()) is not None:
         print(f"took {run.checkpoints} over from {dead}, which runs no more", flush=True)
     if config.checkpoint.resume == "restart" and (place := set_aside(run.checkpoints)) is not None:

@@ -1,6 +1,8 @@
 """The folder that everything of a run goes into."""
 
+import errno
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
+from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import to_yaml
 from megatrain.disk.durable import write_durably
@@ -20,6 +23,25 @@ _PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
 
 class RunFolderError(Exception):
     """The run folder cannot be used; the text says why and what to do."""
+
+
+def require_steps_left(config: RunConfig, step: int, path: Path) -> None:
+    """
+    Raises:
+        ConfigError: the checkpoint ``path`` is of ``step``, which comes after the last one.
+    """
+    if step > config.train.steps:
+        raise ConfigError(
+            [
+                Problem(
+                    "train.steps",
+                    config.train.steps,
+                    f"is less than the {step} steps that were made already: {path}",
+                    f"{step} or more",
+                    "raise train.steps, give the run another name, or set checkpoint.resume: restart to begin again",
+                )
+            ]
+        )
 
 
 class RunFolder:
@@ -44,15 +66,40 @@ class RunFolder:
         """The folder that ``config`` names."""
         return cls(Path(config.folder) / config.name)
 
+    def make(self) -> None:
+        """Makes the folder and those in it, before anything is written there.
+
+        Raises:
+            RunFolderError: something else has its name, or this user may not write there.
+        """
+        for place in (*reversed(self.checkpoints.parents), self.checkpoints):
+            if os.path.lexists(place) and not place.is_dir():
+                raise RunFolderError(
+                    f"the run folder {self.path.absolute()} cannot be made: {place} is not a folder. Move that away, or "
+                    "set `name` or `folder` to another place"
+                )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.tensorboard.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not os.access(self.checkpoints, os.W_OK | os.X_OK):
+            raise self._unusable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.checkpoints)))
+
+    def _unusable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"cannot write the run folder {self.path.absolute()}: {error.strerror} ({error.filename}). "
+            "Set `folder` to a place that this user can write."
+        )
+
     def prepare(self, config: RunConfig) -> None:
         """Makes the folder and records the resolved ``config`` and the versions. One process does it: rank 0.
 
         Raises:
             RunFolderError: it cannot be made or written.
         """
+        self.make()
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.tensorboard.mkdir(exist_ok=True)
             if not self._id_file.exists():
                 write_durably(self._id_file, (uuid.uuid4().hex + "\n").encode())
             write_durably(self.config, (to_yaml(config)).encode())
@@ -60,10 +107,7 @@ class RunFolder:
             with self.metrics.open("a"):
                 pass  # it may be there from an earlier start, and belong to somebody else
         except OSError as error:
-            raise RunFolderError(
-                f"cannot write the run folder {self.path.absolute()}: {error.strerror} ({error.filename}). "
-                "Set `folder` to a place that this user can write."
-            ) from error
+            raise self._unusable(error) from error
 
     @property
     def run_id(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatrain.config.schema import RunConfig
+from megatrain.train.ledger import SourceRecord
 from megatrain.train.metrics import MetricsLog, StepRecord
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.throughput import Hardware, peak_flops
@@ -53,7 +54,7 @@ def test_the_line_says_everything(run: RunFolder) -> None:
     lines: list[str] = []
     with log_of(run, lines, peak=1e11) as log:
         log.log_step(record(10, loss=5.4321))
-        log.log_evaluation(10, loss=5.5, perplexity=244.69)
+        log.log_evaluation(10, loss=5.5)
     assert lines == [
         "step  10/100 | loss 5.4321 | grad norm 1.250 | lr 3.00e-04 | 10,240 tokens/s | mfu 2.6% | loss scale 1 "
         "| eta 0:00:18",
@@ -83,13 +84,14 @@ def test_json_lines_hold_the_record(run: RunFolder) -> None:
     with log_of(run, [], peak=1e11) as log:
         log.log_step(record(10))
         assert rows(run)[0]["step"] == 10, "on disk before the log is closed"
-        log.log_evaluation(10, loss=5.5, perplexity=244.69)
+        log.log_evaluation(10, loss=5.5)
     step, evaluation = rows(run)
     assert step == {
-        "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False,
+        "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False, "num_skipped": 0,
         "tokens": 20480, "seconds": 2.0, "tokens_per_second": 10240.0, "mfu": 10240.0 * FLOPS_PER_TOKEN / 4e11,
     }  # fmt: skip
-    assert evaluation == {"kind": "evaluation", "step": 10, "set": "validation", "loss": 5.5, "perplexity": 244.69}
+    expected = {"kind": "evaluation", "step": 10, "set": "validation", "loss": 5.5}
+    assert evaluation == expected | {"perplexity": pytest.approx(244.6919, abs=1e-4)}
 
 
 def test_an_overflow_is_said_and_stays_valid_json(run: RunFolder) -> None:
@@ -98,9 +100,43 @@ def test_an_overflow_is_said_and_stays_valid_json(run: RunFolder) -> None:
         log.log_step(record(10, loss=float("nan"), grad_norm=float("inf"), loss_scale=32768.0, skipped=True))
     assert "loss nan | grad norm inf" in lines[0]
     assert "loss scale 32768" in lines[0]
-    assert lines[0].endswith("skipped (overflow)")
+    assert lines[0].endswith("skipped (gradients not finite)")
     row = rows(run)[0]
     assert (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, True)
+
+
+def test_numbers_that_are_not_finite_are_null_at_any_depth(run: RunFolder) -> None:
+    nan, inf = float("nan"), float("inf")
+    routing = {"layers.1": {"load": [nan, 0.5], "entropy": inf, "drop_rate": 0.0}}
+    with log_of(run, []) as log:
+        log.log_step(record(10, routing=routing, num_skipped=3))
+        log.log_sources(10, {"web": SourceRecord(tokens=64, epoch=0.5, loss=nan)})
+        log.log_event("checkpoint", 10, "said", inner=[{"a": inf, "b": 1}], seconds=nan)
+    step, sources, event = rows(run)
+    assert step["routing"] == {"layers.1": {"load": [None, 0.5], "entropy": None, "drop_rate": 0.0}}
+    assert step["num_skipped"] == 3
+    assert sources["sources"] == {"web": {"tokens": 64, "epoch": 0.5, "loss": None}}
+    assert (event["inner"], event["seconds"]) == ([{"a": None, "b": 1}], None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown", "kept"),
+    [
+        (5.0, "148.41", 148.4131591),
+        (13.0, "442,413.39", 442413.392),
+        (88.0, "1.65e+38", 1.6516362549940018e38),
+        (709.0, "8.22e+307", 8.218407461554972e307),
+        (710.0, "inf", None),
+        (float("inf"), "inf", None),
+        (float("nan"), "nan", None),
+    ],
+)
+def test_a_perplexity_of_any_loss(run: RunFolder, loss: float, shown: str, kept: float | None) -> None:
+    lines: list[str] = []
+    with log_of(run, lines) as log:
+        log.log_evaluation(10, loss)
+    assert lines[0].endswith(f" | perplexity {shown}")
+    assert rows(run)[0]["perplexity"] == (None if kept is None else pytest.approx(kept, rel=1e-8))
 
 
 def test_tensorboard_reads_scalars_and_config(run: RunFolder) -> None:
@@ -108,7 +144,7 @@ def test_tensorboard_reads_scalars_and_config(run: RunFolder) -> None:
     with log_of(run, [], peak=1e11) as log:
         log.log_step(record(10, loss=5.0, routing=routing))
         log.log_step(record(20, loss=4.5))
-        log.log_evaluation(20, loss=4.75, perplexity=115.6)
+        log.log_evaluation(20, loss=4.75)
     assert scalars(run, "train/loss") == [(10, 5.0), (20, 4.5)]
     assert scalars(run, "evaluation/loss") == [(20, 4.75)]
     assert rows(run)[0]["routing"] == routing and "routing" not in rows(run)[1]
@@ -127,7 +163,7 @@ def test_a_resumed_run_replaces_what_was_lost(run: RunFolder) -> None:
     with log_of(run, []) as log:
         for step in (10, 20, 30):
             log.log_step(record(step, loss=float(step)))
-        log.log_evaluation(30, loss=3.0, perplexity=20.0)
+        log.log_evaluation(30, loss=3.0)
     with run.metrics.open("a") as file:
         file.write('{"kind": "step", "st')  # the crash
     with log_of(run, [], resumed_step=20) as log:

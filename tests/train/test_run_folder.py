@@ -1,13 +1,20 @@
 """The run folder: what stands in it, and what a start that cannot have it is told."""
 
 import json
+import os
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from megatrain.config.schema import RunConfig
-from megatrain.train.run_folder import RunFolder, RunFolderError, other_versions, versions
+from megatrain.checkpoint.errors import StorageError
+from megatrain.config.problems import ConfigError
+from megatrain.config.schema import ModelConfig, OptimizerConfig, RunConfig
+from megatrain.train.run import require_room
+from megatrain.train.run_folder import RunFolder, RunFolderError, other_versions, require_steps_left, versions
 
 
 def config_in(tmp_path: Path) -> RunConfig:
@@ -59,8 +66,44 @@ def test_runs_have_different_ids(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
-    with pytest.raises(RunFolderError, match=r"cannot write the run folder .*small: Not a directory.*Set `folder`"):
-        RunFolder.of(config_in(tmp_path)).prepare(config_in(tmp_path))
+    with pytest.raises(RunFolderError, match=r"small cannot be made: .*/runs is not a folder.*set `name` or `folder`"):
+        RunFolder.of(config_in(tmp_path)).make()
+
+
+def test_a_file_with_the_runs_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/small").symlink_to("nowhere")
+    with pytest.raises(RunFolderError, match=r"/runs/small is not a folder\. Move that away"):
+        RunFolder.of(config_in(tmp_path)).make()
+
+
+def test_a_place_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this user may do everything, the system is asked no question that would show it."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RunFolderError, match=r"small: Permission denied \(.*checkpoints\)\. Set `folder`"):
+        RunFolder.of(config_in(tmp_path)).make()
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW keeps a weight and two moments of each parameter, four bytes each; Lion one moment."""
+    config = config_in(tmp_path).model_copy(update={"model": ModelConfig(vocab_size=100, num_layers=1)})
+    D, F = 256, 704
+    parameters = 2 * 100 * D + D + 4 * D * D + 3 * D * F + 2 * D
+    for optimizer, need in (("adamw", 12 * parameters), ("lion", 8 * parameters)):
+        chosen = config.model_copy(update={"optimizer": OptimizerConfig(name=optimizer)})
+        for free, fits in ((need, True), (need - 1, False)):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+            with nullcontext() if fits else pytest.raises(StorageError, match=f"needs {need} bytes .*set `folder`"):
+                require_room(RunFolder.of(config), chosen)
+
+
+def test_fewer_steps_than_were_made_are_refused() -> None:
+    config = RunConfig(train={"steps": 6})
+    require_steps_left(config, 6, Path("step-00000006"))
+    with pytest.raises(ConfigError, match=r"train\.steps = 6\n    is less than the 8 steps that were made already"):
+        require_steps_left(config, 8, Path("step-00000008"))
 
 
 def test_metrics_that_cannot_be_written_are_found_at_the_start(tmp_path: Path) -> None:
