@@ -3,7 +3,8 @@
     deepspeed --num_gpus 4 launch/pretrain.py --config configs/run/quickstart.yaml --train.steps 200
 
 Several config files are merged left to right; any field can be set on the command line by its dotted
-name (docs/config.md). ``--print-config`` shows every value and where it comes from, and trains nothing.
+name (docs/config.md). ``--print-config`` shows every value and where it comes from, and trains nothing; ``--dry-run``
+does everything up to one step and one evaluation, tells the memory that they took, and leaves nothing behind.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and exit")
+    parser.add_argument("--dry-run", action="store_true", help="make one step and one evaluation, and write nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options, overrides = parser.parse_known_args(arguments)
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> int:
             gc.disable()  # looks through all that the imports make, again and again: a fifth of the start
             from megatrain.train.run import run  # imports torch: after the config's mistakes
 
-            if not run(config):
+            if not run(config, options.dry_run):
                 return STOPPED
         return 0
     except EXPECTED as error:
@@ -80,6 +82,9 @@ def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -
     """The config of the run for the ranks that were started, or None when it was only to be shown."""
     world_size = world_size_from_environment()
     resolved = load_config(files, overrides, world_size).with_derived(world_size)
+    if rank_from_environment() == 0:
+        for note in resolved.notes:
+            print(f"# {note}" if print_only else f"NOTE: {note}", flush=True)
     if print_only:
         if rank_from_environment() == 0:
             print(format_config(resolved), end="")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatrain.config.clip import clipped
 from megatrain.config.derive import resolve
 from megatrain.config.fields import all_fields, value_at
 from megatrain.config.problems import ConfigError, Problem
@@ -20,10 +21,12 @@ class Resolved:
     """A checked config and the origin of every value, by dotted key.
 
     An origin is 'path:line', 'command line', 'default' or 'derived'. Extra DeepSpeed keys have their own.
+    ``notes``: values that were changed to fit others, in sentences.
     """
 
     config: RunConfig
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def with_derived(self, world_size: int) -> "Resolved":
         """With the fields filled in that follow from others, for a run of ``world_size`` ranks.
@@ -34,9 +37,10 @@ class Resolved:
         problems = check(self.config, world_size)
         if problems:
             raise ConfigError(self.with_origins(problems))
-        config = resolve(self.config, world_size)
+        fitting, notes = clipped(self.config)
+        config = resolve(fitting, world_size)
         filled = {key for key in all_fields() if value_at(self.config, key) != value_at(config, key)}
-        return Resolved(config, {**self.origins, **dict.fromkeys(filled, DERIVED)})
+        return Resolved(config, {**self.origins, **dict.fromkeys(filled, DERIVED)}, tuple(notes))
 
     def with_origins(self, problems: Sequence[Problem]) -> list[Problem]:
         """``problems`` of this config, with the origins of their values."""
@@ -46,9 +50,13 @@ class Resolved:
         if problem.value is not None and problem.key in all_fields() and value_at(self.config, problem.key) is None:
             return DERIVED
         key, origin = problem.key, self.origins.get(problem.key)
-        while origin is None and "." in key:  # a section of extra keys: any value in it
-            origin = next((where for name, where in self.origins.items() if name.startswith(f"{key}.")), None)
-            key = key.rpartition(".")[0]
+        while origin is None:
+            within = (where for name, where in self.origins.items() if name.startswith(f"{key}."))
+            origin = next(within, None)  # a section of extra keys: any value in it
+            if origin is None and "." not in key:
+                break
+            key = key.rpartition(".")[0] or key  # an item of a list that was written short: the list
+            origin = origin or self.origins.get(key)
         return origin or DEFAULT
 
 

@@ -13,6 +13,7 @@ from megatrain.config.combine import keys_of, problem_of
 from megatrain.config.compatibility import REFUSALS
 from megatrain.config.deepspeed_keys import forbidden_keys
 from megatrain.config.problems import Problem
+from megatrain.config.rules_effect import COUNTS_WITH, has_effect
 from megatrain.config.schema import RunConfig
 
 
@@ -96,11 +97,10 @@ RULES = (
     Rule(rules_data.schedule_names_sources, ("data.train", "data.weight_schedule")),
     Rule(
         rules_data.ramp_fits,
-        ("train.ramp", "train.steps", "train.global_batch_size", "data.seq_len"),
+        ("train.ramp", "train.global_batch_size", "data.seq_len"),
     ),
-    Rule(rules_batch.warmup_fits, ("schedule.warmup_steps", "train.steps")),
     Rule(
-        rules_batch.decay_fits,
+        rules_batch.decay_follows_warmup,
         ("schedule.name", "schedule.warmup_steps", "schedule.decay_steps", "train.steps"),
     ),
     Rule(rules_batch.loss_scales_fit, ("precision.initial_loss_scale", "precision.min_loss_scale")),
@@ -109,6 +109,9 @@ RULES = (
 
 REFUSED_PAIRS = tuple(Rule(partial(problem_of, refusal), keys_of(refusal)) for refusal in REFUSALS)
 """A rule for each refusal in the table of compatibility."""
+
+_WITH_EFFECT = tuple(Rule(partial(has_effect, row), (row.key, row.other)) for row in COUNTS_WITH)
+"""A rule for each field that counts only with another."""
 
 _FOR_EACH_STAGE = (
     rules_batch.batch_divides,
@@ -125,7 +128,7 @@ def check(config: RunConfig, world_size: int | None = None, unusable: Collection
         world_size: ranks that were started; None where nobody knows yet, which leaves out what depends on it.
         unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
     """
-    usable = [rule for rule in (*RULES, *REFUSED_PAIRS) if not _touches(rule, unusable)]
+    usable = [rule for rule in (*RULES, *REFUSED_PAIRS, *_WITH_EFFECT) if not _touches(rule, unusable)]
     problems = [problem for rule in usable for problem in rule.function(config, world_size)]
     if problems or "train.ramp" in unusable:
         return problems

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megatrain.config.derive import data_parallel_size, decay_steps
+from megatrain.config.derive import data_parallel_size
 from megatrain.config.problems import Problem
 from megatrain.config.rules_model import divisors, listed
 from megatrain.config.schema import RunConfig
@@ -66,47 +66,22 @@ def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Ite
     )
 
 
-def warmup_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A run that ends in its warm-up never sees its learning rate."""
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
-    if warmup > steps:
-        yield Problem(
-            "schedule.warmup_steps",
-            warmup,
-            f"is more than train.steps = {steps}",
-            f"0 to {steps}",
-            f"lower schedule.warmup_steps, or set train.steps to more than {warmup}",
-        )
+def decay_follows_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The decay comes after the warm-up.
 
-
-def decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The decay comes after the warm-up; the last part of a wsd run must fit into it.
-
-    A cosine or linear decay may be longer than the run: that is a long schedule, stopped early.
+    It may be longer than the run: that is a long schedule, stopped early. A wsd schedule is cut to the run (clip.py).
     """
-    schedule, steps = config.schedule, config.train.steps
-    decay = decay_steps(config)
-    if decay is None or schedule.warmup_steps > steps:  # the latter is reported by `warmup_fits`
+    schedule = config.schedule
+    if schedule.name not in ("cosine", "linear") or schedule.decay_steps is None:
         return
-    if schedule.name == "wsd" and schedule.warmup_steps + decay > steps:
-        room = steps - schedule.warmup_steps
+    if schedule.decay_steps <= schedule.warmup_steps:
         yield Problem(
             "schedule.decay_steps",
-            decay,
-            f"does not fit behind schedule.warmup_steps = {schedule.warmup_steps} into train.steps = {steps}",
-            f"1 to {room}" if room else "none: the warm-up takes all steps",
-            f"set schedule.decay_steps to {room} or less"
-            if room
-            else "lower schedule.warmup_steps, or raise train.steps",
-        )
-    elif schedule.name in ("cosine", "linear") and schedule.decay_steps is not None and decay <= schedule.warmup_steps:
-        yield Problem(
-            "schedule.decay_steps",
-            decay,
+            schedule.decay_steps,
             f"is the step at which {schedule.name} reaches its minimum, and the warm-up lasts until "
             f"schedule.warmup_steps = {schedule.warmup_steps}",
             f"more than {schedule.warmup_steps}",
-            f"leave it out (train.steps = {steps}), or set it to more than {schedule.warmup_steps}",
+            f"leave it out (train.steps = {config.train.steps}), or set it to more than {schedule.warmup_steps}",
         )
 
 

@@ -42,18 +42,17 @@ def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterato
 
 def ramp_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Stages come in order, and each one's step cuts whole samples of data.seq_len tokens."""
-    train, data, last = config.train, config.data, 0
+    train, data, last = config.train, config.data, 0  # a ramp may be longer than the run: it is stopped early then
     for number, stage in enumerate(train.ramp):
         key = f"train.ramp.{number}"
         batch, seq_len = stage.global_batch_size or train.global_batch_size, stage.seq_len or data.seq_len
-        if not last < stage.until_step < train.steps:
-            cure = f"put the stages in order, all before train.steps = {train.steps}"
+        if stage.until_step <= last:
             yield Problem(
                 f"{key}.until_step",
                 stage.until_step,
-                f"does not come after step {last} and before the last",
-                f"{last + 1} to {train.steps - 1}",
-                cure,
+                f"does not come after step {last}, until which the stage before holds",
+                f"{last + 1} or more",
+                "put the stages in the order of their steps",
             )
         last = stage.until_step
         if data.seq_len % seq_len or batch * seq_len % data.seq_len:

@@ -18,44 +18,61 @@ _MAX_DEPTH = 16  # of mappings; an alias to an enclosing mapping has no end
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it stands. ``content`` is a dict of nodes where the value is a mapping."""
+    """A value and where it stands. ``content`` is a dict of nodes where the value is a mapping, and a list of nodes
+    where it is a list. ``is_path``: a mapping that only leads to the one key of a dotted name."""
 
     content: Any
     origin: str
+    is_path: bool = False
 
     def plain(self) -> Any:
         """The value without origins."""
         if isinstance(self.content, dict):
             return {key: node.plain() for key, node in self.content.items()}
+        if isinstance(self.content, list):
+            return [node.plain() for node in self.content]
         return self.content
 
+    def parts(self) -> dict[str, "Node"]:
+        """By key, or by number in a list; none of a plain value."""
+        if isinstance(self.content, list):
+            return {str(number): node for number, node in enumerate(self.content)}
+        return self.content if isinstance(self.content, dict) else {}
+
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, str]]:
-        """(dotted key, origin) of every value below."""
-        for key, node in self.content.items():
-            if isinstance(node.content, dict) and node.content:
-                yield from node.leaves(f"{prefix}{key}.")
-            else:
+        """(dotted key, origin) of every value below, of a list also its own."""
+        for key, node in self.parts().items():
+            if not node.parts() or isinstance(node.content, list):
                 yield prefix + key, node.origin
+            yield from node.leaves(f"{prefix}{key}.")
 
     def origin_of(self, path: Sequence[str]) -> str:
         """Where the value below these keys stands."""
         node = self
         for key in path:
-            if not isinstance(node.content, dict) or key not in node.content:
-                break  # an item of a list, or a key that should be there
-            node = node.content[key]
+            if key not in node.parts():
+                break  # a key that should be there
+            node = node.parts()[key]
         return node.origin
 
 
-def merge(low: Node, high: Node) -> Node:
-    """``high`` over ``low``: mappings key by key, anything else replaced. An empty section changes nothing."""
-    if isinstance(low.content, dict) and high.content is None:
+NAMED = ("data.train", "data.validation")
+"""Fields whose keys are names: together they are one value."""
+
+
+def merge(low: Node, high: Node, key: str = "") -> Node:
+    """``high`` over ``low`` at ``key``: mappings key by key, anything else replaced.
+
+    A mapping of names (``NAMED``) is replaced as a whole, unless a dotted key leads into it. An empty section (one
+    above nothing but comments) changes nothing.
+    """
+    if isinstance(low.content, dict) and high.content is None and "." not in key:
         return low
-    if not (isinstance(low.content, dict) and isinstance(high.content, dict)):
+    if not (isinstance(low.content, dict) and isinstance(high.content, dict)) or (key in NAMED and not high.is_path):
         return high
     merged = dict(low.content)
-    for key, node in high.content.items():
-        merged[key] = merge(merged[key], node) if key in merged else node
+    for name, node in high.content.items():
+        merged[name] = merge(merged[name], node, f"{key}.{name}".lstrip(".")) if name in merged else node
     return Node(merged, high.origin)
 
 
@@ -119,7 +136,7 @@ def read_overrides(arguments: Sequence[str]) -> Node:
             problems += error.problems
             continue
         for part in reversed(key.split(".")):
-            node = Node({part: node}, COMMAND_LINE)
+            node = Node({part: node}, COMMAND_LINE, is_path=True)
         tree = merge(tree, node)
     if problems:
         raise ConfigError(problems)
@@ -143,10 +160,13 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
 
 
 def _tree(loader: Loader, node: yaml.Node, origin: Callable[[int], str], line: int, depth: int = 0) -> Node:
-    if not isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.ScalarNode):
         return Node(loader.construct_object(node, deep=True), origin(line + 1))
     if depth == _MAX_DEPTH:
         raise yaml.MarkedYAMLError(problem="mappings are nested too deeply", problem_mark=node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        items = [_tree(loader, item, origin, item.start_mark.line, depth + 1) for item in node.value]
+        return Node(items, origin(line + 1))
     _refuse_twice(node)
     loader.flatten_mapping(node)  # puts what `<<` brings before the mapping's own keys
     content = {key.value: _tree(loader, value, origin, key.start_mark.line, depth + 1) for key, value in node.value}

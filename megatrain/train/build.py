@@ -1,6 +1,12 @@
 """From a resolved config to a running engine."""
 
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
@@ -47,12 +53,33 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         device,
         config.precision,
     )
+    _require_rules_that_fit(config, parts)
     for part in parts:
         apply_recompute(part, config.train)
         problem = compile_blocks(part) if config.train.compile else None
         if problem and mesh.rank == 0:
             print(f"torch.compile does not work here, so blocks run as they are: {problem}", flush=True)
     return Engine(config, mesh, list(parts))
+
+
+def _require_rules_that_fit(config: RunConfig, parts: Sequence[nn.Module]) -> None:
+    """Each pattern of ``optimizer.rules`` fits a parameter on some rank. Collective where there are rules."""
+    rules = config.optimizer.rules
+    if not rules:
+        return
+    by_rank: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(by_rank, [name for part in parts for name, _ in part.named_parameters()])
+    names = sorted({name for own in by_rank for name in own})
+    problems = []
+    for number, rule in enumerate(rules):
+        if not fnmatch.filter(names, rule.pattern):
+            near = difflib.get_close_matches(rule.pattern, names, 3, 0.0)
+            text = "fits no parameter of this model, so the rule has no effect"
+            cure = f"write a canonical name, with * for any text, such as {', '.join(near)}; or leave the rule out"
+            allowed = "patterns of names that are there"
+            problems.append(Problem(f"optimizer.rules.{number}.pattern", rule.pattern, text, allowed, cure))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _require_kernel(document_attention: str, device: torch.device) -> None:

@@ -17,13 +17,16 @@ from megatrain.data.training import TrainingData
 from megatrain.data.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
 from megatrain.train.build import build_engine
+from megatrain.train.dry_run import dry_run
 from megatrain.train.loop import Trainer
 from megatrain.train.run_folder import RunFolder, RunFolderError, require_steps_left
 
 
-def run(config: RunConfig) -> bool:
+def run(config: RunConfig, dry: bool = False) -> bool:
     """Trains a resolved ``config``. Returns whether all steps are done; a signal may have ended it before.
 
+    Args:
+        dry: make one step and one evaluation, and write nothing.
     Raises:
         DataError, CheckpointError, RunFolderError: before training where it can be known then.
     """
@@ -31,13 +34,16 @@ def run(config: RunConfig) -> bool:
     training = TrainingData(config, num_tokens(config.model))
     validation = validation_sets(config, num_tokens(config.model))
     device = start_distributed(config.train.deterministic)
-    with _claimed_folder(config) as lock:
+    with contextlib.nullcontext() if dry else _claimed_folder(config) as lock:
         engine = build_engine(config, device)
         place = engine.mesh.coordinate("dp"), config.parallel.dp, device.type == "cuda"
         loaders = {name: validation_loader(dataset, config, *place) for name, dataset in validation.items()}
         gc.freeze()  # what stays for the whole run is not looked through in the middle of a step
         gc.enable()
-        finished = Trainer(config, engine, training, loaders, lock).train()
+        if dry:
+            require_room(RunFolder.of(config), config)
+            dry_run(config, engine, training, loaders)
+        finished = dry or Trainer(config, engine, training, loaders, lock).train()
         dist.barrier()
     dist.destroy_process_group()
     return finished

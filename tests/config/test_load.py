@@ -182,3 +182,62 @@ def test_every_field_says_what_it_may_be() -> None:
     for key, field in all_fields().items():
         assert field.allowed and field.description and field.description.endswith("."), key
         assert value_at(RunConfig(), key) == field.default, key
+
+
+FILE = """\
+data:
+  train:
+    a: x
+    b: {path: y, weight: 2}
+  validation: {small: v}
+train:
+  steps: 50
+  ramp:
+    - {until_step: 9}
+    - until_step: 5
+      seq_len: 64
+"""
+
+
+def loaded(tmp_path: Path, *overrides: str) -> RunConfig:
+    (tmp_path / "run.yaml").write_text(FILE.replace("until_step: 5", "until_step: 12"))
+    return load_config([tmp_path / "run.yaml"], overrides).config
+
+
+def test_a_mapping_of_names_is_replaced_and_a_dotted_key_goes_into_it(tmp_path: Path) -> None:
+    def weights(*overrides: str) -> dict[str, str]:
+        return {name: source.weight for name, source in loaded(tmp_path, *overrides).data.train.items()}
+
+    assert weights("--data.train", "{c: z}") == {"c": "1"}
+    assert weights("--data.train.b.weight", "3") == {"a": "1", "b": "3"}
+    assert weights("--data.train.c", "z") == {"a": "1", "b": "2", "c": "1"}
+    assert loaded(tmp_path, "--data.validation", "{large: w}").data.validation == {"large": "w"}
+    assert loaded(tmp_path, "--data.validation.large", "w").data.validation == {"small": "v", "large": "w"}
+    (tmp_path / "more.yaml").write_text("data: {train: {c: z}}\n")
+    assert list(load_config([tmp_path / "run.yaml", tmp_path / "more.yaml"]).config.data.train) == ["c"]
+
+
+def test_null_replaces_and_only_an_empty_section_sets_nothing(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "--data.validation", "null").data.validation == {}
+    (tmp_path / "run.yaml").write_text(FILE.replace("until_step: 5", "until_step: 12"))
+    (tmp_path / "empty.yaml").write_text("data:\n  # nothing\ntrain:\n")
+    config = load_config([tmp_path / "run.yaml", tmp_path / "empty.yaml"]).config
+    assert list(config.data.train) == ["a", "b"] and config.train.steps == 50
+    (tmp_path / "empty.yaml").write_text("data:\n  validation:\n")
+    assert load_config([tmp_path / "run.yaml", tmp_path / "empty.yaml"]).config.data.validation == {}
+
+
+def test_what_is_wrong_in_a_list_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    with pytest.raises(ConfigError) as error:
+        load_config([path])
+    (problem,) = error.value.problems
+    assert (problem.key, problem.origin) == ("train.ramp.1.until_step", f"{path}:10")
+    path.write_text(FILE.replace("seq_len: 64", "seq_len: none"))
+    with pytest.raises(ConfigError) as error:
+        load_config([path])
+    assert {(p.key, p.origin) for p in error.value.problems} == {("train.ramp.1.seq_len", f"{path}:11")}
+    with pytest.raises(ConfigError) as error:
+        load_config([], ["--optimizer.rules", "[{pattern: head.*, lr_scale: -1}]"])
+    assert [p.origin for p in error.value.problems] == ["command line"]

@@ -31,7 +31,10 @@ ALLOWED = [
     ("model.family=gpt model.head_width=7", None),
     ("schedule.decay_steps=1000", None),  # a long schedule, stopped early
     ("schedule.warmup_steps=100", None),
-    ("schedule.name=constant schedule.warmup_steps=90 schedule.decay_steps=50", None),
+    ("schedule.name=constant schedule.warmup_steps=90", None),
+    ("schedule.warmup_steps=150", None),  # cut to the run, with a note
+    ("schedule.name=wsd schedule.warmup_steps=50 schedule.decay_steps=60", None),
+    ('train.ramp=[{"until_step":150}]', None),
     ("schedule.name=wsd schedule.warmup_steps=90", None),
     ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
     ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2 model.num_experts=8", 4),
@@ -47,7 +50,7 @@ ALLOWED = [
     ("parallel.pp=2 parallel.stage_layers=[1,3]", 2),
     ("parallel.pp=4 parallel.pp_schedule=gpipe train.global_batch_size=1", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=zbv train.global_batch_size=1", 2),
-    ("precision.initial_loss_scale=0.5 precision.min_loss_scale=0.25", None),
+    ("precision.dtype=fp16 precision.initial_loss_scale=0.5 precision.min_loss_scale=0.25", None),
 ]
 
 

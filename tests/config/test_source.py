@@ -102,5 +102,8 @@ def test_merging_goes_key_by_key_and_keeps_origins() -> None:
     high = read_text("a: {y: 4}\nc:\nd: [5]\n", "high")
     merged = merge(low, high)
     assert merged.plain() == {"a": {"x": 1, "y": 4}, "b": 3, "c": {"z": 1}, "d": [5]}
-    assert dict(merged.leaves()) == {"a.x": "low:1", "a.y": "high:1", "b": "low:2", "c.z": "low:3", "d": "high:3"}
+    assert dict(merged.leaves()) == {
+        "a.x": "low:1", "a.y": "high:1", "b": "low:2", "c.z": "low:3",
+        "d": "high:3", "d.0": "high:3",
+    }  # fmt: skip
     assert merge(low, Node({}, "nothing")).plain() == low.plain()

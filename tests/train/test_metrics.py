@@ -87,7 +87,8 @@ def test_json_lines_hold_the_record(run: RunFolder) -> None:
         log.log_evaluation(10, loss=5.5)
     step, evaluation = rows(run)
     assert step == {
-        "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False, "num_skipped": 0,
+        "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False,
+        "num_skipped": 0,
         "tokens": 20480, "seconds": 2.0, "tokens_per_second": 10240.0, "mfu": 10240.0 * FLOPS_PER_TOKEN / 4e11,
     }  # fmt: skip
     expected = {"kind": "evaluation", "step": 10, "set": "validation", "loss": 5.5}
