@@ -86,7 +86,7 @@ def _on_every_rank(action: Callable[[], Result]) -> list[Result]:
 def require_same_model(reader: CheckpointReader, model: ModelConfig, grow: bool = False) -> None:
     """Refuses a checkpoint whose weights have other shapes, or another meaning; ``grow`` as in ``load_checkpoint``.
 
-    What the weights are trained with may change (experts' capacity, rotary frequencies, dropout): whoever resumes tells.
+    What the weights are trained with may change (experts' capacity, rotary frequencies, dropout): the resume tells it.
 
     Raises:
         UnfitError: lists every field that differs.

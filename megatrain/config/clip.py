@@ -16,8 +16,9 @@ def clipped(config: RunConfig) -> tuple[RunConfig, list[str]]:
     decay = decay_steps(config)
     if has_decay and decay is not None and warmup + decay > steps:
         changed["decay_steps"] = steps - warmup
+    wanted = {"warmup_steps": schedule.warmup_steps, "decay_steps": decay}
     notes = [
-        f"schedule.{name}: {getattr(schedule, name) or decay} steps do not fit into train.steps = {steps}; cut to {value}"
+        f"schedule.{name}: {wanted[name]} steps do not fit into train.steps = {steps}; cut to {value}"
         for name, value in changed.items()
     ]
     return config.model_copy(update={"schedule": schedule.model_copy(update=changed)}), notes

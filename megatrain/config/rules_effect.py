@@ -1,4 +1,4 @@
-"""Settings that count only with another one: set without it, they would do nothing, and whoever set them would not know.
+"""Settings that count only with another one: without it they would do nothing, and whoever set them would not know.
 
 Here stand plain fields; fields that are features have their conditions in the table of compatibility.
 """

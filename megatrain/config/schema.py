@@ -295,8 +295,8 @@ class TrainConfig(Section):
     seed: Natural = Field(1234, description="Seed of the initial weights and of dropout.")
     max_skipped_steps: Positive = Field(
         20,
-        description="Steps in a row whose gradients may be NaN or infinite. Such a step changes nothing; the last of so "
-        "many ends the run.",
+        description="Steps in a row whose gradients may be NaN or infinite. Such a step changes nothing; the last of "
+        "so many ends the run.",
     )
     activation_checkpointing: Literal["none", "full", "every_nth", "attention", "feed_forward", "budget"] = Field(
         "none",

@@ -110,7 +110,7 @@ class Trainer:
         dist.broadcast_object_list(evaluated, src=0)
         self._evaluate(metrics, evaluated[0])
         if metrics is not None:
-            line = f"all {self.step} steps were made by an earlier start: nothing is left to do. To go on, raise train.steps"
+            line = f"an earlier start made all {self.step} steps: nothing is left to do. To go on, raise train.steps"
             metrics.log_event("done", self.step, line)
         self.saving.save_at_the_end(metrics, self.step, self.trained_tokens, True)
         return True

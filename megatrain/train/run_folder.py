@@ -75,8 +75,8 @@ class RunFolder:
         for place in (*reversed(self.checkpoints.parents), self.checkpoints):
             if os.path.lexists(place) and not place.is_dir():
                 raise RunFolderError(
-                    f"the run folder {self.path.absolute()} cannot be made: {place} is not a folder. Move that away, or "
-                    "set `name` or `folder` to another place"
+                    f"the run folder {self.path.absolute()} cannot be made: {place} is not a folder. Move that away, "
+                    "or set `name` or `folder` to another place"
                 )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)

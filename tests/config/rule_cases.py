@@ -200,7 +200,10 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "schedule.warmup_steps=20 schedule.decay_steps=20", None, "schedule.decay_steps", 20,
         "the warm-up lasts until schedule.warmup_steps = 20", "leave it out (train.steps = 100)",
     ),
-    ("precision.dtype=fp16 precision.initial_loss_scale=1000", None, "precision.initial_loss_scale", 1000, "power of 2", "to 512 or 1024"),
+    (
+        "precision.dtype=fp16 precision.initial_loss_scale=1000", None, "precision.initial_loss_scale", 1000,
+        "power of 2", "to 512 or 1024",
+    ),
     ("precision.dtype=fp16 precision.min_loss_scale=3", None, "precision.min_loss_scale", 3, "power of 2", "to 2 or 4"),
     (
         "precision.dtype=fp16 precision.min_loss_scale=131072", None, "precision.min_loss_scale", 131072,

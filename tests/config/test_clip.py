@@ -10,7 +10,10 @@ from megatrain.optim.schedule import learning_rate
 @pytest.mark.parametrize(
     ("overrides", "warmup", "decay", "notes"),
     [
-        ("--schedule.warmup_steps=50", 20, 20, ["schedule.warmup_steps: 50 steps do not fit into train.steps = 20; cut to 20"]),
+        (
+            "--schedule.warmup_steps=50", 20, 20,
+            ["schedule.warmup_steps: 50 steps do not fit into train.steps = 20; cut to 20"],
+        ),
         ("--schedule.warmup_steps=20", 20, 20, []),
         ("--schedule.name=constant --schedule.warmup_steps=21", 20, None, ["schedule.warmup_steps: 21 steps"]),
         ("--schedule.name=wsd --schedule.warmup_steps=18", 18, 2, []),
@@ -18,7 +21,7 @@ from megatrain.optim.schedule import learning_rate
         ("--schedule.name=wsd --schedule.decay_steps=30", 0, 20, ["schedule.decay_steps: 30 steps"]),
         (
             "--schedule.name=wsd --schedule.warmup_steps=50 --schedule.decay_steps=30", 19, 1,
-            ["schedule.warmup_steps: 50 steps do not fit into train.steps = 20; cut to 19", "schedule.decay_steps: 30 steps"],
+            ["schedule.warmup_steps: 50 steps do not fit into train.steps = 20; cut to 19", "schedule.decay_steps: 30"],
         ),
         ("--schedule.decay_steps=100 --schedule.warmup_steps=50", 20, 100, ["schedule.warmup_steps: 50"]),
     ],

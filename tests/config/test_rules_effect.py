@@ -73,6 +73,6 @@ def test_every_field_is_tried() -> None:
 
 
 def test_eps_and_moments_that_no_optimizer_uses() -> None:
-    """Lion (Chen et al. 2023, algorithm 2) divides by nothing; Adafactor has no first moment and constants of its own."""
+    """Lion (Chen et al. 2023, algorithm 2) divides by nothing; Adafactor has constants of its own."""
     assert [p.key for p in problems_of("optimizer.name=lion optimizer.eps=1e-6", None)] == ["optimizer.eps"]
     assert [p.key for p in problems_of("optimizer.name=adafactor optimizer.beta1=0.8", None)] == ["optimizer.beta1"]
