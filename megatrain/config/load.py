@@ -50,13 +50,9 @@ class Resolved:
         if problem.value is not None and problem.key in all_fields() and value_at(self.config, problem.key) is None:
             return DERIVED
         key, origin = problem.key, self.origins.get(problem.key)
-        while origin is None:
-            within = (where for name, where in self.origins.items() if name.startswith(f"{key}."))
-            origin = next(within, None)  # a section of extra keys: any value in it
-            if origin is None and "." not in key:
-                break
-            key = key.rpartition(".")[0] or key  # an item of a list that was written short: the list
-            origin = origin or self.origins.get(key)
+        while origin is None and "." in key:  # a section of extra keys, an item of a list: any value in it
+            origin = next((where for name, where in self.origins.items() if name.startswith(f"{key}.")), None)
+            key = key.rpartition(".")[0]
         return origin or DEFAULT
 
 
