@@ -33,8 +33,8 @@ def configs() -> dict[str, RunConfig]:
         found[f"ZeRO {stage}"] = made(zero_stage=stage)
     for optimizer in ("lion", "adafactor", "muon"):
         found[optimizer] = made(zero_stage=1, optimizer={"name": optimizer})
-    for dtype in ("bf16", "fp16"):
-        found[dtype] = made(precision={"dtype": dtype, "initial_loss_scale": 1024.0})
+    found["bf16"] = made(precision={"dtype": "bf16"})
+    found["fp16"] = made(precision={"dtype": "fp16", "initial_loss_scale": 1024.0})
     return found
 
 

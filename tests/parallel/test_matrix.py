@@ -62,7 +62,7 @@ NUMBERS = (
 )
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
 # gradient near zero into a whole step. Lion's are signs, whatever the momentum: small ones.
-OPTIMIZERS: dict[str, dict[str, Any]] = {"lion": {"lr": 1e-3}, "": {"eps": 1e-2}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {"lion": {"lr": 1e-3}, "adafactor": {}, "": {"eps": 1e-2}}
 WEIGHT = {"adamw": 1e-5, "cpu_adamw": 1e-5, "adafactor": 1e-4, "muon": 1e-4, "lion": 2.5e-2}
 # (loss, norm) in 16 bits, as in tests/engine/test_precision.py
 BANDS = {"fp32": (LOSS, NORM), "bf16": (1e-3, 3e-2), "fp16": (5e-4, 1e-2)}
@@ -81,12 +81,14 @@ def config_of(case: Case, folder: str) -> Any:
     """The resolved config of a case."""
     values = sections(case)
     values.pop("parallel")  # the layout says it
-    values["model"] |= {"experts_per_token": 2, "expert_hidden_size": 16}
+    if case["num_experts"] != "null":
+        values["model"] |= {"experts_per_token": 2, "expert_hidden_size": 16}
     if case["optimizer"] in ("lion", "adafactor"):  # a key's bias has a gradient of zero but for rounding,
         # of which Lion takes the sign, and Adafactor divides it by its own size
         values["model"]["attention_bias"] = False
     values["optimizer"] |= OPTIMIZERS.get(case["optimizer"], OPTIMIZERS[""])
-    values["offload"] |= {"nvme_path": folder}
+    if "nvme" in (case["offload_optimizer"], case["offload_parameters"]):
+        values["offload"] |= {"nvme_path": folder}
     return run_config(case["family"], layout_of(case), **values)
 
 
