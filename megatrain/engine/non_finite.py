@@ -1,5 +1,6 @@
 """Where NaN and infinity stand: in the gradients of a step that was skipped, and in the state that is to be saved."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,19 +52,22 @@ def bad_gradient(engine: Engine, batch: RankBatch) -> Found | None:
 def bad_state(engine: Engine) -> Found | None:
     """A master weight or a moment that is not finite on some rank; None: the whole state is finite. Collective."""
     flags, places = [], []
-    held = [
-        (fragment.name, kind, fragment.values(kind))
-        for fragment in local_fragments(engine)
-        for kind in kinds_of(engine, fragment.parameter)
-    ]
-    held += [(name, kind, values) for (kind, name), values in factors(engine).items()]
-    for place, (name, kind, values) in enumerate(held):
+    for place, (name, kind, values) in enumerate(_held(engine)):
         if values.numel():
             low, high = values.aminmax()  # NaN stays NaN, and no copy is made
             flags.append((low.isfinite() & high.isfinite()).to(engine.mesh.device))
             places.append((place, name, kind))
     finite = torch.stack(flags).tolist() if flags else []
     return _first_of_all_ranks([place for place, good in zip(places, finite, strict=True) if not good])
+
+
+def _held(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, kind, values) of all that this rank holds; what lies on a disk is read as it is asked for."""
+    for fragment in local_fragments(engine):
+        for kind in kinds_of(engine, fragment.parameter):
+            yield fragment.name, kind, fragment.values(kind)
+    for (kind, name), values in factors(engine).items():
+        yield name, kind, values
 
 
 def _first_of_all_ranks(own: list[tuple[int, str, str]]) -> Found | None:
