@@ -19,11 +19,13 @@ _MAX_DEPTH = 16  # of mappings; an alias to an enclosing mapping has no end
 @dataclass(frozen=True)
 class Node:
     """A value and where it stands. ``content`` is a dict of nodes where the value is a mapping, and a list of nodes
-    where it is a list. ``is_path``: a mapping that only leads to the one key of a dotted name."""
+    where it is a list. ``is_path``: a mapping that only leads to the one key of a dotted name; ``is_empty``: nothing was
+    written, not even null."""
 
     content: Any
     origin: str
     is_path: bool = False
+    is_empty: bool = False
 
     def plain(self) -> Any:
         """The value without origins."""
@@ -64,9 +66,9 @@ def merge(low: Node, high: Node, key: str = "") -> Node:
     """``high`` over ``low`` at ``key``: mappings key by key, anything else replaced.
 
     A mapping of names (``NAMED``) is replaced as a whole, unless a dotted key leads into it. An empty section (one
-    above nothing but comments) changes nothing.
+    above nothing but comments) changes nothing, where null replaces it.
     """
-    if isinstance(low.content, dict) and high.content is None and "." not in key:
+    if isinstance(low.content, dict) and high.is_empty and "." not in key:
         return low
     if not (isinstance(low.content, dict) and isinstance(high.content, dict)) or (key in NAMED and not high.is_path):
         return high
@@ -148,7 +150,7 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
     try:
         loader = Loader(text)
         root = loader.get_single_node()
-        return Node(None, origin(1)) if root is None else _tree(loader, root, origin, root.start_mark.line)
+        return Node(None, origin(1), is_empty=True) if root is None else _tree(loader, root, origin, root.start_mark.line)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -161,7 +163,8 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
 
 def _tree(loader: Loader, node: yaml.Node, origin: Callable[[int], str], line: int, depth: int = 0) -> Node:
     if isinstance(node, yaml.ScalarNode):
-        return Node(loader.construct_object(node, deep=True), origin(line + 1))
+        empty = node.value == "" and node.style is None
+        return Node(loader.construct_object(node, deep=True), origin(line + 1), is_empty=empty)
     if depth == _MAX_DEPTH:
         raise yaml.MarkedYAMLError(problem="mappings are nested too deeply", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):

@@ -223,6 +223,11 @@ def test_null_replaces_and_only_an_empty_section_sets_nothing(tmp_path: Path) ->
     (tmp_path / "empty.yaml").write_text("data:\n  # nothing\ntrain:\n")
     config = load_config([tmp_path / "run.yaml", tmp_path / "empty.yaml"]).config
     assert list(config.data.train) == ["a", "b"] and config.train.steps == 50
+    (tmp_path / "empty.yaml").write_text("data: null\n")
+    assert load_config([tmp_path / "run.yaml", tmp_path / "empty.yaml"]).config.data.train == {}
+    communication = ["--deepspeed.wall_clock_breakdown", "true"]
+    assert load_config([], communication).config.deepspeed == {"wall_clock_breakdown": True}
+    assert load_config([], [*communication, "--deepspeed", "null"]).config.deepspeed == {}
     (tmp_path / "empty.yaml").write_text("data:\n  validation:\n")
     assert load_config([tmp_path / "run.yaml", tmp_path / "empty.yaml"]).config.data.validation == {}
 
