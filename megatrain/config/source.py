@@ -150,7 +150,9 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
     try:
         loader = Loader(text)
         root = loader.get_single_node()
-        return Node(None, origin(1), is_empty=True) if root is None else _tree(loader, root, origin, root.start_mark.line)
+        return (
+            Node(None, origin(1), is_empty=True) if root is None else _tree(loader, root, origin, root.start_mark.line)
+        )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -170,6 +172,7 @@ def _tree(loader: Loader, node: yaml.Node, origin: Callable[[int], str], line: i
     if isinstance(node, yaml.SequenceNode):
         items = [_tree(loader, item, origin, item.start_mark.line, depth + 1) for item in node.value]
         return Node(items, origin(line + 1))
+    assert isinstance(node, yaml.MappingNode)
     _refuse_twice(node)
     loader.flatten_mapping(node)  # puts what `<<` brings before the mapping's own keys
     content = {key.value: _tree(loader, value, origin, key.start_mark.line, depth + 1) for key, value in node.value}
