@@ -19,8 +19,8 @@ _MAX_DEPTH = 16  # of mappings; an alias to an enclosing mapping has no end
 @dataclass(frozen=True)
 class Node:
     """A value and where it stands. ``content`` is a dict of nodes where the value is a mapping, and a list of nodes
-    where it is a list. ``is_path``: a mapping that only leads to the one key of a dotted name; ``is_empty``: nothing was
-    written, not even null."""
+    where it is a list. ``is_path``: a mapping that only leads to the one key of a dotted name; ``is_empty``: nothing
+    was written, not even null."""
 
     content: Any
     origin: str
