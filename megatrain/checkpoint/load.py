@@ -111,6 +111,9 @@ def require_same_model(reader: CheckpointReader, model: ModelConfig, grow: bool 
         )
 
 
+_READ = ("step", "optimizer_steps", "dtype", "loss_scaler", "router_biases", "model", "data")
+"""What a load reads of a checkpoint's state; who resumes a run also wants its tokens (resume.py)."""
+
 _SHAPES = (
     *("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_width", "attention_bias"),
     *("ffn_hidden_size", "num_experts", "expert_hidden_size", "num_shared_experts", "num_dense_layers"),
@@ -170,7 +173,7 @@ class _Loading:
     def read(self) -> Rows:
         """Opens the checkpoint and reads all; returns ``parts``, to be told to the other ranks."""
         self.reader = CheckpointReader(self._path)
-        require_state(self.reader)
+        require_state(self.reader, *_READ)
         require_same_model(self.reader, self._engine.config.model, self._grow)
         if self._what == "all":
             self._resume_data(self.reader.state["data"], self.reader.state["step"])

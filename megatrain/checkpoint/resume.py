@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatrain.checkpoint.errors import CheckpointError, StorageError, UnfitError, explained
 from megatrain.checkpoint.folder import candidates, checkpoint_at, checkpoint_remains, list_checkpoints, move_aside
 from megatrain.checkpoint.load import ResumeData, What, load_checkpoint
+from megatrain.checkpoint.state import require_state
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.engine.engine import Engine
 from megatrain.engine.kinds import WEIGHT
@@ -40,7 +41,7 @@ class Resumed:
     @property
     def tokens(self) -> int:
         """Read so far, as ``step``."""
-        return self.state.get("tokens", 0) if self.what == "all" else 0
+        return self.state["tokens"] if self.what == "all" else 0
 
 
 def resume(
@@ -112,6 +113,7 @@ def _looked_at(path: Path) -> dict[str, str]:
     """The versions that saved a checkpoint, whose files are all there."""
     reader = CheckpointReader(path)
     reader.require_files()
+    require_state(reader)
     return reader.versions
 
 
