@@ -51,9 +51,10 @@ def converted(options: argparse.Namespace) -> str:
     text = f"{options.target}: {record['from']} -> {record['to']}, {record['status']}"
     if record["proof"]:
         proof = record["proof"]
+        rounded = f" once {proof['num_rounded']} were rounded to {record['dtype']}" if proof["num_rounded"] else ""
         text += (
-            f": {proof['num_tensors']} tensors bit-equal, logits of {proof['num_tokens']} tokens differ by at most "
-            f"{proof['max_difference']:.1e}"
+            f": {proof['num_tensors']} tensors bit-equal{rounded}, logits of {proof['num_tokens']} tokens differ by at "
+            f"most {proof['max_difference']:.1e}"
         )
     return text
 

@@ -10,6 +10,7 @@ from megatrain.checkpoint.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.grid import region_of
 from megatrain.checkpoint.manifest import ArraySpec, Index
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.tokenizer_file import tokenizer_of
 
 
 def average_factors(count: int) -> list[float]:
@@ -58,6 +59,8 @@ def merge(
             for source, factor in zip(sources, factors, strict=True)
         ]
         state = {**last.state, "merged_from": merged_from}
+        if (tokenizer := tokenizer_of(last)) is not None:
+            tokenizer.write(writer.partial)
         return writer.commit(writer.records(), state, last.versions)
     except CheckpointError:
         writer.close()

@@ -16,6 +16,7 @@ from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed, resume
 from megatrain.checkpoint.retention import Retention
 from megatrain.checkpoint.save import Outcome, Saver
+from megatrain.checkpoint.tokenizer_file import tokenizer_to_carry
 from megatrain.config.derive import flops_per_token
 from megatrain.config.schema import RunConfig
 from megatrain.data.errors import DataError
@@ -160,6 +161,9 @@ class Trainer:
         checkpoint = self.config.checkpoint
         skipped = resumed.skipped if resumed is not None else ()
         first = self.engine.mesh.rank == 0
+        tokenizer, reason = tokenizer_to_carry(*self.data.tokenizer_file()) if first else (None, "")
+        if reason:
+            print(f"checkpoints carry no tokenizer: {reason}", flush=True)
         self._versions = {name: text for name, text in versions().items() if text} if first else {}
         return Saver(
             self.engine,
@@ -169,6 +173,7 @@ class Trainer:
             retention=Retention(checkpoint.keep_last, checkpoint.keep_every),
             lock=self._lock,
             damaged=frozenset(step for path, _ in skipped if (step := step_of(path.name)) is not None),
+            tokenizer=tokenizer,
         )
 
     def _save(self, metrics: Any) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.model_file import write_model
+from megatrain.checkpoint.convert.model_check import require_plausible
+from megatrain.checkpoint.convert.model_file import model_of, write_model
 from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.folder import MANIFEST
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
-from megatrain.config.derive import resolve_model
+from megatrain.checkpoint.tokenizer_file import CarriedTokenizer, tokenizer_of
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import MOMENTS, WEIGHT
 
@@ -22,20 +24,26 @@ RUN_ID = "conversion"
 class NativeReader:
     """A checkpoint folder ``step-…``; ``adam``: the arguments of the run's AdamW, none where no run made it.
 
+    ``tokenizer``: that it carries; ``digests``: SHA-256 of those that its data were written with.
+
     Raises:
         CheckpointError: it is not there or damaged.
     """
 
     def __init__(self, path: Path):
         self.path, self._reader = path, CheckpointReader(path)
-        self.model = resolve_model(ModelConfig.model_validate(self._reader.state["model"]))
+        self.model = model_of(self._reader.state.get("model"), f"{path / MANIFEST}: state")
+        require_plausible(self.model, self._reader.arrays, path)
         self.table = identity(self.model)
         arrays = self._reader.arrays
         states = all((kind, name) in arrays for weight, name in arrays if weight == WEIGHT for kind in MOMENTS)
         self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)  # other formats know AdamW's alone
         self.step = self._reader.step
         self.adam = _adam_settings(self._reader.state)
-        self._biases: dict[str, list[float]] = self._reader.state["router_biases"] if balanced(self.model) else {}
+        self.tokenizer = tokenizer_of(self._reader)
+        told = self._reader.state.get("tokenizers")
+        self.digests = {one for one in told.values() if one} if isinstance(told, dict) else set[str]()
+        self._biases: dict[str, list[float]] = _biases(self._reader) if balanced(self.model) else {}
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
@@ -56,13 +64,14 @@ class NativeWriter:
 
     Args:
         step: the optimizer step that the weights have.
+        tokenizer: goes into the checkpoint.
     """
 
     dtype = torch.float32
     kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
 
-    def __init__(self, folder: Path, model: ModelConfig, step: int):
-        self.model, self.table = model, identity(model)
+    def __init__(self, folder: Path, model: ModelConfig, step: int, tokenizer: CarriedTokenizer | None = None):
+        self.model, self.table, self._tokenizer = model, identity(model), tokenizer
         self._writer = CheckpointWriter(folder, step, RUN_ID)
         self._biases: dict[str, list[float]] = {}
 
@@ -93,12 +102,25 @@ class NativeWriter:
             "tokens": 0,
             "model": self.model.model_dump(mode="json"),
         }
+        if self._tokenizer is not None:
+            self._tokenizer.write(self._writer.partial)
+            state["tokenizer"] = self._tokenizer.state()
         self._writer.commit(self._writer.records(), state, {"torch": torch.__version__})
 
 
 def _adam_settings(state: dict[str, Any]) -> dict[str, Any]:
-    optimizer = state.get("config", {}).get("optimizer", {})
-    if optimizer.get("name") not in ("adamw", "cpu_adamw"):
+    try:
+        optimizer = state.get("config", {}).get("optimizer", {})
+        if optimizer.get("name") not in ("adamw", "cpu_adamw"):
+            return {}
+        betas = (optimizer["beta1"], optimizer["beta2"])
+        return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}
+    except (KeyError, AttributeError, TypeError):  # another version's: the defaults stand in
         return {}
-    betas = (optimizer["beta1"], optimizer["beta2"])
-    return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}
+
+
+def _biases(reader: CheckpointReader) -> dict[str, list[float]]:
+    biases = reader.state.get("router_biases")
+    if not isinstance(biases, dict) or not all(isinstance(values, list) for values in biases.values()):
+        raise ConversionError(f"{reader.path / MANIFEST}: state has no router_biases, which the model needs")
+    return biases
