@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.store import CheckpointReader
+from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
@@ -18,15 +21,53 @@ def load_model(checkpoint: Path) -> Decoder:
     """The model of a checkpoint, in plain PyTorch and FP32, ready to evaluate.
 
     Raises:
-        CheckpointError: damaged or not there.
+        CheckpointError: damaged, or of a model that is not known here.
     """
     reader = CheckpointReader(checkpoint)
-    model = build_empty_model(ModelConfig.model_validate(reader.state["model"]))
+    model = build_empty_model(config_of(reader))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(reader.read(WEIGHT, name)))
-    load_router_biases(model, reader.state["router_biases"])
+            weight = torch.from_numpy(reader.read(WEIGHT, name))
+            if weight.shape != parameter.shape:
+                raise CheckpointError(f"{reader.path}: {name} has the shape {tuple(weight.shape)}, not the model's")
+            parameter.copy_(weight)
+    try:
+        load_router_biases(model, reader.state["router_biases"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{reader.path}: state.router_biases are not those of the model: {error!r}") from error
     return model.eval()
+
+
+def config_of(reader: CheckpointReader) -> ModelConfig:
+    """The config of a checkpoint's model.
+
+    Raises:
+        CheckpointError: there is none, or it has fields that are not known here.
+    """
+    try:
+        model = ModelConfig.model_validate(reader.state["model"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{reader.path}: the model in its state is none that is known here: {error}") from error
+    if model.num_layers > len(reader.arrays):
+        raise CheckpointError(f"{reader.path}: its {len(reader.arrays)} tensors are not {model.num_layers} blocks")
+    return model
+
+
+def require_room(reader: CheckpointReader, prompt: list[int]) -> None:
+    """Checks that the model has tokens and positions for all of a prompt.
+
+    Raises:
+        CheckpointError: it hasn't.
+    """
+    model = config_of(reader)
+    if len(prompt) > model.max_seq_len:
+        raise CheckpointError(
+            f"--prompt is {len(prompt)} tokens long, the model has {model.max_seq_len} positions: shorten it"
+        )
+    if max(prompt) >= num_tokens(model):
+        raise CheckpointError(
+            f"--prompt has the token {max(prompt)}, the model only {num_tokens(model)}: the tokenizer is another's"
+        )
 
 
 @torch.no_grad()
@@ -41,7 +82,7 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-model.config.max_seq_len :]])
-        token = _choose(model(window)[-1, 0].float(), temperature, generator)
+        token = _choose(model(window)[-1, 0, : num_tokens(model.config)].float(), temperature, generator)
         if token == stop_id:
             return
         tokens.append(token)
@@ -49,6 +90,8 @@ def generate(
 
 
 def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0.0:
+    if not bool(logits_V.isfinite().all()):
+        raise CheckpointError("the model's logits are not finite: its weights are of a run that broke down")
+    if temperature == 0.0 or not bool((logits_V / temperature).isfinite().all()):  # as good as 0
         return int(logits_V.argmax())
     return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))

@@ -67,7 +67,7 @@ def convert(request: Request) -> dict[str, Any]:
     origin = detect(request.source)
     if origin == request.to:
         raise ConversionError(f"{request.source} is in the format {origin} already")
-    reader = FORMATS[origin].read(request.source, request.choices)
+    reader = _read(origin, request)
     Weights(reader).require_complete()
     partial.mkdir(parents=True)
     try:
@@ -80,6 +80,14 @@ def convert(request: Request) -> dict[str, Any]:
         raise
     partial.rename(target)
     return record
+
+
+def _read(origin: str, request: Request) -> Reader:
+    try:
+        return FORMATS[origin].read(request.source, request.choices)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error!s:.200}"
+        raise ConversionError(f"{request.source} is not what a checkpoint of {origin} looks like: {reason}") from error
 
 
 def _require_sense(request: Request) -> None:

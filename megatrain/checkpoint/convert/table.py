@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.forms import SAME, Form
+from megatrain.checkpoint.convert.model_check import require_plausible
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
@@ -138,6 +139,7 @@ class Weights:
 
     def __init__(self, reader: Reader):
         self.reader, self.model = reader, reader.model
+        require_plausible(self.model, reader.names(), reader.path)
         self._entry_of = {name: entry for entry in entries(reader.table, reader.model) for name in entry.ours}
         self._last: tuple[tuple[str, Entry], dict[str, Tensor]] | None = None
 
@@ -189,9 +191,16 @@ def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
 
 
 def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's name and whole shape, and those of the balance biases."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+    """Every parameter's name and whole shape, and those of the balance biases.
+
+    Raises:
+        ConversionError: a tensor is larger than can be.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+    except RuntimeError as error:
+        raise ConversionError(f"no model has these sizes: {error!s:.200}") from error
     if balanced(model):
         shapes |= {bias_name(layer): torch.Size([model.num_experts or 0]) for layer in mixture_layers(model)}
     return shapes
