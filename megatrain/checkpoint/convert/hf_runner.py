@@ -99,13 +99,11 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        own = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **own)
+        config._attn_implementation = "sdpa"  # whatever kernel it names, which may want a GPU
         model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",  # whatever kernel the config names, which may want a GPU
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            folder, config=config, dtype=dtype, output_loading_info=True, **own
         )
     except Exception as error:  # whatever its code and those of its libraries raise
         reason = f"{type(error).__name__}: {str(error)[:_MESSAGE]}"
