@@ -1,7 +1,7 @@
 """The tokenizer that a checkpoint carries, so that its folder alone tells what its token ids mean.
 
-    step-00001000/tokenizer.json   as the data set holds it
-    manifest.json                  state.tokenizer: its SHA-256 and the end-of-document id
+step-00001000/tokenizer.json   as the data set holds it
+manifest.json                  state.tokenizer: its SHA-256 and the end-of-document id
 """
 
 import hashlib
@@ -46,7 +46,9 @@ class CarriedTokenizer:
             write_durably(folder / NAME, self.content)
 
 
-def tokenizer_to_carry(path: Path | None, sha256: str | None, eod_id: int | None) -> tuple[CarriedTokenizer | None, str]:
+def tokenizer_to_carry(
+    path: Path | None, sha256: str | None, eod_id: int | None
+) -> tuple[CarriedTokenizer | None, str]:
     """(what checkpoints will carry, or else why they carry none).
 
     Args:
@@ -78,7 +80,9 @@ def tokenizer_of(reader: CheckpointReader) -> CarriedTokenizer | None:
         return None
     path = f"{reader.path}/{NAME}"
     if not isinstance(said, dict) or not isinstance(said.get("eod_id"), int | None):
-        raise CheckpointError(f"{reader.path}: the manifest's state.tokenizer is {said!r:.100}, which is no tokenizer's")
+        raise CheckpointError(
+            f"{reader.path}: the manifest's state.tokenizer is {said!r:.100}, which is no tokenizer's"
+        )
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} is missing, which belongs to the checkpoint: copy its folder again")
     with explained(f"read {path}"):

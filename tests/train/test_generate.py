@@ -1,5 +1,6 @@
 """Text from a checkpoint that carries its tokenizer: encoded as for training, moved anywhere, one message a mistake."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_model
 from megatrain.train.generate import generate
 from megatrain.train.prompt import Speech
-from tests.data.factory import byte_tokenizer
+from tests.data.factory import byte_tokenizer, make_dataset
 from tests.pool import Pool
-from tests.train.test_saving import config_of, folder, train  # noqa: F401 - a fixture
+from tests.train.test_saving import config_of, train
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "##s")
 POSITIONS = 12
@@ -108,8 +109,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_mistakes_get_one_message(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -135,8 +134,10 @@ def test_a_damaged_or_lost_tokenizer_is_told(run: Path) -> None:
 
 
 def test_runs_put_their_tokenizer_into_each_checkpoint(
-    pool: Pool, folder: Path, capsys: pytest.CaptureFixture[str]
+    pool: Pool, memory_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = memory_path
+    make_dataset(folder / "data", vocab_size=300)
     assert pool.run(train, 2, config_of(folder, steps=2)) == ["", ""]
     (folder / "data" / "tokenizer.json").unlink()
     reader = CheckpointReader(folder / "runs/test/checkpoints/step-00000002")

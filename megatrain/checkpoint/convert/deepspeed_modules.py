@@ -19,7 +19,6 @@ from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.engine.kinds import WEIGHT
 
-
 _HEAD = "lm_head.weight"
 
 

@@ -24,10 +24,11 @@ from megatrain.checkpoint.convert.hf_tokenizer import CONFIG
 from megatrain.checkpoint.convert.huggingface import HuggingFaceReader, HuggingFaceWriter
 from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter, iteration_folder
 from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
+from megatrain.checkpoint.convert.own_tokenizer import extras_for, keep_extras
 from megatrain.checkpoint.convert.runners import OwnRunner, Runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
-from megatrain.checkpoint.convert.own_tokenizer import extras_for, keep_extras
 from megatrain.checkpoint.folder import is_committed, newest_checkpoint
+
 
 @dataclass(frozen=True)
 class Choices:

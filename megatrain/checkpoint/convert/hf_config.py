@@ -174,8 +174,8 @@ def _require_computed_blocks(field: str, dense: list[int], model: ModelConfig) -
     wanted = {i for i in range(model.num_layers) if i not in dense and (i + 1) % model.expert_interval == 0}
     if not wanted or wanted != set(mixture_layers(model)):
         raise ConversionError(
-            f"config.json: {field} = {dense!r:.100}: blocks without experts are computed here where they are the first ones, "
-            f"or all but every {model.expert_interval}. (decoder_sparse_step)"
+            f"config.json: {field} = {dense!r:.100}: blocks without experts are computed here where they are the first "
+            f"ones, or all but every {model.expert_interval}. (decoder_sparse_step)"
         )
 
 

@@ -98,16 +98,18 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    made: Any
     try:
         own = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **own)
         config._attn_implementation = "sdpa"  # whatever kernel it names, which may want a GPU
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        made = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, **own
         )
     except Exception as error:  # whatever its code and those of its libraries raise
         reason = f"{type(error).__name__}: {str(error)[:_MESSAGE]}"
         raise ProofFailed(f"transformers does not load {folder}: {reason}") from error
+    model, told = made
     problems = {kind: sorted(map(str, told.get(kind) or ())) for kind in ("missing_keys", "mismatched_keys")}
     if listed := [f"{kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names]:
         raise ProofFailed(f"transformers loads {folder} with parts of its own making: {'; '.join(listed)}")

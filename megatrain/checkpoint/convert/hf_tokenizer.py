@@ -46,13 +46,12 @@ def write_tokenizer(extras: Path | CarriedTokenizer, folder: Path, model_ids: Id
     """Puts a tokenizer into the folder of a model: all that lies in a folder, or what a tokenizer.json alone gives.
 
     Args:
-        model_ids: of the model, by which a lone tokenizer.json finds its end-of-document token.
+        model_ids: of the model, by which a lone tokenizer.json finds its special tokens.
     Raises:
-        ConversionError: there is none.
+        ConversionError: a file is none.
     """
     if isinstance(extras, Path) and extras.is_dir():
-        if not copy_files(extras, folder):
-            raise ConversionError(f"{extras} holds no tokenizer")
+        copy_files(extras, folder)
         return
     content = extras.content if isinstance(extras, CarriedTokenizer) else extras.read_bytes()
     (folder / TOKENIZER).write_bytes(content)

@@ -44,7 +44,7 @@ def resolved(model: ModelConfig, where: str) -> ModelConfig:
     return resolve_model(model)
 
 
-def require_plausible(model: ModelConfig, names: Collection[str], where: object) -> None:
+def require_plausible(model: ModelConfig, names: Collection[object], where: object) -> None:
     """Checks that there are tensors enough for a model, before one of this size is built to compare names.
 
     Raises:
@@ -68,7 +68,7 @@ def require_tied(head: Tensor, word: Tensor, where: str) -> None:
 
 
 def said(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
-    """What is wrong, in one line: each field, under its name in ``names`` where it has one, its value and the reason."""
+    """What is wrong, in one line: each field, by its name in ``names`` where it has one, its value and the reason."""
     found = []
     for detail in error.errors(include_url=False)[:5]:
         field = ".".join(map(str, detail["loc"]))

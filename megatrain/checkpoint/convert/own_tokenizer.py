@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.hf_tokenizer import CONFIG, TOKENIZER, copy_files, load, special_ids
+from megatrain.checkpoint.convert.hf_tokenizer import CONFIG, TOKENIZER, TOKENIZER_FILES, copy_files, load, special_ids
 from megatrain.checkpoint.convert.huggingface import HuggingFaceReader
 from megatrain.checkpoint.convert.native import NativeReader
 from megatrain.checkpoint.convert.table import Reader
@@ -48,6 +48,8 @@ def extras_for(reader: Reader, given: Path | None) -> tuple[Path | CarriedTokeni
     own = reader.tokenizer if isinstance(reader, NativeReader) else None
     if given is not None:
         require_own(reader, given)
+        if given.is_dir() and not any((given / name).is_file() for name in TOKENIZER_FILES):
+            raise ConversionError(f"{given} holds no tokenizer")
     beside = reader.path.parent / EXTRAS
     extras = given or (beside if beside.is_dir() else own)
     eod_id = None if own is None else own.eod_id

@@ -60,7 +60,7 @@ def convert(request: Request) -> dict[str, Any]:
     """
     _require_sense(request)
     target = Path(os.path.abspath(request.target))
-    partial, failed = (target.with_name(target.name + end) for end in (".partial", ".failed"))
+    partial, failed = (Path(f"{target}{end}") for end in (".partial", ".failed"))
     for place in (target, partial, failed):
         if os.path.lexists(place):
             raise ConversionError(f"{place} is there already: remove it, or choose another target")

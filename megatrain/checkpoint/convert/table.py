@@ -141,6 +141,7 @@ class Weights:
         self.reader, self.model = reader, reader.model
         require_plausible(self.model, reader.names(), reader.path)
         self._entry_of = {name: entry for entry in entries(reader.table, reader.model) for name in entry.ours}
+        self._shapes = canonical_shapes(self.model)
         self._last: tuple[tuple[str, Entry], dict[str, Tensor]] | None = None
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -155,8 +156,11 @@ class Weights:
             try:
                 ours = entry.form.to_ours(theirs, self.model)
             except (RuntimeError, ValueError) as error:
-                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in theirs)
-                raise ConversionError(f"{', '.join(entry.theirs)} of shape {shapes}: {error}") from error
+                raise ConversionError(f"{', '.join(entry.theirs)} of shape {_listed(theirs)}: {error}") from error
+            for own, tensor in zip(entry.ours, ours, strict=True):
+                if tensor.shape != self._shapes[own]:
+                    wrong = f"{tuple(tensor.shape)} here, where the config says {tuple(self._shapes[own])}"
+                    raise ConversionError(f"{', '.join(entry.theirs)} of shape {_listed(theirs)}: {own} is {wrong}")
             self._last = (kind, entry), dict(zip(entry.ours, ours, strict=True))
         return self._last[1][name]
 
@@ -177,6 +181,10 @@ class Weights:
             raise ConversionError(
                 f"the tensors are not those of the model that its config describes:\n  {listed}{more}"
             )
+
+
+def _listed(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
 def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:

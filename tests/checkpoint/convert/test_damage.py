@@ -79,7 +79,9 @@ def test_states_of_ranks_that_changed_places_are_refused(tmp_path: Path, run: Pa
     first.rename(tmp_path / "aside")
     second.rename(first)
     (tmp_path / "aside").rename(second)
-    refused(tmp_path / "ds", tmp_path / "a", r"rank_0_.* was saved as zero_pp_rank_1_.*: files of two ranks have changed")
+    refused(
+        tmp_path / "ds", tmp_path / "a", r"rank_0_.* was saved as zero_pp_rank_1_.*: files of two ranks have changed"
+    )
     for file, state in zip((second, first), states, strict=True):  # under the other's name: the masters tell
         with open(file, "wb") as stream:
             torch.save(state, stream)
@@ -126,4 +128,6 @@ def test_a_megatron_master_of_another_save_is_refused(tmp_path: Path, run: Path)
         shutil.copy(other / place.relative_path, folder / "__9_9.distcp")
         found.storage_data[index] = type(place)("__9_9.distcp", place.offset, place.length)
     (folder / ".metadata").write_bytes(pickle.dumps(found))
-    refused(tmp_path / "one-mcore", tmp_path / "a", r"linear_proj\.weight: the optimizer's master, rounded, is not the w")
+    refused(
+        tmp_path / "one-mcore", tmp_path / "a", r"linear_proj\.weight: the optimizer's master, rounded, is not the w"
+    )

@@ -137,7 +137,10 @@ def test_files_of_pickled_tensors_are_read_on_request(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": "much", "mscale_all_dim": 1.0}},
             "mscale and mscale_all_dim of YaRN: could not convert",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate = False of YaRN is not computed here"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "truncate": False}},
+            "truncate = False of YaRN is not computed here",
+        ),
         ({"num_hidden_layers": 4}, r"missing: model.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, r"not known: model.layers.2.input_layernorm.weight"),
         ({"tie_word_embeddings": False}, "missing: lm_head.weight"),

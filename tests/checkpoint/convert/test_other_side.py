@@ -84,7 +84,9 @@ def test_what_transformers_does_not_load_is_no_proof(tmp_path: Path) -> None:
 
 ACCEPTED: dict[str, dict[str, Any]] = {
     "linear with an original length": {"rope_parameters": LINEAR | {"original_max_position_embeddings": 24}},
-    "partial_rotary_factor 1": {"rope_parameters": LINEAR | {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 1.0},
+    "partial_rotary_factor 1": {
+        "rope_parameters": LINEAR | {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 1.0,
+    },
     "yarn": {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "truncate": True,
                             "finetuned": True, "beta_fast": None, "original_max_position_embeddings": 24},
