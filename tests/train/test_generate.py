@@ -12,6 +12,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from launch.generate import main
 from megatrain.checkpoint.convert.native import NativeWriter
 from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.inspect import verify
 from megatrain.checkpoint.merge import average_factors, merge
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.checkpoint.tokenizer_file import CarriedTokenizer, tokenizer_of
@@ -126,6 +127,7 @@ def test_mistakes_get_one_message(
 def test_a_damaged_or_lost_tokenizer_is_told(run: Path) -> None:
     file = run / "checkpoints" / "step-00000003" / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b"world", b"wurld"))
+    assert "tokenizer.json is damaged" in verify(CheckpointReader(file.parent), 1)[0]
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
         Speech.of(CheckpointReader(file.parent), None)
     file.unlink()
