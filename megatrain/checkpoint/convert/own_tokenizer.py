@@ -51,7 +51,8 @@ def extras_for(reader: Reader, given: Path | None) -> tuple[Path | CarriedTokeni
         if given.is_dir() and not any((given / name).is_file() for name in TOKENIZER_FILES):
             raise ConversionError(f"{given} holds no tokenizer")
     beside = reader.path.parent / EXTRAS
-    extras = given or (beside if beside.is_dir() else own)
+    found = beside if any((beside / name).is_file() for name in TOKENIZER_FILES) else own
+    extras = given or found or (beside if beside.is_dir() else None)
     eod_id = None if own is None else own.eod_id
     if eod_id is None and extras is not None and not (isinstance(extras, Path) and extras.is_dir()):
         eod_id = _usual_end(extras)
