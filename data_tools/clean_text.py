@@ -26,7 +26,8 @@ from megatrain.data.documents import Document
 from megatrain.data.errors import DataError
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.data.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
-from megatrain.disk.durable import fsync_folder
+from megatrain.disk.durable import fsync_folder, write_durably
+from megatrain.disk.target import require_place
 
 _PROBLEMS_SHOWN = 10
 
@@ -71,10 +72,11 @@ def clean(arguments: argparse.Namespace) -> None:
     """Writes the documents that stay.
 
     Raises:
-        DataError: bad input or options, or another file in the way.
+        DataError: bad input or options.
+        FileExistsError: another file in the way.
     """
-    if arguments.output.exists() and not arguments.overwrite:
-        raise DataError(f"{arguments.output} is there: choose another file, or replace it by --overwrite")
+    for place in filter(None, (arguments.output, arguments.report)):
+        require_place(place, arguments.overwrite)
     if not 0 < arguments.threshold <= 1 or arguments.workers < 1:
         raise DataError("--threshold must be above 0 and at most 1, --workers at least 1")
     reader = reader_of(arguments)
@@ -87,6 +89,7 @@ def clean(arguments: argparse.Namespace) -> None:
     seen = _duplicates(arguments)
     partial = arguments.output.with_name(f".{arguments.output.name}.partial")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
     with open_pool(arguments.workers) as pool, _open(partial, arguments.output) as file:
         results = pool.ordered(judge, _batches(reader.read_all(sources)))
         with tqdm(unit="B", unit_scale=True, desc="clean", disable=None) as bar:
@@ -178,7 +181,7 @@ def _report(
         print(f"{name:<16} {counts[name]:>10} documents {num_bytes[name]:>14} bytes")
     if arguments.report:
         fates = {name: {"documents": counts[name], "bytes": num_bytes[name]} for name in names}
-        arguments.report.write_text(json.dumps({"bad_records": num_bad, **fates}, indent=2) + "\n")
+        write_durably(arguments.report, (json.dumps({"bad_records": num_bad, **fates}, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

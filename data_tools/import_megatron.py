@@ -16,6 +16,7 @@ from megatrain.data.manifest import MANIFEST
 from megatrain.data.scan import Block, read_blocks
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.writer import DatasetWriter
+from megatrain.disk.target import require_free
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +44,8 @@ def import_all(arguments: argparse.Namespace) -> None:
         DataError: bad input, a token that the tokenizer doesn't have, or another data set in the way.
     """
     output: Path = arguments.output
-    if (output / MANIFEST).exists() and not arguments.overwrite:
-        raise DataError(f"{output} is there: choose another folder, or replace it by --overwrite")
+    if not arguments.overwrite:
+        require_free(output / MANIFEST, "choose another --output, or replace it by --overwrite")
     stems = _stems(arguments.input)
     tokenizer_json = load_tokenizer(arguments.tokenizer)
     encoder = Encoder(tokenizer_json, arguments.eod)

@@ -17,6 +17,7 @@ from megatrain.data.pool import open_pool
 from megatrain.data.reader import TokenDataset
 from megatrain.data.scan import document_lengths, read_blocks
 from megatrain.data.verify import find_problems
+from megatrain.disk.target import require_place
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ids", action="store_true", help="print documents as token ids")
     parser.add_argument("--histogram", type=int, metavar="N", help="count all tokens and print the N most frequent")
     parser.add_argument("--lengths", type=Path, metavar="PNG", help="draw the distribution of the documents' lengths")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older picture")
     parser.add_argument("--verify", action="store_true", help="compare every byte with the digests")
     return run_tool(parser, inspect, argv)
 
@@ -40,6 +42,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         DataError: no readable data set, a damaged one under --verify, or no such document.
     """
     folder: Path = arguments.folder
+    if arguments.lengths:
+        require_place(arguments.lengths, arguments.overwrite)
     dataset = TokenDataset.open(folder)
     stems = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
     if dataset.manifest:

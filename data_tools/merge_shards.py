@@ -11,6 +11,7 @@ from megatrain.data.inputs import InputDigest
 from megatrain.data.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
 from megatrain.data.shuffle import shuffle_documents
 from megatrain.data.writer import DatasetWriter
+from megatrain.disk.target import require_free
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +36,8 @@ def merge(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     manifests = [Manifest.read(folder) for folder in arguments.input]
     _check_alike(arguments.input, manifests)
-    if (output / MANIFEST).exists() and not arguments.overwrite:
-        raise DataError(f"{output} is there: choose another folder, or replace it by --overwrite")
+    if not arguments.overwrite:
+        require_free(output / MANIFEST, "choose another --output, or replace it by --overwrite")
     digests = [
         digest_of([digest for shard in manifest.shards for digest in (shard.bin_sha256, shard.idx_sha256)])
         for manifest in manifests

@@ -20,6 +20,7 @@ from megatrain.data.images import class_names, read_images
 from megatrain.data.inputs import Source, digest_of_all, digest_sources
 from megatrain.data.manifest import MANIFEST
 from megatrain.data.writer import DatasetWriter
+from megatrain.disk.target import require_free
 
 _EOD = "<|endoftext|>"
 _EOD_ID = 256
@@ -46,8 +47,8 @@ def pack(arguments: argparse.Namespace) -> None:
         DataError: bad input, images of several sizes, or another data set in the way.
     """
     source, output = arguments.input, arguments.output
-    if (output / MANIFEST).exists() and not arguments.overwrite:
-        raise DataError(f"{output} is there: choose another folder, or replace it by --overwrite")
+    if not arguments.overwrite:
+        require_free(output / MANIFEST, "choose another --output, or replace it by --overwrite")
     if not source.exists() or (arguments.labels and not arguments.labels.exists()):
         raise DataError(f"no such input: {arguments.labels if source.exists() else source}")
     classes = class_names(source, arguments.labels)

@@ -22,6 +22,7 @@ from megatrain.data.inputs import READ_ERRORS, Source, digest_of_all, digest_sou
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.writer import DatasetWriter
 from megatrain.disk.durable import write_durably
+from megatrain.disk.target import require_free
 
 PAIRS = "pairs.json"
 _BATCH = 2000
@@ -61,8 +62,9 @@ def pack(arguments: argparse.Namespace) -> None:
         DataError: bad input, or other data in the way.
     """
     output: Path = arguments.output
-    if (output / PAIRS).exists() and not arguments.overwrite:
-        raise DataError(f"{output} is there: choose another folder, or replace it by --overwrite")
+    if not arguments.overwrite:
+        for place in (output / PAIRS, output / "source", output / "target"):
+            require_free(place, "choose another --output, or replace it by --overwrite")
     if bool(arguments.input) == bool(arguments.source) or bool(arguments.source) != bool(arguments.target):
         raise DataError("name either --input, or both --source and --target")
     paths = arguments.input or [arguments.source, arguments.target]

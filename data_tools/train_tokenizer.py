@@ -22,6 +22,7 @@ from megatrain.data.documents import RecordReader
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import Source
 from megatrain.disk.durable import write_durably
+from megatrain.disk.target import require_place
 
 EOD = "<|endoftext|>"
 _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -60,11 +61,10 @@ def train(arguments: argparse.Namespace) -> None:
     content = tokenizer.to_str(pretty=True).encode()
     output: Path = arguments.output
     print_problems(reader.problems[:_PROBLEMS_SHOWN], len(reader.problems))
-    if output.exists() and output.read_bytes() == content:
+    if output.is_file() and output.read_bytes() == content:
         print(f"{output}: already there with this content")
         return
-    if output.exists() and not arguments.overwrite:
-        raise DataError(f"{output} is there and different: choose another file, or replace it by --overwrite")
+    require_place(output, arguments.overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, content)
     print(f"{output}: {arguments.model}, {tokenizer.get_vocab_size()} tokens")

@@ -4,6 +4,7 @@ python launch/checkpoint.py ls runs/quickstart
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.checkpoint import inspect
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints, newest_checkpoint
+from megatrain.checkpoint.folder import checkpoint_at, checkpoint_remains, list_checkpoints, run_checkpoints, step_of
 from megatrain.checkpoint.lock import FolderLock
-from megatrain.checkpoint.merge import average_factors, ema_factors, merge
+from megatrain.checkpoint.merge import average_factors, decay_of, ema_factors, merge
 from megatrain.checkpoint.rebuild import rebuild_manifest
 from megatrain.checkpoint.retention import Retention, prune, surplus_checkpoints
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store import CheckpointReader, problem_of
 
 
 def main(arguments: list[str]) -> int:
@@ -45,11 +46,13 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     a_run = "a run's folder, or its folder of checkpoints"
-    one = "a step-… folder, or a run's folder for its newest checkpoint"
+    one = "a checkpoint's folder, or a run's for its newest checkpoint"
     command("ls", ls, "list the checkpoints of a run").add_argument("folder", type=Path, help=a_run)
     added = command("verify", verify, "read every chunk and say what is damaged")
     added.add_argument("checkpoints", type=Path, nargs="+", metavar="checkpoint", help=one)
-    added.add_argument("--threads", type=int, default=4, help="chunks that are read at once (default: %(default)s)")
+    added.add_argument(
+        "--threads", type=positive, default=4, help="chunks that are read at once (default: %(default)s)"
+    )
     added = command("diff", diff, "compare two checkpoints tensor by tensor")
     added.add_argument("first", type=Path, help=one)
     added.add_argument("second", type=Path, help=one)
@@ -63,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     added = command("merge", merge_all, "average several checkpoints of one model, in the given order")
     added.add_argument("checkpoints", type=Path, nargs="+", metavar="checkpoint", help=one)
     added.add_argument("--output", type=Path, required=True, help="folder for the new step-… folder")
-    added.add_argument("--ema", type=float, metavar="DECAY", help="a moving average with this decay, not the mean")
+    about = "a moving average with this decay (0 to below 1), not the mean"
+    added.add_argument("--ema", type=decay, metavar="DECAY", help=about)
     added = command("rebuild", rebuild, "make a lost or damaged manifest again from the arrays' own headers")
     added.add_argument("checkpoint", type=Path, help="a step-… folder")
     whole.epilog = "".join(added.format_usage().replace("usage: ", "") for added in commands.choices.values())
@@ -71,39 +75,54 @@ def parser() -> argparse.ArgumentParser:
 
 
 def ls(options: argparse.Namespace) -> int:
-    folder = checkpoints_of(options.folder)
+    folder = run_checkpoints(options.folder)
     found = list_checkpoints(folder)
     damaged = 0
     for path in found:
-        if problem := inspect.problem_of(path):
+        if problem := problem_of(path):
             damaged += 1
             print(f"{path.name}  DAMAGED  {problem}")
         else:
             reader = CheckpointReader(path)
-            size, tokens = inspect.total_bytes(reader), reader.state.get("tokens", 0)
-            print(f"{path.name}  {size / 2**30:10.3f} GiB  {tokens:>16,} tokens  run {reader.run_id}")
+            size, tokens = inspect.total_bytes(reader), reader.state.get("tokens")
+            told = f"{tokens:,}" if isinstance(tokens, int) else "?"
+            print(f"{path.name}  {size / 2**30:10.3f} GiB  {told:>16} tokens  run {reader.run_id}")
     for path in checkpoint_remains(folder):
         if path not in found and path.name != "latest":
-            print(f"{path.name}  not a checkpoint: never committed, or being removed")
+            print(f"{path.name}  not a checkpoint: its manifest is lost or never came, or it is being removed")
     print(f"{len(found)} checkpoints in {folder}" + (f", {damaged} of them damaged" if damaged else ""))
     return 1 if damaged else 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    damaged = 0
-    for path in map(checkpoint_of, options.checkpoints):
-        reader = CheckpointReader(path)
-        with bar(inspect.total_bytes(reader), path.name) as progress:
-            problems = inspect.verify(reader, options.threads, progress)
+    damaged = mistaken = 0
+    for named in options.checkpoints:
+        try:
+            path = checkpoint_at(named)
+        except CheckpointError as error:
+            mistaken += 1
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        problems = problems_of(path, options.threads)
         damaged += bool(problems)
         for problem in problems:
             print(problem)
         print(f"{path}: {f'{len(problems)} problems' if problems else 'whole'}")
-    return 1 if damaged else 0
+    return 2 if mistaken else 1 if damaged else 0
+
+
+def problems_of(path: Path, threads: int) -> list[str]:
+    """Everything that is wrong with a checkpoint, of which every byte is read."""
+    try:
+        reader = CheckpointReader(path)
+    except CheckpointError as error:
+        return [str(error)]
+    with bar(inspect.total_bytes(reader), path.name) as progress:
+        return inspect.verify(reader, threads, progress)
 
 
 def diff(options: argparse.Namespace) -> int:
-    first, second = (CheckpointReader(checkpoint_of(path)) for path in (options.first, options.second))
+    first, second = (CheckpointReader(checkpoint_at(path)) for path in (options.first, options.second))
     total = different = 0
     with bar(inspect.total_bytes(first), "diff") as progress:
         for found in inspect.differences(first, second, progress):
@@ -116,7 +135,7 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    reader = CheckpointReader(checkpoint_of(options.checkpoint))
+    reader = CheckpointReader(checkpoint_at(options.checkpoint))
     for depth, label, told, size in inspect.tree(reader):
         print(f"{'  ' * depth + label:<44} {size:>16,} bytes  {told}".rstrip())
     print(
@@ -126,9 +145,9 @@ def show(options: argparse.Namespace) -> int:
 
 
 def prune_run(options: argparse.Namespace) -> int:
-    folder, rule = checkpoints_of(options.folder), Retention(options.keep_last, options.keep_every)
-    damaged = [path for path in list_checkpoints(folder) if inspect.problem_of(path)]
-    steps = [int(path.name.removeprefix("step-")) for path in damaged if path.name.startswith("step-")]
+    folder, rule = run_checkpoints(options.folder), Retention(options.keep_last, options.keep_every)
+    damaged = [path for path in list_checkpoints(folder) if problem_of(path)]
+    steps = [step for path in damaged if (step := step_of(path.name)) is not None]
     if options.dry_run:
         for path in surplus_checkpoints(folder, rule, steps):
             print(f"would remove {path}")
@@ -142,7 +161,7 @@ def prune_run(options: argparse.Namespace) -> int:
 
 
 def merge_all(options: argparse.Namespace) -> int:
-    sources = [CheckpointReader(checkpoint_of(path)) for path in options.checkpoints]
+    sources = [CheckpointReader(checkpoint_at(path)) for path in options.checkpoints]
     count = len(sources)
     factors = average_factors(count) if options.ema is None else ema_factors(count, options.ema)
     with FolderLock(options.output), bar(sum(map(inspect.total_bytes, sources)), "merge") as progress:
@@ -152,28 +171,12 @@ def merge_all(options: argparse.Namespace) -> int:
 
 
 def rebuild(options: argparse.Namespace) -> int:
-    with bar(None, "rebuild") as progress:
+    place = Path(os.path.realpath(options.checkpoint)).parent  # a run that goes on there would replace what is rebuilt
+    with FolderLock(place), bar(None, "rebuild") as progress:
         manifest = rebuild_manifest(options.checkpoint, progress)
     print(f"{options.checkpoint}: {len(manifest.arrays)} arrays of step {manifest.step}, run {manifest.run_id}")
     print("every chunk is whole in itself; that none is another step's can't be told without the old manifest")
     return 0
-
-
-def checkpoints_of(folder: Path) -> Path:
-    """The folder of checkpoints of a run, whichever of the two was named."""
-    if not folder.is_dir():
-        raise CheckpointError(f"no such folder: {folder}")
-    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-
-
-def checkpoint_of(path: Path) -> Path:
-    """A checkpoint: the one named, or the newest of the run that is named."""
-    if path.name.startswith("step-"):
-        return path
-    newest = newest_checkpoint(checkpoints_of(path))
-    if newest is None:
-        raise CheckpointError(f"{path} holds no checkpoint")
-    return newest
 
 
 def positive(text: str) -> int:
@@ -181,6 +184,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def decay(text: str) -> float:
+    try:
+        return decay_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no decay: a number from 0 to below 1") from error
 
 
 @contextmanager

@@ -32,11 +32,12 @@ def main(arguments: list[str]) -> int:
 
 def continued(options: argparse.Namespace) -> str:
     """The prompt and what the model makes of it."""
+    from megatrain.checkpoint.folder import checkpoint_at
     from megatrain.checkpoint.store import CheckpointReader
     from megatrain.train.generate import generate, load_model, require_room
     from megatrain.train.prompt import Speech
 
-    checkpoint = checkpoint_in(options.checkpoint or options.run)
+    checkpoint = checkpoint_at(options.checkpoint or options.run)
     reader = CheckpointReader(checkpoint)
     speech = Speech.of(reader, options.tokenizer)
     prompt = speech.encode(options.prompt)
@@ -45,27 +46,6 @@ def continued(options: argparse.Namespace) -> str:
         load_model(checkpoint), prompt, options.max_new_tokens, options.temperature, options.seed, speech.eod_id
     )
     return options.prompt + speech.decode(prompt, list(new))
-
-
-def checkpoint_in(place: Path) -> Path:
-    """The checkpoint that ``place`` is, or the newest in it: a run, its folder of checkpoints, or a ``step-…``.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    from megatrain.checkpoint.folder import is_committed, newest_checkpoint, step_of
-
-    if not place.is_dir():
-        what = "is a file: name a run's folder or one of its step-… folders" if place.exists() else "is not there"
-        raise CheckpointError(f"{place} {what} (seen from {Path.cwd()})")
-    if is_committed(place):
-        return place
-    if step_of(place.resolve().name) is not None:
-        raise CheckpointError(f"{place} was never committed, or lost its manifest: launch/checkpoint.py rebuild")
-    found = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
-    if found is None:
-        raise CheckpointError(f"{place} holds no checkpoint: neither it nor a folder `checkpoints` in it has step-…")
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

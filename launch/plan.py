@@ -19,6 +19,7 @@ from megatrain.config.combine import read_features, refusals_of, shown
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
+from megatrain.disk.target import require_place
 
 
 def main(arguments: list[str]) -> int:
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: tp × pp × dp of the config")
     parser.add_argument("--schedule", action="store_true", help="draw the pipeline schedule")
     parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older picture")
     parser.add_argument("--compat", metavar="A=X,B=Y", help="whether these features go together, and why not")
     options, overrides = parser.parse_known_args(arguments)
     if options.schedule == (options.compat is not None):
@@ -35,6 +37,8 @@ def main(arguments: list[str]) -> int:
     try:
         if options.compat is not None:
             return answer_compatibility(options.compat, overrides)
+        if options.png is not None:
+            require_place(options.png, options.overwrite)
         config = resolved_config(options.config, overrides, options.world_size)
         print_schedule(config, options.png)
     except (ConfigError, OSError) as error:

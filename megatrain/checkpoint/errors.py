@@ -1,6 +1,7 @@
 """The exceptions of the checkpoint room, and how an error of the operating system becomes one."""
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,14 +34,17 @@ class StorageError(CheckpointError):
 def explained(action: str) -> Iterator[None]:
     """Turns an ``OSError`` of the body into ``CheckpointError("cannot <action>: <reason> (<errno name>)")``.
 
-    ``TransientError`` where trying again may help.
+    The reason begins with the file that it is about, where ``action`` does not name it. ``TransientError`` where trying
+    again may help.
     """
     try:
         yield
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "no errno")
         kind = TransientError if error.errno in TRANSIENT else CheckpointError
-        raise kind(f"cannot {action}: {error.strerror or error} ({code})") from error
+        named = error.filename is not None and os.fsdecode(error.filename) not in action
+        where = f"{os.fsdecode(error.filename)}: " if named else ""
+        raise kind(f"cannot {action}: {where}{error.strerror or error} ({code})") from error
 
 
 def persistently(action: Callable[[], Result]) -> Result:

@@ -145,6 +145,32 @@ def read_with_crc(descriptor: int, out: Array, crc: int = 0) -> tuple[int, bool]
     return crc, True
 
 
+def new_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Memory for what is read, undefined.
+
+    Raises:
+        CheckpointError: the host has less than that in all. (A system may give more, and end the process later.)
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise CheckpointError(f"an array of {shape} {dtype.name} takes {num_bytes} bytes; this host has {there} in all")
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError as error:
+        raise CheckpointError(f"no memory for an array of {shape} {dtype.name}: {num_bytes} bytes") from error
+
+
+def crc_of(descriptor: int, num_bytes: int) -> tuple[int, bool]:
+    """Reads ``num_bytes`` of a file and keeps none; returns their CRC-32C, and whether all were there."""
+    buffer, crc = memoryview(bytearray(min(num_bytes, _BLOCK))), 0
+    while num_bytes:
+        count = os.readv(descriptor, [buffer[:num_bytes]])
+        if not count:
+            return crc, False
+        crc, num_bytes = crc32c(buffer[:count], crc), num_bytes - count
+    return crc, True
+
+
 def read_part_with_crc(
     descriptor: int, shape: tuple[int, ...], source: tuple[slice, ...], out: Array
 ) -> tuple[int, bool]:
@@ -153,7 +179,7 @@ def read_part_with_crc(
     Returns the CRC-32C of the whole array, and whether all was there.
     """
     row_bytes = out.itemsize * math.prod(shape[1:])
-    rows = np.empty((min(shape[0], max(1, _BLOCK // row_bytes)), *shape[1:]), out.dtype)
+    rows = new_array((min(shape[0], max(1, _BLOCK // row_bytes)), *shape[1:]), out.dtype)
     wanted, crc = source[0], 0
     for first in range(0, shape[0], len(rows)):
         block = rows[: shape[0] - first]

@@ -4,18 +4,25 @@
     .step-00001000.partial/   being written, or the stump of a save that was killed
     .step-00001000.replaced/  the older save of a step while the newer one takes its name
     .step-00001000.removed/   being deleted
+    set-aside-1-NAME          what was in the way of a save and is not surely worthless; nothing here reads it
     latest                    a hint for people: the name of the newest; nothing here reads it
 
 Only one save at a time may write into a folder; ``lock`` sees to it.
 """
 
+import errno
+import os
 import re
 import shutil
+import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError, explained
-from megatrain.disk.durable import fsync_folder
+from megatrain.checkpoint.manifest import TENSORS
+from megatrain.disk.durable import fsync_folder, write_durably
+from megatrain.disk.small import kind_of
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -76,8 +83,63 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_committed(path: Path) -> bool:
-    """Whether the folder ``path`` holds a manifest, which is written after everything else is on disk."""
-    return (path / MANIFEST).is_file()
+    """Whether the folder ``path`` holds a manifest, which is written after everything else is on disk.
+
+    Also where the manifest is no file, or the folder may not be entered: what can't be looked at is no stump.
+    """
+    try:
+        os.lstat(path / MANIFEST)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    return True
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All that is, or is named like, a checkpoint of ``folder``, highest step first: a manifest may have been lost.
+
+    Raises:
+        CheckpointError: the folder can't be listed.
+    """
+    found = {path.name: path for path in _entries(folder) if step_of(path.name) is not None}
+    committed = {path.name.removeprefix(".").removesuffix(".replaced"): path for path in list_checkpoints(folder)}
+    return [path for _, path in sorted({**found, **committed}.items(), key=lambda item: -(step_of(item[0]) or 0))]
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a person means: ``path`` itself, whatever its name, or the newest of a run there.
+
+    A run is named by its folder or by its folder of checkpoints. A checkpoint may still turn out to be damaged.
+
+    Raises:
+        CheckpointError: there is nothing, no folder, or no checkpoint in it.
+    """
+    with explained(f"look at {path}"):
+        if is_committed(path) or (path.is_dir() and (path / TENSORS).is_dir()):
+            return path
+        _require_folder(path)
+        inner = path / "checkpoints"
+        newest = newest_checkpoint(inner if inner.is_dir() else path)
+    if newest is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet")
+    return newest
+
+
+def run_checkpoints(path: Path) -> Path:
+    """The folder of checkpoints of a run, whichever of the two ``path`` names.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    with explained(f"look at {path}"):
+        _require_folder(path)
+        return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def _require_folder(path: Path) -> None:
+    if not os.path.lexists(path):
+        raise CheckpointError(f"no such folder: {path}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is {kind_of(os.lstat(path))}, not the folder of a checkpoint or a run")
 
 
 def partial_path(folder: Path, step: int) -> Path:
@@ -85,32 +147,56 @@ def partial_path(folder: Path, step: int) -> Path:
     return folder / f".{checkpoint_name(step)}.partial"
 
 
-def clean_stumps(folder: Path) -> list[Path]:
+def clean_stumps(folder: Path, notes: list[str] | None = None) -> list[Path]:
     """Removes what killed saves and removals left, and puts a checkpoint back that was about to be replaced.
 
-    Returns the removed paths, for the log. No save may be under way in ``folder``.
+    What has such a name and is no folder was made by somebody else, and is set aside. Nothing stops a save here but
+    what stands at its very place: the rest is only told. No save may be under way in ``folder``.
+
+    Args:
+        notes: is given what was set aside, and what could not be removed.
+    Returns: the removed paths, for the log.
     """
-    removed = []
+    removed, told = [], [] if notes is None else notes
     for path in _entries(folder):
         hidden = _HIDDEN.fullmatch(path.name)
         if hidden is None:
             continue
         final = folder / hidden[1]
-        if hidden[2] == "replaced" and is_committed(path) and not is_committed(final):
-            path.rename(final)
-            fsync_folder(folder)
-        else:
-            shutil.rmtree(path)
-            removed.append(path)
+        try:
+            if not _is_own_folder(path):
+                told.append(_put_aside(folder, path))
+            elif hidden[2] == "replaced" and is_committed(path) and not is_committed(final):
+                if os.path.lexists(final):
+                    told.append(_put_aside(folder, final))
+                path.rename(final)
+                fsync_folder(folder)
+            else:
+                shutil.rmtree(path)
+                removed.append(path)
+        except OSError as error:
+            try:
+                told.append(_put_aside(folder, path))
+            except OSError:
+                told.append(f"cannot clean {path} up: {error.strerror or error}")
     return removed
 
 
-def publish(folder: Path, step: int) -> Path:
-    """Gives the complete partial folder of ``step`` its final name; an older save of the step goes only after that."""
+def publish(folder: Path, step: int, is_worthless: bool = True) -> str | None:
+    """Gives the complete partial folder of ``step`` its final name; an older save of the step goes only after that.
+
+    Args:
+        is_worthless: what stands there now is another checkpoint of the step; else it is set aside, not deleted.
+    Returns: what was set aside and where, for the log.
+    """
     final = folder / checkpoint_name(step)
     replaced = folder / f".{final.name}.replaced"
-    if final.exists():
-        final.rename(replaced)
+    note = None
+    if os.path.lexists(final):
+        if is_worthless and _is_own_folder(final):
+            final.rename(replaced)
+        else:
+            note = _put_aside(folder, final)
     partial_path(folder, step).rename(final)
     fsync_folder(folder)
     # The new checkpoint is on disk: what fails from here on costs space or a hint, and must not fail the save.
@@ -118,10 +204,41 @@ def publish(folder: Path, step: int) -> Path:
         if replaced.exists():
             _remove(replaced, final.name)
     with suppress(OSError):
-        hint = folder / f".{LATEST}.tmp"
-        hint.write_text(f"{final.name}\n", encoding="utf-8")
-        hint.replace(folder / LATEST)
-    return final
+        write_durably(folder / LATEST, f"{final.name}\n".encode())
+    return note
+
+
+def move_aside(folder: Path, paths: Sequence[Path]) -> Path:
+    """Moves ``paths``, all in ``folder``, into a new folder ``set-aside-1`` (or -2, …) in it, which is returned.
+
+    Raises:
+        OSError: they can't be moved.
+    """
+    place = _free_place(folder)
+    place.mkdir()
+    for path in paths:
+        path.rename(place / path.name)
+    fsync_folder(folder)
+    return place
+
+
+def _put_aside(folder: Path, path: Path) -> str:
+    """Gives something in ``folder`` another name there: to move a folder elsewhere one must be allowed to enter it."""
+    place = _free_place(folder, f"-{path.name.removeprefix('.')}")
+    path.rename(place)
+    fsync_folder(folder)
+    return f"{path} was in the way and is no whole checkpoint: it is now {place}"
+
+
+def _free_place(folder: Path, end: str = "") -> Path:
+    number = 1
+    while os.path.lexists(place := folder / f"set-aside-{number}{end}"):
+        number += 1
+    return place
+
+
+def _is_own_folder(path: Path) -> bool:
+    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -143,7 +260,7 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
         CheckpointError: it hasn't; names the path, the need and what is free.
     """
     place = folder.absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # also where it may not be looked at
         place = place.parent
     with explained(f"ask for the free space of {place}"):
         free = shutil.disk_usage(place).free
@@ -157,6 +274,9 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
 
 def _remove(path: Path, name: str) -> None:
     stump = path.with_name(f".{name}.removed")
+    if not _is_own_folder(path):
+        path.unlink()  # a link: what it leads to is not ours to delete
+        return
     path.rename(stump)  # one step takes it out of sight; the deletion of many files isn't one step
     fsync_folder(path.parent)
     shutil.rmtree(stump)

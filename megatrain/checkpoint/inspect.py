@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -47,9 +46,8 @@ def verify(reader: CheckpointReader, threads: int, progress: Progress = lambda n
 
     def problem(chunk: tuple[Key, Index]) -> str | None:
         key, index = chunk
-        offset, shape = region_of(reader.arrays[key], index)
         try:
-            progress(reader.read(*key, offset, shape).nbytes)
+            progress(reader.check(*key, index))
         except CheckpointError as error:
             return str(error)
         return None
@@ -120,12 +118,3 @@ def tree(reader: CheckpointReader) -> Iterator[tuple[int, str, str, int]]:
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def problem_of(path: Path) -> str | None:
-    """Why a checkpoint can't be loaded, as far as that shows without reading its chunks; None: it looks whole."""
-    try:
-        CheckpointReader(path).require_files()
-    except CheckpointError as error:
-        return str(error)
-    return None

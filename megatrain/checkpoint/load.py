@@ -16,6 +16,7 @@ from torch import Tensor
 from megatrain.checkpoint.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.parts import ReadPart, Rows, rows_of, unproved
 from megatrain.checkpoint.placement import place
+from megatrain.checkpoint.state import require_state
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
@@ -145,6 +146,7 @@ class _Loading:
     def read(self) -> Rows:
         """Opens the checkpoint and reads all; returns ``parts``, to be told to the other ranks."""
         self.reader = CheckpointReader(self._path)
+        require_state(self.reader)
         require_same_model(self.reader, self._engine.config.model)
         self._resume_data(self.reader.state["data"], self.reader.state["step"])
         prepare_import(self._engine)

@@ -7,10 +7,24 @@ from typing import Any
 import numpy as np
 
 from megatrain.checkpoint.errors import CheckpointError, UnfitError
+from megatrain.checkpoint.folder import checkpoint_name
 from megatrain.checkpoint.grid import region_of
 from megatrain.checkpoint.manifest import ArraySpec, Index
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.checkpoint.tokenizer_file import tokenizer_of
+from megatrain.disk.target import require_free
+
+
+def decay_of(text: str) -> float:
+    """A decay of a moving average, from 0 to below 1.
+
+    Raises:
+        ValueError: another number, or none.
+    """
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(text)
+    return value
 
 
 def average_factors(count: int) -> list[float]:
@@ -37,9 +51,13 @@ def merge(
 
     Raises:
         UnfitError: the sources are of different models.
-        CheckpointError: one is damaged, an integer array differs, or ``folder`` can't be written.
+        CheckpointError: one is damaged, an integer array differs, ``folder`` can't be written or has such a step.
     """
     last = sources[-1]
+    try:
+        require_free(folder / checkpoint_name(last.step), "choose another --output, where no step is replaced")
+    except FileExistsError as error:
+        raise CheckpointError(str(error)) from error
     for source in sources:
         if source.arrays.keys() != last.arrays.keys() or source.state.get("model") != last.state.get("model"):
             raise UnfitError(f"{source.path} and {last.path} are of different models")

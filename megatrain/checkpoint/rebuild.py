@@ -6,12 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatrain.checkpoint.errors import CheckpointError, explained
+from megatrain.checkpoint.errors import CheckpointError, UnfitError, explained
 from megatrain.checkpoint.folder import MANIFEST
 from megatrain.checkpoint.manifest import (
-    DTYPES,
     HEADER,
     MAX_HEADER_BYTES,
     TENSORS,
@@ -21,6 +18,7 @@ from megatrain.checkpoint.manifest import (
     chunk_file,
     crc_hex,
 )
+from megatrain.checkpoint.store import CheckpointReader
 from megatrain.checkpoint.tree import Tree
 from megatrain.disk.durable import write_durably
 
@@ -31,8 +29,10 @@ def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_
     Without the manifest only accidents inside a chunk can be told, not a whole chunk of another step or run.
 
     Raises:
-        CheckpointError: a header or a chunk is missing or damaged, or they are of different saves; nothing is written.
+        CheckpointError: a header or a chunk is missing or damaged, or they are of different saves, or the manifest is
+            whole and says more than a new one could; nothing is written.
     """
+    _require_lost(path)
     tree = Tree(path)
     root = Path(tree.root)
     top, top_crc = _header(tree, TENSORS)
@@ -53,9 +53,33 @@ def rebuild_manifest(path: Path, progress: Callable[[int], object] = lambda num_
     Manifest.from_bytes(content)
     with explained(f"write {root / MANIFEST}"):
         if os.path.lexists(root / MANIFEST):
-            os.replace(root / MANIFEST, root / f"{MANIFEST}.replaced")
+            os.rename(root / MANIFEST, _free_name(root / f"{MANIFEST}.replaced"))
         write_durably(root / MANIFEST, content)
     return manifest
+
+
+def _require_lost(path: Path) -> None:
+    with explained(f"look at {path}"):
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not the folder of a checkpoint")
+        if not os.path.lexists(path / MANIFEST):
+            return
+    try:
+        CheckpointReader(path)
+    except UnfitError:
+        raise  # of a newer version: whole, too
+    except CheckpointError:
+        return
+    raise CheckpointError(f"{path / MANIFEST} is whole: nothing to rebuild; `verify` finds damage of other files")
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or it with the first number that makes it another name than those in use."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _array(tree: Tree, kind: str, name: str, save: tuple[int, str], progress: Callable[[int], object]) -> StoredArray:
@@ -66,15 +90,15 @@ def _array(tree: Tree, kind: str, name: str, save: tuple[int, str], progress: Ca
         of = header["attributes"]["step"], header["attributes"]["run_id"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{kind} of {name}: its {HEADER} is not one of ours: {error!r}") from error
-    if of != save:
+    if of not in (save, (save[0], "")):  # earlier versions told the run's id to rank 0 alone
         raise CheckpointError(
             f"{spec.label} is of step {of[0]}, run {of[1]}; the checkpoint of step {save[0]}, {save[1]}"
         )
     array = StoredArray(spec, {}, crc)
     for index in spec.indices():
         file = chunk_file(index)
-        tree.require([(spec, [index])])  # before memory is taken; one by one, as the grid may claim to be endless
-        array.chunks[file] = tree.read_chunk(spec, file, (), np.empty(spec.chunk_shape, DTYPES[spec.dtype]))
+        tree.require([(spec, [index])])  # one by one, as the grid may claim to be endless
+        array.chunks[file] = tree.read_chunk(spec, file, (), None)
         progress(spec.file_bytes)
     return array
 

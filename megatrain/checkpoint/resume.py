@@ -1,6 +1,5 @@
 """Where a run goes on: at its newest whole checkpoint, and never silently from the start."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatrain.checkpoint.errors import CheckpointError, StorageError, UnfitError, explained
-from megatrain.checkpoint.folder import checkpoint_remains, list_checkpoints
+from megatrain.checkpoint.folder import candidates, checkpoint_at, checkpoint_remains, list_checkpoints, move_aside
 from megatrain.checkpoint.load import ResumeData, load_checkpoint
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.engine.engine import Engine
@@ -18,7 +17,7 @@ Mode = Literal["auto", "never", "restart"]
 
 @dataclass(frozen=True)
 class Resumed:
-    """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged, and how.
+    """``state``: of the checkpoint ``path``; ``skipped``: newer ones that are damaged or lack their manifest, and how.
 
     ``versions``: of the programs that saved it, by name.
     """
@@ -58,6 +57,7 @@ def resume(
         )
     if load is None:
         return None
+    load = _agreed(engine, lambda load=load: checkpoint_at(load))
     versions = _agreed(engine, lambda: _looked_at(load))
     return Resumed(load, load_checkpoint(engine, load, resume_data), versions)
 
@@ -78,14 +78,8 @@ def set_aside(folder: Path) -> Path | None:
     remains = checkpoint_remains(folder)
     if not remains:
         return None
-    number = 1
-    while (place := folder / f"set-aside-{number}").exists():
-        number += 1
     with explained(f"set the checkpoints of {folder} aside"):
-        place.mkdir()
-        for path in remains:
-            os.rename(path, place / path.name)
-    return place
+        return move_aside(folder, remains)
 
 
 def _candidates(folder: Path, mode: Mode) -> list[Path]:
@@ -101,7 +95,7 @@ def _candidates(folder: Path, mode: Mode) -> list[Path]:
             f"{folder} holds {_listed(remains)}, but no checkpoint that was committed: this run would silently begin "
             "again. Put the checkpoints back, or set checkpoint.resume: restart to begin again at step 0"
         )
-    return found[::-1]
+    return candidates(folder)
 
 
 def _listed(paths: list[Path]) -> str:

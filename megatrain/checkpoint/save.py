@@ -80,12 +80,13 @@ class Saver:
         damaged: frozenset[int] = frozenset(),
         tokenizer: CarriedTokenizer | None = None,
     ):
-        self.engine, self.folder, self.run_id = engine, folder, run_id
+        self.engine, self.folder = engine, folder
         self.background, self.retention, self.lock = background, retention or Retention(), lock
         self._damaged, self._tokenizer = set(damaged), tokenizer
         # of its own: the threads of a save talk to each other while training uses the other groups
         everybody = list(range(dist.get_world_size()))
         self._group = group_of("save", everybody, backend="gloo", timeout=_LONGEST_SAVE)
+        self.run_id = self._gathered(run_id)[0]  # the array headers that this rank writes name it, too
         self._shares = Shares(engine, self._group)
         self._staging = Staging()
         self._thread: Thread | None = None
@@ -177,6 +178,7 @@ class Saver:
             if problem is None:
                 all_records = [record for _, rank_records in everything for record in rank_records]
                 problem, _ = _told(lambda: self._commit(writer, all_records, job))
+            notes += writer.notes
             if problem is None:
                 notes += self._after_commit(job.step)
             else:

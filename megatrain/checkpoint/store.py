@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatrain.checkpoint import folder as layout
 from megatrain.checkpoint.errors import CheckpointError, explained, persistently
-from megatrain.checkpoint.files import Array, Files, padded
+from megatrain.checkpoint.files import Array, Files, new_array, padded
 from megatrain.checkpoint.grid import index_of, ints, overlap, overlapping, region_of
 from megatrain.checkpoint.manifest import (
     CRC_BYTES,
@@ -42,6 +40,7 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.parts import ReadPart, digest
 from megatrain.checkpoint.tree import Tree
 from megatrain.disk.durable import fsync_folder, write_durably
+from megatrain.disk.small import kind_of
 
 _MAX_MANIFEST_BYTES = 2**28  # some million chunks; a file that claims more isn't read into memory
 
@@ -53,11 +52,14 @@ class CheckpointWriter:
         folder: the run's checkpoints; made by ``prepare`` if it isn't there.
         step: number of optimizer steps taken.
         run_id: of the run that saves; stored with every array.
+
+    ``notes``: what a person should know of what lay in the way, for the log.
     """
 
     def __init__(self, folder: Path, step: int, run_id: str):
         self.folder, self.step, self.run_id = folder, step, run_id
         self.partial = layout.partial_path(folder, step)
+        self.notes: list[str] = []
         self._written: dict[Key, StoredArray] = {}
         self._files = Files()
 
@@ -71,7 +73,7 @@ class CheckpointWriter:
         """
         with explained(f"prepare a checkpoint in {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            removed = layout.clean_stumps(self.folder)
+            removed = layout.clean_stumps(self.folder, self.notes)
             self.partial.mkdir()
             fsync_folder(self.folder.parent)
         return removed
@@ -132,7 +134,8 @@ class CheckpointWriter:
     ) -> Path:
         """Rank 0, last: makes the checkpoint exist, all at once, and returns its folder.
 
-        An older checkpoint of the same step is replaced, and deleted only when the new one is in place.
+        An older checkpoint of the same step is replaced, and deleted only when the new one is in place. What has its
+        name and does not look whole is set aside: it may have lost its manifest alone.
 
         Args:
             all_records: the ``records()`` of every rank, in one list.
@@ -157,7 +160,10 @@ class CheckpointWriter:
             self._files.wait()
             self._files.sync_folders(Path(place) for place, _, _ in os.walk(self.partial))
             write_durably(self.partial / layout.MANIFEST, content)
-            return layout.publish(self.folder, self.step)
+            final = self.folder / layout.checkpoint_name(self.step)
+            if note := layout.publish(self.folder, self.step, is_worthless=problem_of(final) is None):
+                self.notes.append(note)
+            return final
 
     def close(self) -> None:
         """Every rank, at the end: waits for what is being written, whatever becomes of it."""
@@ -183,11 +189,14 @@ class CheckpointReader:
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.is_dir():
-            raise CheckpointError(f"no such checkpoint: {path}")
+        with explained(f"look at {path}"):
+            if not os.path.lexists(path):
+                raise CheckpointError(f"no such checkpoint: {path}")
+            if not path.is_dir():
+                raise CheckpointError(f"{path} is {kind_of(os.lstat(path))}, not the folder of a checkpoint")
         self._tree = Tree(path)
-        if not os.path.lexists(path / layout.MANIFEST):
-            raise CheckpointError(f"{path} was never committed: it has no {layout.MANIFEST}")
+        if not layout.is_committed(path):
+            raise CheckpointError(f"{path} was never committed: it has no {layout.MANIFEST}{_cure(path)}")
         try:
             manifest = persistently(self._manifest)
         except CheckpointError as error:
@@ -248,7 +257,7 @@ class CheckpointReader:
             self._checked_headers.add(spec.key)
         if out is None:
             self._tree.require([(spec, indices)])
-        region: Array = np.empty(size, DTYPES[spec.dtype]) if out is None else out
+        region: Array = self._memory(spec, size) if out is None else out
         assert (region.shape, region.dtype) == (size, DTYPES[spec.dtype]), "out does not fit the region"
         for index in indices:
             source, target = overlap(spec, index, start, size)
@@ -259,6 +268,21 @@ class CheckpointReader:
             persistently(partial(self._read_chunk, array, index, source, part))
         return region
 
+    def check(self, kind: str, name: str, index: Index) -> int:
+        """Reads a chunk and keeps nothing of it; returns its bytes.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or not the one that was saved.
+        """
+        persistently(partial(self._read_chunk, self._arrays[kind, name], index, (), None))
+        return self.arrays[kind, name].file_bytes - CRC_BYTES
+
+    def _memory(self, spec: ArraySpec, size: tuple[int, ...]) -> Array:
+        try:
+            return new_array(size, DTYPES[spec.dtype])
+        except CheckpointError as error:
+            raise CheckpointError(f"{spec.label} in {self.path}: {error}") from error
+
     def _manifest(self) -> Manifest:
         with explained("read it"):
             manifest = Manifest.from_bytes(self._tree.content(layout.MANIFEST, _MAX_MANIFEST_BYTES))
@@ -266,7 +290,7 @@ class CheckpointReader:
             raise CheckpointError(f"it belongs to step {manifest.step}, not to this folder")
         return manifest
 
-    def _read_chunk(self, array: StoredArray, index: Index, source: tuple[slice, ...], part: Array) -> None:
+    def _read_chunk(self, array: StoredArray, index: Index, source: tuple[slice, ...], part: Array | None) -> None:
         file = chunk_file(index)
         crc = self._tree.read_chunk(array.spec, file, source, part)
         if crc != array.chunks[file]:
@@ -309,6 +333,23 @@ class CheckpointReader:
         with explained(f"read {label} from {self.path}/{relative}"):
             if crc_hex(self._tree.content(relative, MAX_HEADER_BYTES)) != crc:
                 raise CheckpointError(f"{label}: {self.path}/{relative} is damaged: it is not what was saved here")
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint can't be loaded, as far as that shows without reading its chunks; None: it looks whole."""
+    try:
+        CheckpointReader(path).require_files()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _cure(path: Path) -> str:
+    """For a folder that may have been a checkpoint."""
+    with suppress(OSError):
+        if layout.step_of(path.name) is not None and (path / TENSORS).is_dir():
+            return f"; if it was lost: python launch/checkpoint.py rebuild {path}"
+    return ""
 
 
 def group_headers(

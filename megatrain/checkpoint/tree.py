@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError, TransientError, explained, persistently
-from megatrain.checkpoint.files import Array, read_part_with_crc, read_with_crc
+from megatrain.checkpoint.files import Array, crc_of, read_part_with_crc, read_with_crc
 from megatrain.checkpoint.manifest import CRC_BYTES, ArraySpec, Index, chunk_file
+from megatrain.disk.small import read_open, require_regular
 
-_LINK = "a link leads elsewhere: refused"
+_LISTED = 50  # problems of one message
 
 
 class Tree:
@@ -29,19 +30,18 @@ class Tree:
         """(descriptor, size) of a regular file; to be closed by the caller.
 
         Raises:
-            CheckpointError: it is a link or behind one, or not a regular file.
-            OSError: it isn't there, or can't be opened.
+            OSError: it isn't there, can't be opened, is a link or behind one, or not a regular file.
         """
         folder, _, name = relative.rpartition("/")
+        path = f"{self._folder(folder)}/{name}"
         try:  # a pipe is not waited for
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(f"{self._folder(folder)}/{name}", flags)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise CheckpointError(_LINK) from error
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # of a link, of a socket
+                _size_of(os.lstat(path), path)
             raise
         try:
-            return descriptor, _size_of(os.fstat(descriptor))
+            return descriptor, _size_of(os.fstat(descriptor), path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -50,19 +50,16 @@ class Tree:
         """A small file that describes others.
 
         Raises:
-            CheckpointError: as ``open``; larger than ``limit`` bytes, which are not read.
-            OSError: it isn't there, or can't be read.
+            OSError: as ``open``; larger than ``limit`` bytes, which are not read.
         """
-        descriptor, size = self.open(relative)
+        descriptor, _ = self.open(relative)
         try:
-            if size > limit:
-                raise CheckpointError(f"{self.root}/{relative} is larger than {limit} bytes")
-            return os.read(descriptor, size)
+            return read_open(descriptor, limit, relative)
         finally:
             os.close(descriptor)
 
-    def read_chunk(self, spec: ArraySpec, file: str, source: tuple[slice, ...], out: Array) -> str:
-        """Reads a whole chunk, keeps its part ``source`` in ``out``, and returns the CRC-32C of all.
+    def read_chunk(self, spec: ArraySpec, file: str, source: tuple[slice, ...], out: Array | None) -> str:
+        """Reads a whole chunk, keeps its part ``source`` in ``out`` (None: nothing), and returns the CRC-32C of all.
 
         Raises:
             CheckpointError: as ``open``; of another size, or its data does not match the CRC behind it.
@@ -73,7 +70,9 @@ class Tree:
             try:
                 if size != spec.file_bytes:
                     raise CheckpointError(f"{spec.label}: {relative} has {size} bytes instead of {spec.file_bytes}")
-                if out.shape == spec.chunk_shape and out.flags.c_contiguous:
+                if out is None:
+                    crc, complete = crc_of(descriptor, size - CRC_BYTES)
+                elif out.shape == spec.chunk_shape and out.flags.c_contiguous:
                     crc, complete = read_with_crc(descriptor, out)
                 else:
                     crc, complete = read_part_with_crc(descriptor, spec.chunk_shape, source, out)
@@ -108,9 +107,9 @@ class Tree:
         """Checks that the chunks' files are there and of the right size.
 
         Raises:
-            CheckpointError: names all that aren't, and those that are links or behind one.
+            CheckpointError: names the first fifty that aren't, and those that are links or behind one.
         """
-        problems = []
+        problems, count = [], 0
         for spec, indices in chunks:
             for index in indices:
                 relative = f"{spec.folder}/{chunk_file(index)}"
@@ -119,20 +118,25 @@ class Tree:
                 except TransientError:  # the next file would be waited for as long
                     raise
                 except CheckpointError as error:
-                    problems.append(f"{spec.label}: {relative}: {error}")
-                    continue
-                if num_bytes is None:
-                    problems.append(f"{spec.label}: {relative} is missing")
-                elif num_bytes != spec.file_bytes:
-                    problems.append(f"{spec.label}: {relative} has {num_bytes} bytes instead of {spec.file_bytes}")
+                    problem = str(error)
+                else:
+                    if num_bytes == spec.file_bytes:
+                        continue
+                    state = "is missing" if num_bytes is None else f"has {num_bytes} bytes instead of {spec.file_bytes}"
+                    problem = f"{relative} {state}"
+                count += 1
+                if count <= _LISTED:
+                    problems.append(f"{spec.label}: {problem}")
         if problems:
-            raise CheckpointError(f"{self.root} is damaged: " + "; ".join(problems))
+            more = f"; and {count - _LISTED} more" if count > _LISTED else ""
+            raise CheckpointError(f"{self.root} is damaged: " + "; ".join(problems) + more)
 
     def _size(self, relative: str) -> int | None:
         """Bytes of a file; None: it is missing."""
         folder, _, name = relative.rpartition("/")
         with explained(f"look at {self.root}/{relative}"), suppress(FileNotFoundError):
-            return _size_of(os.lstat(f"{self._folder(folder)}/{name}"))
+            path = f"{self._folder(folder)}/{name}"
+            return _size_of(os.lstat(path), path)
         return None
 
     def _folder(self, relative: str) -> str:
@@ -141,12 +145,17 @@ class Tree:
         if path not in self._folders:
             self._folder(relative.rpartition("/")[0])
             if stat.S_ISLNK(os.lstat(path).st_mode):
-                raise CheckpointError(_LINK)
+                raise _link(path)
             self._folders.add(path)
         return path
 
 
-def _size_of(status: os.stat_result) -> int:
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(_LINK if stat.S_ISLNK(status.st_mode) else "not a regular file: refused")
+def _size_of(status: os.stat_result, path: str) -> int:
+    if stat.S_ISLNK(status.st_mode):
+        raise _link(path)
+    require_regular(status, path)
     return status.st_size
+
+
+def _link(path: str) -> OSError:
+    return OSError(errno.ELOOP, "a link leads elsewhere: refused", path)

@@ -25,7 +25,7 @@ class ModelConfig(Section):
         "llama: rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings. "
         "qwen3: llama with a norm on each head's queries and keys.",
     )
-    num_layers: Positive = Field(4, description="Transformer blocks.")
+    num_layers: Positive = Field(4, le=10_000, description="Transformer blocks.")
     hidden_size: Positive = Field(256, description="Width D of the residual stream.")
     num_heads: Positive = Field(8, description="Query heads H; must divide hidden_size where head_width is not set.")
     num_kv_heads: Positive | None = Field(

@@ -1,5 +1,6 @@
 """Where values come from: YAML files and overrides, read into trees that know their origin."""
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatrain.config.problems import ConfigError, Problem
 from megatrain.config.yaml_text import Loader
 
 COMMAND_LINE = "command line"
+_MAX_BYTES = 2**22
 _MAX_DEPTH = 16  # of mappings; an alias to an enclosing mapping has no end
 
 
@@ -64,7 +66,11 @@ def read_file(path: Path) -> Node:
         ConfigError: it cannot be read, is no YAML, or says a thing twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:  # a pipe is fine: a shell gives one for the output of a command
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it holds more than {_MAX_BYTES} bytes")
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         cure = "give the path of a file that is there, from the folder you are in"
@@ -130,7 +136,7 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         what = " ".join(part for part in (error.context, error.problem) if part)
-    except yaml.YAMLError as error:  # a character that YAML does not allow
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow, a number of 5000 digits
         line, what = 1, str(error).splitlines()[0]
     cure = "mend that line: mappings are `key: value`, indented by spaces, each key once"
     raise ConfigError([Problem(key, shown, f"is not valid YAML: {what}", "YAML", cure, origin(line))])

@@ -24,13 +24,36 @@ _PLAIN_SCALARS = [
 ]
 
 
+_MAX_VALUES = 100_000
+_MAX_NESTED = 100  # brackets
 _AS_WRITTEN: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": math.inf}
 
 
 class Loader(yaml.SafeLoader):
-    """Safe loader of YAML 1.2's core types."""
+    """Safe loader of YAML 1.2's core types, for text of a bounded size written out: aliases of aliases have no end."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - filled below, and PyYAML wants it on the class
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begins ``[`` or ``{``; a file of nothing else would take minutes."""
+        if self.flow_level >= _MAX_NESTED:
+            raise yaml.MarkedYAMLError(problem="values are nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's tree.
+
+        Raises:
+            yaml.MarkedYAMLError: no YAML; nested too deeply; over 100,000 values once each alias is written out.
+        """
+        try:
+            root: yaml.Node | None = super().get_single_node()
+            if root is not None and _written_out(root, {}) > _MAX_VALUES:
+                problem = f"aliases stand for more than {_MAX_VALUES} values"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=root.start_mark)
+        except RecursionError:
+            raise yaml.MarkedYAMLError(problem="values are nested too deeply") from None
+        return root
 
 
 class _Dumper(yaml.SafeDumper):
@@ -38,6 +61,17 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values below and with ``node``, each alias counted as what it stands for; one to itself as nothing."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for child in children for part in (child if pairs else (child,))]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 for _tag, _pattern, _first in _PLAIN_SCALARS:

@@ -204,7 +204,8 @@ class DatasetWriter:
         if self._replaced.exists() and not self.folder.exists():
             self._replaced.rename(self.folder)
         is_dataset = (self.folder / MANIFEST).is_file()
-        if self.folder.exists() and not is_dataset and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        is_empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if os.path.lexists(self.folder) and not is_dataset and not is_empty:
             raise DataError(f"{self.folder} is there and is not a data set: choose another place or remove it")
 
     def _clear(self) -> None:

@@ -11,7 +11,8 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a small file so that, whatever happens, ``path`` holds either its old content or all of ``content``."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # a killed write's; a pipe or a link of this name is not written into
+    with open(temporary, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

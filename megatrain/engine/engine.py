@@ -21,6 +21,7 @@ from megatrain.engine.gradients import (
     align_norms,
     all_reduce_accumulated,
     collect_gradients,
+    count_good_steps_later,
     set_up_buckets,
 )
 from megatrain.engine.leftovers import clear_leftovers
@@ -128,6 +129,7 @@ class Engine:
             align_norms(self.optimizer)
         if config.precision.dtype == "fp16":
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
+            self._count_good_step = count_good_steps_later(self.optimizer.loss_scaler)
         self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
         self._pipeline = self._build_pipeline(parts) if config.parallel.pp > 1 else None
 
@@ -161,6 +163,8 @@ class Engine:
         self._reduce_what_deepspeed_does_not()
         self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
+        if self.config.precision.dtype == "fp16" and not skipped:
+            self._count_good_step()
         if skipped and scale == self.config.precision.min_loss_scale:
             raise LossScaleError(
                 f"step {step}: FP16 gradients overflow at the smallest loss scale, precision.min_loss_scale = {scale:g}"

@@ -1,5 +1,6 @@
 """Where DeepSpeed's optimizers keep the gradients that have accumulated over micro-batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,22 @@ def add_without_copies(optimizer: Any) -> None:
                 parameter.grad = None
 
         optimizer._fill_param_grad_accum_attribute = fill
+
+
+def count_good_steps_later(loss_scaler: Any) -> Callable[[], None]:
+    """Returns what is to be called after the update of a step without overflow.
+
+    DeepSpeed 0.19.8 counts the step, and may double the loss scale, before it divides the gradients by that scale: once
+    in every window a step counted half, and was clipped by half its norm.
+    """
+    update = loss_scaler.update_scale
+
+    def update_at_once(overflow: bool) -> None:
+        if overflow:
+            update(True)
+
+    loss_scaler.update_scale = update_at_once
+    return lambda: update(False)
 
 
 def align_norms(optimizer: Any) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.derive import num_tokens
-from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
@@ -21,36 +20,16 @@ def load_model(checkpoint: Path) -> Decoder:
     """The model of a checkpoint, in plain PyTorch and FP32, ready to evaluate.
 
     Raises:
-        CheckpointError: damaged, or of a model that is not known here.
+        CheckpointError: damaged or not there, or its state is not that of a model.
     """
     reader = CheckpointReader(checkpoint)
-    model = build_empty_model(config_of(reader))
+    reader.require_files()  # before memory is taken
+    model = build_empty_model(saved_model(reader))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            weight = torch.from_numpy(reader.read(WEIGHT, name))
-            if weight.shape != parameter.shape:
-                raise CheckpointError(f"{reader.path}: {name} has the shape {tuple(weight.shape)}, not the model's")
-            parameter.copy_(weight)
-    try:
-        load_router_biases(model, reader.state["router_biases"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{reader.path}: state.router_biases are not those of the model: {error!r}") from error
+            parameter.copy_(torch.from_numpy(reader.read(WEIGHT, name)))
+    load_router_biases(model, require_state(reader, "router_biases")["router_biases"])
     return model.eval()
-
-
-def config_of(reader: CheckpointReader) -> ModelConfig:
-    """The config of a checkpoint's model.
-
-    Raises:
-        CheckpointError: there is none, or it has fields that are not known here.
-    """
-    try:
-        model = ModelConfig.model_validate(reader.state["model"])
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"{reader.path}: the model in its state is none that is known here: {error}") from error
-    if model.num_layers > len(reader.arrays):
-        raise CheckpointError(f"{reader.path}: its {len(reader.arrays)} tensors are not {model.num_layers} blocks")
-    return model
 
 
 def require_room(reader: CheckpointReader, prompt: list[int]) -> None:
@@ -59,7 +38,7 @@ def require_room(reader: CheckpointReader, prompt: list[int]) -> None:
     Raises:
         CheckpointError: it hasn't.
     """
-    model = config_of(reader)
+    model = saved_model(reader)
     if len(prompt) > model.max_seq_len:
         raise CheckpointError(
             f"--prompt is {len(prompt)} tokens long, the model has {model.max_seq_len} positions: shorten it"

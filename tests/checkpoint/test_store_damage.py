@@ -225,5 +225,5 @@ def test_a_pipe_does_not_block(tmp_path):
     path = small_save(tmp_path)
     (path / CHUNK).unlink()
     os.mkfifo(path / CHUNK)
-    with pytest.raises(CheckpointError, match=r"c\.0\.0: not a regular file"):
+    with pytest.raises(CheckpointError, match=r"c\.0\.0: a pipe, not a regular file"):
         load_all(path)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import clean_stumps, newest_checkpoint, publish, remove_checkpoint
+from megatrain.checkpoint.folder import clean_stumps, list_checkpoints, newest_checkpoint, publish, remove_checkpoint
+from megatrain.checkpoint.rebuild import rebuild_manifest
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from tests.checkpoint.test_store import VERSIONS, sample, small_save, write_array
 
@@ -71,3 +72,30 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint_with_holes(tmp_path, m
     monkeypatch.undo()
     assert loaded(tmp_path) == (OLD, 1)
     assert [path.name for path in clean_stumps(tmp_path)] == [".step-00000002.removed"]
+
+
+def test_what_is_no_whole_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    """A step that lost its manifest may be rebuilt; a link leads to what is not ours; a file is somebody's."""
+    lost = small_save(tmp_path, 1)
+    (lost / "manifest.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "step-00000002").symlink_to("elsewhere")
+    (tmp_path / "step-00000003").write_text("notes")
+    (tmp_path / "step-00000004").symlink_to("nowhere")
+    (tmp_path / ".step-00000004.partial").symlink_to("elsewhere")
+    (tmp_path / ".step-00000009.removed").write_text("mine")
+    for step in (1, 2, 3, 4):
+        assert CheckpointReader(small_save(tmp_path, step)).step == step
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-0000000{step}" for step in (1, 2, 3, 4)]
+    assert (tmp_path / "set-aside-1-step-00000001" / "tensors" / "zarr.json").is_file()
+    assert (tmp_path / "set-aside-1-step-00000002" / "kept").exists()
+    assert (tmp_path / "set-aside-1-step-00000003").read_text() == "notes"
+    assert (tmp_path / "set-aside-1-step-00000004").is_symlink()
+    assert (tmp_path / "set-aside-1-step-00000004.partial").is_symlink()
+    assert (tmp_path / "set-aside-1-step-00000009.removed").read_text() == "mine"
+    rebuild_manifest(tmp_path / "set-aside-1-step-00000001")
+    remove_checkpoint(small_save(tmp_path, 5))
+    (tmp_path / "step-00000006").symlink_to("elsewhere")
+    remove_checkpoint(tmp_path / "step-00000006")
+    assert (tmp_path / "elsewhere" / "kept").exists()

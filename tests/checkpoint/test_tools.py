@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from launch.checkpoint import main
+from megatrain.checkpoint.convert.formats import detect
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.folder import list_checkpoints
 from megatrain.checkpoint.lock import FolderLock
@@ -186,6 +187,94 @@ def test_rebuild_refuses_what_is_not_whole(tmp_path: Path, damage, message: str)
     with pytest.raises(CheckpointError, match=message):
         rebuild_manifest(path)
     assert not (path / "manifest.json").exists()
+
+
+def test_a_whole_manifest_is_not_rebuilt_and_older_ones_stay(tmp_path: Path) -> None:
+    path = save_model(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is whole: nothing to rebuild"):
+        rebuild_manifest(path)
+    for torn in (b"first", b"second"):
+        (path / "manifest.json").write_bytes(torn)
+        rebuild_manifest(path)
+    assert (path / "manifest.json.replaced").read_bytes() == b"first"
+    assert (path / "manifest.json.replaced-2").read_bytes() == b"second"
+
+
+def test_a_run_that_goes_on_is_not_rebuilt_under(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(tmp_path, 5)
+    (path / "manifest.json").unlink()
+    with FolderLock(tmp_path):
+        code, text = output_of(capsys, "rebuild", path)
+    assert (code, "belongs to process" in text) == (2, True)
+
+
+def test_arrays_of_ranks_that_did_not_know_their_run_are_rebuilt(tmp_path: Path) -> None:
+    """Checkpoints of earlier versions: only rank 0 wrote its run's id."""
+    path = save_model(tmp_path, 5)
+    edit_header(path / "tensors/weight" / UP / "zarr.json", attributes={"step": 5, "run_id": ""})
+    (path / "manifest.json").unlink()
+    assert rebuild_manifest(path).run_id == "run-a"
+    (path / "manifest.json").unlink()
+    edit_header(path / "tensors/weight" / UP / "zarr.json", attributes={"step": 4, "run_id": ""})
+    with pytest.raises(CheckpointError, match="step 4"):
+        rebuild_manifest(path)
+
+
+def test_a_merge_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save_model(tmp_path / "run", step, seed=step) for step in (1, 2)]
+    before = (paths[1] / "manifest.json").read_bytes()
+    merged = ["merge", *paths, "--output", tmp_path / "mean"]
+    assert output_of(capsys, *merged)[0] == 0
+    for output in (tmp_path / "run", tmp_path / "mean"):
+        code, text = output_of(capsys, "merge", *paths, "--output", output)
+        assert (code, f"{output}/step-00000002 is there already (a folder)" in text) == (2, True)
+        assert "choose another --output" in text
+    assert (paths[1] / "manifest.json").read_bytes() == before
+    dangling = tmp_path / "link" / "step-00000002"
+    dangling.parent.mkdir()
+    dangling.symlink_to("nowhere")
+    assert output_of(capsys, "merge", *paths, "--output", tmp_path / "link")[0] == 2
+    assert dangling.is_symlink()
+
+
+@pytest.mark.parametrize("decay", ["1", "1.5", "-0.1", "nan", "inf", "half"])
+def test_a_decay_that_is_none_is_refused_at_the_start(decay: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", "nowhere", "--output", "nowhere", f"--ema={decay}"])
+    assert ended.value.code == 2
+    assert f"{decay} is no decay: a number from 0 to below 1" in capsys.readouterr().err
+
+
+def test_verify_goes_on_after_the_first_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torn, whole, lost = (save_model(tmp_path, step) for step in (1, 2, 3))
+    (torn / "manifest.json").write_bytes(b"{}")
+    (lost / "manifest.json").unlink()
+    code, text = output_of(capsys, "verify", torn, lost, whole)
+    assert code == 1
+    assert f"{torn}: 1 problems" in text
+    assert f"{lost} was never committed" in text
+    assert f"rebuild {lost}" in text
+    assert f"{whole}: whole" in text
+    code, text = output_of(capsys, "verify", tmp_path / "nowhere", whole)
+    assert (code, f"{whole}: whole" in text, "no such folder" in text) == (2, True, True)
+
+
+def test_a_checkpoint_is_one_under_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    path = save_model(run / "checkpoints", 2)
+    shutil.copytree(path, tmp_path / "best")
+    (tmp_path / "linked").symlink_to(path)
+    (tmp_path / "step-00000099").symlink_to(path)
+    names = ["best", "linked", "step-00000099", "run", "run/checkpoints"]
+    for name in names:
+        assert output_of(capsys, "verify", tmp_path / name)[0] == 0, name
+        assert detect(tmp_path / name) == "megatrain", name
+    (tmp_path / "empty").mkdir()
+    code, text = output_of(capsys, "verify", tmp_path / "empty")
+    assert (code, "empty holds no checkpoint yet" in text) == (2, True)
+    (tmp_path / "file").touch()
+    code, text = output_of(capsys, "show", tmp_path / "file")
+    assert (code, "file is a file, not the folder of a checkpoint" in text) == (2, True)
 
 
 def test_mistakes_get_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ def test_what_stays_and_what_is_counted(tmp_path, capsys):
     options += ["--rules", *DEFAULT_RULES]
     for workers in ("1", "2"):
         output = tmp_path / f"out{workers}.jsonl.gz"
+        (tmp_path / "r.json").unlink(missing_ok=True)
         assert clean_text.main([*options, "--output", str(output), "--workers", workers]) == 0
         records = [json.loads(line) for line in gzip.decompress(output.read_bytes()).splitlines()]
         assert [record["text"] for record in records] == good
@@ -79,6 +80,9 @@ def test_what_stays_and_what_is_counted(tmp_path, capsys):
     assert "near-duplicate            1 documents" in printed
     assert clean_text.main([*options, "--output", str(tmp_path / "out1.jsonl.gz")]) == 2
     options += ["--output", str(tmp_path / "k.jsonl"), "--duplicates", "keep", "--workers", "1"]
+    assert clean_text.main(options) == 2, "an older report is not replaced either"
+    assert "r.json is there already" in capsys.readouterr().err
+    (tmp_path / "r.json").unlink()
     assert clean_text.main(options) == 0
 
     assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 32

@@ -90,9 +90,9 @@ def test_a_moved_checkpoint_is_all_that_is_needed(
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "--run or --checkpoint says which model"),
-    "not there": (["--run", "nowhere"], r"nowhere is not there \(seen from /"),
-    "a file": (["--run", "file"], "file is a file: name a run's folder"),
-    "no checkpoints": (["--run", "."], r"holds no checkpoint: neither it nor a folder `checkpoints`"),
+    "not there": (["--run", "nowhere"], "no such folder: nowhere"),
+    "a file": (["--run", "file"], "file is a file, not the folder of a checkpoint or a run"),
+    "no checkpoints": (["--run", "."], "holds no checkpoint yet"),
     "temperature": (["--run", "run", "--temperature", "-1"], "'-1' is not a number from 0 on"),
     "not a number": (["--run", "run", "--temperature", "nan"], "'nan' is not a number from 0 on"),
     "tokens": (["--run", "run", "--max-new-tokens", "-5"], "'-5' is not a whole number from 1 on"),

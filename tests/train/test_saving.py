@@ -8,6 +8,7 @@ import pytest
 
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.folder import list_checkpoints
+from megatrain.checkpoint.rebuild import rebuild_manifest
 from megatrain.config.schema import RunConfig
 from tests.checkpoint.test_store_damage import flip
 from tests.data.factory import make_dataset
@@ -100,6 +101,25 @@ def test_a_damaged_checkpoint_is_skipped_aloud(pool: Pool, folder: Path) -> None
     assert [record["loss"] for record in records(folder, "step")] == straight, "made again, bit for bit"
     assert [record["other_versions"] for record in records(folder, "resume")] == [[]]
     assert steps_on_disk(folder) == [4, 6], "both were saved again, and step 2 given up"
+
+
+def test_a_lost_manifest_is_told_and_the_step_set_aside(pool: Pool, folder: Path) -> None:
+    """By every rank's arrays: each names its run, so that the manifest can be made again."""
+    assert pool.run(train, 2, config_of(folder, 4)) == ["", ""]
+    newest = folder / "runs/test/checkpoints/step-00000004"
+    run_id = (folder / "runs/test/run_id").read_text().strip()
+    headers = [json.loads(path.read_text()) for path in (newest / "tensors").glob("*/*/zarr.json")]
+    assert {header["attributes"]["run_id"] for header in headers} == {run_id}
+    manifest = (newest / "manifest.json").read_bytes()
+    (newest / "manifest.json").unlink()
+    assert pool.run(train, 2, config_of(folder, 4)) == ["", ""]
+    (found,) = records(folder, "damaged")
+    assert f"launch/checkpoint.py rebuild {newest}" in found["problem"]
+    assert found["newest_good_step"] == 2
+    aside = newest.with_name("set-aside-1-step-00000004")
+    assert any(str(aside) in record["note"] for record in records(folder, "checkpoint_note"))
+    rebuild_manifest(aside)
+    assert (aside / "manifest.json").read_bytes() == manifest
 
 
 @pytest.mark.parametrize("remains", ["all damaged", "no manifest", "latest only"])

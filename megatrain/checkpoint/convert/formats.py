@@ -27,7 +27,8 @@ from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
 from megatrain.checkpoint.convert.own_tokenizer import extras_for, keep_extras
 from megatrain.checkpoint.convert.runners import OwnRunner, Runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
-from megatrain.checkpoint.folder import is_committed, newest_checkpoint
+from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.folder import checkpoint_at
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def detect(path: Path) -> str:
 
 
 def _native_checkpoint(path: Path) -> Path | None:
-    """``path`` itself, or the newest checkpoint in it."""
-    return path if is_committed(path) else newest_checkpoint(path)
+    """``path`` itself, or the newest checkpoint of the run there; None: there is none."""
+    try:
+        return checkpoint_at(path)
+    except CheckpointError:
+        return None
 
 
 def _read_native(path: Path, choices: Choices) -> Reader:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.model_check import require_plausible
-from megatrain.checkpoint.convert.model_file import model_of, write_model
+from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import MANIFEST
+from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
 from megatrain.checkpoint.tokenizer_file import CarriedTokenizer, tokenizer_of
 from megatrain.config.schema import ModelConfig
@@ -32,8 +31,8 @@ class NativeReader:
 
     def __init__(self, path: Path):
         self.path, self._reader = path, CheckpointReader(path)
-        self.model = model_of(self._reader.state.get("model"), f"{path / MANIFEST}: state")
-        require_plausible(self.model, self._reader.arrays, path)
+        self._reader.require_files()  # before memory is taken
+        self.model = saved_model(self._reader)
         self.table = identity(self.model)
         arrays = self._reader.arrays
         states = all((kind, name) in arrays for weight, name in arrays if weight == WEIGHT for kind in MOMENTS)
@@ -43,7 +42,8 @@ class NativeReader:
         self.tokenizer = tokenizer_of(self._reader)
         told = self._reader.state.get("tokenizers")
         self.digests = {one for one in told.values() if one} if isinstance(told, dict) else set[str]()
-        self._biases: dict[str, list[float]] = _biases(self._reader) if balanced(self.model) else {}
+        biases = require_state(self._reader, "router_biases")["router_biases"]
+        self._biases: dict[str, list[float]] = biases if balanced(self.model) else {}
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
@@ -109,18 +109,13 @@ class NativeWriter:
 
 
 def _adam_settings(state: dict[str, Any]) -> dict[str, Any]:
+    if "config" not in state:
+        return {}
     try:
-        optimizer = state.get("config", {}).get("optimizer", {})
-        if optimizer.get("name") not in ("adamw", "cpu_adamw"):
+        optimizer = state["config"]["optimizer"]
+        if optimizer["name"] not in ("adamw", "cpu_adamw"):
             return {}
         betas = (optimizer["beta1"], optimizer["beta2"])
         return {"betas": betas} | {name: optimizer[name] for name in ("lr", "eps", "weight_decay")}
-    except (KeyError, AttributeError, TypeError):  # another version's: the defaults stand in
-        return {}
-
-
-def _biases(reader: CheckpointReader) -> dict[str, list[float]]:
-    biases = reader.state.get("router_biases")
-    if not isinstance(biases, dict) or not all(isinstance(values, list) for values in biases.values()):
-        raise ConversionError(f"{reader.path / MANIFEST}: state has no router_biases, which the model needs")
-    return biases
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the config in the checkpoint's state is not one of ours: {error!r:.100}") from error

@@ -28,6 +28,7 @@ from megatrain.checkpoint.convert.table import (
     require_lines,
     their_shapes,
 )
+from megatrain.disk.target import require_free
 from megatrain.engine.kinds import WEIGHT
 
 RECORD = "conversion.json"
@@ -62,8 +63,10 @@ def convert(request: Request) -> dict[str, Any]:
     target = Path(os.path.abspath(request.target))
     partial, failed = (Path(f"{target}{end}") for end in (".partial", ".failed"))
     for place in (target, partial, failed):
-        if os.path.lexists(place):
-            raise ConversionError(f"{place} is there already: remove it, or choose another target")
+        try:
+            require_free(place, "remove it, or choose another target")
+        except FileExistsError as error:
+            raise ConversionError(str(error)) from error
     origin = detect(request.source)
     if origin == request.to:
         raise ConversionError(f"{request.source} is in the format {origin} already")
