@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "multiple": (["source", "out", "--to", "megatrain", "--vocab-multiple", "0"], "--vocab-multiple.*'0' is not"),
     "proof": (["source", "out", "--to", "megatrain", "--proof-tokens", "0"], "--proof-tokens.*'0' is not"),
     "shards": (["source", "out", "--to", "megatrain", "--shard-gb", "nan"], "--shard-gb.*'nan' is not a number"),
-    "here": (["source", ".", "--to", "megatrain"], r"is there already \(a folder\): remove it, or choose another target"),
+    "here": (["source", ".", "--to", "megatrain"], r"is there already \(a folder\): remove it, or choose another"),
     "root": (["source", "/", "--to", "megatrain"], "is there already"),
     "a link": (["source", "link", "--to", "megatrain"], "link is there already"),
     "many ranks": (["source", "out", "--to", "deepspeed", "--zero-ranks", "1000000"], "leave some of them without any"),
