@@ -35,9 +35,9 @@ def read_model(folder: Path, given: Path | None) -> ModelConfig:
         raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConversionError(f"{path} holds no valid section `model`: {error!s:.500}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    if not isinstance(values, dict):
         raise ConversionError(f"{path} holds no valid section `model`")
     try:
-        return resolved(ModelConfig.model_validate(values["model"]), str(path))
+        return resolved(ModelConfig.model_validate(values.get("model")), str(path))
     except ValidationError as error:
         raise ConversionError(f"{path} holds no valid section `model`: {said(error)}") from error
