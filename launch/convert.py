@@ -51,9 +51,10 @@ def converted(options: argparse.Namespace) -> str:
     text = f"{options.target}: {record['from']} -> {record['to']}, {record['status']}"
     if record["proof"]:
         proof = record["proof"]
+        rounded = f" once {proof['num_rounded']} were rounded to {record['dtype']}" if proof["num_rounded"] else ""
         text += (
-            f": {proof['num_tensors']} tensors bit-equal, logits of {proof['num_tokens']} tokens differ by at most "
-            f"{proof['max_difference']:.1e}"
+            f": {proof['num_tensors']} tensors bit-equal{rounded}, logits of {proof['num_tokens']} tokens differ by at "
+            f"most {proof['max_difference']:.1e}"
         )
     return text
 
@@ -71,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     about = "of the weights for Hugging Face; training states are always float32"
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help=about)
-    add("--shard-gb", type=float, default=5.0, help="largest safetensors file in 10^9 bytes")
+    add("--shard-gb", type=_above_zero, default=5.0, help="largest safetensors file in 10^9 bytes")
     about = "pad an imported vocabulary to a multiple of N, so that tensor ranks can share it"
-    add("--vocab-multiple", type=int, default=1, metavar="N", help=about)
+    add("--vocab-multiple", type=_count, default=1, metavar="N", help=about)
     about = "tokenizer.json or a folder with a tokenizer; default: what lies beside the source"
     add("--tokenizer", type=Path, help=about)
     about = "config file that says what model the source is, where its format does not (default: its model.yaml)"
@@ -81,15 +82,37 @@ def _parser() -> argparse.ArgumentParser:
     about = "open a source that is a pickle, which can run any code; only for files from people you trust"
     add("--trust-pickle", action="store_true", help=about)
     about = "longest sequence of the proof, which both models run in FP32"
-    add("--proof-tokens", type=int, default=2048, metavar="S", help=about)
-    add("--zero-ranks", type=int, default=1, metavar="N", help="data-parallel ranks of a DeepSpeed checkpoint to write")
-    add("--tensor-ranks", type=int, default=1, metavar="N", help="tensor ranks of a DeepSpeed checkpoint to write")
+    add("--proof-tokens", type=_count, default=2048, metavar="S", help=about)
+    add(
+        "--zero-ranks",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="data-parallel ranks of a DeepSpeed checkpoint to write",
+    )
+    add("--tensor-ranks", type=_count, default=1, metavar="N", help="tensor ranks of a DeepSpeed checkpoint to write")
     about = "write a Megatron-core mixture's optimizer for runs with --expert-model-parallel-size above 1, not for 1"
     add("--spread-experts", action="store_true", help=about)
     add("--weights-only", action="store_true", help="leave the optimizer's states behind")
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 1 on")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1e-9 <= number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number above 0")
+    return number
 
 
 if __name__ == "__main__":

@@ -4,58 +4,90 @@ python launch/generate.py --run runs/quickstart --prompt "def main("
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import checkpoint_at
-from megatrain.config.load import from_yaml
 
 
 def main(arguments: list[str]) -> int:
     """The program; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run folder; its newest checkpoint is used")
-    parser.add_argument("--checkpoint", type=Path, help="this checkpoint instead")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; default: the run's")
-    parser.add_argument("--prompt", default="\n")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.run is None and options.checkpoint is None:
+        parser.error("--run or --checkpoint says which model: a run's folder, or a step-… folder")
     try:
         print(continued(options))
         return 0
+    except ImportError as error:
+        problem, cause = f"{error}: generation needs the package tokenizers", error
     except (CheckpointError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        problem, cause = str(error), error  # type: ignore[assignment]
+    if options.debug:
+        raise cause
+    print(f"error: {problem}", file=sys.stderr)
+    return 2
 
 
 def continued(options: argparse.Namespace) -> str:
     """The prompt and what the model makes of it."""
-    from tokenizers import Tokenizer
-
-    from megatrain.train.generate import generate, load_model
+    from megatrain.checkpoint.folder import checkpoint_at
+    from megatrain.checkpoint.store import CheckpointReader
+    from megatrain.train.generate import generate, load_model, require_room
+    from megatrain.train.prompt import Speech
 
     checkpoint = checkpoint_at(options.checkpoint or options.run)
-    data = from_yaml((options.run / "config.yaml").read_text(encoding="utf-8")).data
-    first = next(iter(data.train.values()))
-    path = options.tokenizer or Path(data.tokenizer or Path(first.path) / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path))
-    prompt = tokenizer.encode(options.prompt).ids
-    model = load_model(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    speech = Speech.of(reader, options.tokenizer)
+    prompt = speech.encode(options.prompt)
+    require_room(reader, prompt)
     new = generate(
-        model,
-        prompt,
-        options.max_new_tokens,
-        options.temperature,
-        options.seed,
-        tokenizer.token_to_id("<|endoftext|>"),
+        load_model(checkpoint), prompt, options.max_new_tokens, options.temperature, options.seed, speech.eod_id
     )
-    return options.prompt + tokenizer.decode(list(new))
+    return options.prompt + speech.decode(prompt, list(new))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder, whose newest checkpoint is used, or a step-… folder")
+    parser.add_argument("--checkpoint", type=Path, help="a step-… folder, which counts before --run")
+    about = "tokenizer.json or its folder; default: that of the checkpoint"
+    parser.add_argument("--tokenizer", type=Path, help=about)
+    parser.add_argument("--prompt", default="\n", help="text to go on with; empty: the beginning of a document")
+    parser.add_argument("--max-new-tokens", type=_count, default=100)
+    parser.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 2**31)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**63)
+
+
+def _whole(text: str, first: int, end: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = first - 1
+    if not first <= number < end:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {first} on and below {end}")
+    return number
+
+
+def _temperature(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from 0 on")
+    return number
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.grid import region_of
 from megatrain.checkpoint.manifest import DTYPES, ArraySpec, Index, Key
 from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.tokenizer_file import tokenizer_of
 
 Progress = Callable[[int], object]  # told the bytes that were read
 
@@ -56,6 +57,10 @@ def verify(reader: CheckpointReader, threads: int, progress: Progress = lambda n
         found: list[str | None] = []
         while batch := list(islice(chunks, 64 * threads)):  # not a future for each of a million chunks
             found += pool.map(problem, batch)
+        try:
+            tokenizer_of(reader)
+        except CheckpointError as error:
+            found.append(str(error))
     return [text for text in found if text]
 
 

@@ -11,6 +11,7 @@ from megatrain.checkpoint.folder import checkpoint_name
 from megatrain.checkpoint.grid import region_of
 from megatrain.checkpoint.manifest import ArraySpec, Index
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.tokenizer_file import tokenizer_of
 from megatrain.disk.target import require_free
 
 
@@ -76,6 +77,8 @@ def merge(
             for source, factor in zip(sources, factors, strict=True)
         ]
         state = {**last.state, "merged_from": merged_from}
+        if (tokenizer := tokenizer_of(last)) is not None:
+            tokenizer.write(writer.partial)
         return writer.commit(writer.records(), state, last.versions)
     except CheckpointError:
         writer.close()

@@ -17,6 +17,7 @@ from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.retention import Retention, prune
 from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, sizes, write_shares
 from megatrain.checkpoint.store import CheckpointWriter
+from megatrain.checkpoint.tokenizer_file import CarriedTokenizer
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import optimizer_step_count
 from megatrain.parallel.mesh import group_of
@@ -64,6 +65,7 @@ class Saver:
         retention: applied after each commit.
         lock: of the folder, held by rank 0.
         damaged: steps that can't be loaded, which retention doesn't count.
+        tokenizer: goes into each checkpoint.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class Saver:
         retention: Retention | None = None,
         lock: FolderLock | None = None,
         damaged: frozenset[int] = frozenset(),
+        tokenizer: CarriedTokenizer | None = None,
     ):
         self.engine, self.folder = engine, folder
         self.background, self.retention, self.lock = background, retention or Retention(), lock
-        self._damaged = set(damaged)
+        self._damaged, self._tokenizer = set(damaged), tokenizer
         # of its own: the threads of a save talk to each other while training uses the other groups
         everybody = list(range(dist.get_world_size()))
         self._group = group_of("save", everybody, backend="gloo", timeout=_LONGEST_SAVE)
@@ -204,7 +207,11 @@ class Saver:
     def _commit(self, writer: CheckpointWriter, records: list[dict[str, Any]], job: _Job) -> list[Path]:
         if self.lock is not None:  # a second signal may have ended the run, and given the folder back, meanwhile
             self.lock.require()
-        return [writer.commit(records, job.state, job.versions)]
+        state = job.state
+        if self._tokenizer is not None:
+            self._tokenizer.write(writer.partial)
+            state = {**state, "tokenizer": self._tokenizer.state()}
+        return [writer.commit(records, state, job.versions)]
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self._group)

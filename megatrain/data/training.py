@@ -7,6 +7,7 @@ checkpoint. A later start may change what is to come, never what was read.
 from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from megatrain.config.schema import DataConfig, RunConfig
@@ -72,6 +73,15 @@ class TrainingData:
         """SHA-256 of each source's tokenizer; None where a data set doesn't name one."""
         manifests = {name: self.datasets[name].manifest for name in self.names}
         return {name: manifest.tokenizer_sha256 if manifest else None for name, manifest in manifests.items()}
+
+    def tokenizer_file(self) -> tuple[Path | None, str | None, int | None]:
+        """(path of the tokenizer.json, its SHA-256, end-of-document id) of all sources, as far as they name them."""
+        first = next((one for one in self.datasets.values() if one.manifest is not None), None)
+        given = self.config.data.tokenizer
+        if first is None or first.manifest is None:
+            return (None if given is None else Path(given)), None, None
+        path = first.tokenizer_path if given is None else Path(given)
+        return path, first.manifest.tokenizer_sha256, first.eod_id
 
     def state(self, step: int) -> dict[str, Any]:
         """What ``resume`` needs to go on after ``step`` steps; plain JSON."""

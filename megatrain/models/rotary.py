@@ -110,6 +110,8 @@ SCALINGS = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Those that have other frequencies in sequences longer than the original length."""
 
 
 def _size(config: ModelConfig) -> float:

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader
+from megatrain.config.derive import num_tokens
 from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
@@ -30,6 +32,23 @@ def load_model(checkpoint: Path) -> Decoder:
     return model.eval()
 
 
+def require_room(reader: CheckpointReader, prompt: list[int]) -> None:
+    """Checks that the model has tokens and positions for all of a prompt.
+
+    Raises:
+        CheckpointError: it hasn't.
+    """
+    model = saved_model(reader)
+    if len(prompt) > model.max_seq_len:
+        raise CheckpointError(
+            f"--prompt is {len(prompt)} tokens long, the model has {model.max_seq_len} positions: shorten it"
+        )
+    if max(prompt) >= num_tokens(model):
+        raise CheckpointError(
+            f"--prompt has the token {max(prompt)}, the model only {num_tokens(model)}: the tokenizer is another's"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: Decoder, prompt: list[int], max_new_tokens: int, temperature: float, seed: int, stop_id: int | None = None
@@ -42,7 +61,7 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-model.config.max_seq_len :]])
-        token = _choose(model(window)[-1, 0].float(), temperature, generator)
+        token = _choose(model(window)[-1, 0, : num_tokens(model.config)].float(), temperature, generator)
         if token == stop_id:
             return
         tokens.append(token)
@@ -50,6 +69,8 @@ def generate(
 
 
 def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0.0:
+    if not bool(logits_V.isfinite().all()):
+        raise CheckpointError("the model's logits are not finite: its weights are of a run that broke down")
+    if temperature == 0.0 or not bool((logits_V / temperature).isfinite().all()):  # as good as 0
         return int(logits_V.argmax())
     return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))

@@ -10,6 +10,7 @@ from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed, resume
 from megatrain.checkpoint.retention import Retention
 from megatrain.checkpoint.save import Outcome, Saver
+from megatrain.checkpoint.tokenizer_file import tokenizer_to_carry
 from megatrain.config.changes import Change, changes, table
 from megatrain.config.schema import RunConfig
 from megatrain.data.errors import DataError
@@ -100,6 +101,9 @@ class Saving:
         checkpoint, run = config.checkpoint, RunFolder.of(config)
         skipped = resumed.skipped if resumed is not None else ()
         first = engine.mesh.rank == 0
+        tokenizer, reason = tokenizer_to_carry(*data.tokenizer_file()) if first else (None, "")
+        if reason:
+            print(f"checkpoints carry no tokenizer: {reason}", flush=True)
         self._versions = {name: text for name, text in versions().items() if text} if first else {}
         self._saver = Saver(
             engine,
@@ -109,6 +113,7 @@ class Saving:
             retention=Retention(checkpoint.keep_last, checkpoint.keep_every),
             lock=lock,
             damaged=frozenset(step for path, _ in skipped if (step := step_of(path.name)) is not None),
+            tokenizer=tokenizer,
         )
 
     @property

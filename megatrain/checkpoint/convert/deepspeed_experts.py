@@ -136,11 +136,16 @@ def require_unfolded(head: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def require_same(name: str, master: Tensor, module: Tensor) -> None:
-    """Checks that an expert's FP32 master is that of the module's weight, which its own file names.
+def require_same(name: str, master: Tensor, module: Tensor, whose: str = "the file of this expert") -> None:
+    """Checks that a parameter's FP32 master is that of the module's weight.
 
+    Args:
+        whose: where the module's weight stands.
     Raises:
         ConversionError: it is another's.
     """
     if master.shape != module.shape or not master.to(module.dtype).equal(module):
-        raise ConversionError(f"{name}: the optimizer's weight is not that of the file of this expert")
+        raise ConversionError(
+            f"{name}: the optimizer's weight, rounded, is not that of {whose}: files of other ranks or other saves "
+            "stand in for one another here"
+        )

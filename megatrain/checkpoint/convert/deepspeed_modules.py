@@ -11,12 +11,15 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.deepspeed_experts import FamilyNames, expert_files, require_unfolded
 from megatrain.checkpoint.convert.deepspeed_names import TensorRanks
-from megatrain.checkpoint.convert.deepspeed_read import MODEL_STATES, STAND_INS, tag_folder
+from megatrain.checkpoint.convert.deepspeed_read import MODEL_STATES, load_file, tag_folder
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.hf_config import family_of_model
+from megatrain.checkpoint.convert.model_check import require_plausible, require_tied
 from megatrain.checkpoint.convert.model_file import read_model
-from megatrain.checkpoint.convert.pickles import load_trusted, require_trust
+from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.engine.kinds import WEIGHT
+
+_HEAD = "lm_head.weight"
 
 
 class ModulesReader:
@@ -36,15 +39,20 @@ class ModulesReader:
         require_trust(states[0], trust)
         self.model = read_model(folder.parent, model_file)
         self.table = family_of_model(self.model).lines
-        heads = [load_trusted(file, STAND_INS) for file in states]
+        heads = [load_file(file) for file in states]
         require_unfolded(heads[0], states[0])
         names = FamilyNames(self.model, heads[0])
-        experts = [load_trusted(file, STAND_INS) for file in expert_files(folder)]
+        experts = [load_file(file) for file in expert_files(folder)]
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         for module in (*(head["module"] for head in heads), *experts):
             for name, tensor in module.items():
                 self._parts[names.name(name)].append(tensor)
+        require_plausible(self.model, self._parts, folder)
         self._tensor_ranks = TensorRanks(self.table, self.model)
+        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
+        if self.model.tie_embeddings and {_HEAD, word} <= self._parts.keys():
+            for head, table in zip(self._parts[_HEAD], self._parts[word], strict=False):
+                require_tied(head, table, f"{folder}: {_HEAD}")
         self.step = int(heads[0].get("global_steps") or 0)
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -55,4 +63,4 @@ class ModulesReader:
 
     def names(self) -> Collection[str]:
         """Of the weights; a tied head does not count."""
-        return self._parts.keys() - ({"lm_head.weight"} if self.model.tie_embeddings else set())
+        return self._parts.keys() - ({_HEAD} if self.model.tie_embeddings else set())

@@ -5,7 +5,7 @@ The files are pickles. They are opened as numbers only, with stand-ins for the f
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.convert.checksums import archive_name
 from megatrain.checkpoint.convert.deepspeed_experts import (
     FamilyNames,
     Piece,
@@ -24,6 +25,7 @@ from megatrain.checkpoint.convert.deepspeed_experts import (
 )
 from megatrain.checkpoint.convert.deepspeed_names import TensorRanks, names_of
 from megatrain.checkpoint.convert.errors import ConversionError
+from megatrain.checkpoint.convert.model_check import require_plausible, require_tied
 from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.checkpoint.convert.pickles import load_trusted, require_trust, stand_in
 from megatrain.checkpoint.convert.table import their_shapes
@@ -42,7 +44,9 @@ STAND_INS: dict[str, Any] = {
     )
 }
 STAND_INS["types.SimpleNamespace"] = SimpleNamespace
+_HEAD = "lm_head.weight"
 _PIPELINE_LAYER = re.compile(r"layer_\d+(-model_\d+)?-model_states\.pt$")
+_OWN_NAME = re.compile(r"mp_rank_\d+_(model|optim)_states$")
 _RANKS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
 
@@ -105,6 +109,7 @@ class ZeroReader:
         require_trust(zero_states(folder)[0], trust)
         self.model = read_model(folder.parent, model_file)
         self._parts = [_ModelRank(folder, model_rank, self.model) for model_rank in model_ranks]
+        require_plausible(self.model, self.names(), folder)
         self.table = names_of(self.model, self.names())
         self._tensor_ranks = TensorRanks(self.table, self.model)
         self.kinds, self.step = self._parts[0].kinds, self._parts[0].step
@@ -129,18 +134,18 @@ class _ModelRank:
             raise ConversionError(
                 f"{folder}: states of ranks are missing; of model rank {model_rank} there are {sorted(files)}"
             )
-        head = load_trusted(states[0], STAND_INS)
+        head = load_file(states[0])
         require_unfolded(head, states[0])
         names = FamilyNames(model, head) if experts or head.get("ds_autoep_layers") else None
         self._folder = folder
-        loaded = [load_trusted(files[rank], STAND_INS) for rank in sorted(files)]
+        loaded = [load_file(files[rank]) for rank in sorted(files)]
         self._ranks = [found["optimizer_state_dict"] for found in loaded]
         self._stage3 = "fp32_flat_groups" in self._ranks[0]
         self.places = self._find_places(head["param_shapes"], loaded[0].get("ds_config") or {}, names)
-        self._experts: dict[str, Tensor] = {}
-        if names:
-            for file in experts:
-                self._experts |= {names.name(key): tensor for key, tensor in load_trusted(file, STAND_INS).items()}
+        # what the masters are held against: ZeRO 3 leaves the modules' weights empty
+        self._modules = _renamed(head.get("module") or {}, names)
+        for file in experts:
+            self._modules |= _renamed(load_file(file), names)
         base = self._base_state(0)
         self.kinds: tuple[str, ...] = (
             WEIGHT,
@@ -162,8 +167,9 @@ class _ModelRank:
             tensor = flat.view(place.piece.shape)
         except RuntimeError as error:
             raise ConversionError(f"{self._folder}: {kind} of {name}: {error}") from error
-        if kind == WEIGHT and name in self._experts:
-            require_same(name, tensor, self._experts[name])
+        module = self._modules.get(name) if kind == WEIGHT else None
+        if module is not None and module.numel():
+            require_same(name, tensor, module, f"the modules in {self._folder}")
         return tensor
 
     def _flat(self, rank: int, kind: str, group: int) -> Tensor:
@@ -192,6 +198,24 @@ class _ModelRank:
                     places |= {piece.name: _Flat(number, start, size, piece, ranks) for piece in pieces}
                 start += math.ceil(size / len(holders[number][0])) if self._stage3 else size + padding
         return places
+
+
+def load_file(file: Path) -> Any:
+    """What one of DeepSpeed's files holds.
+
+    Raises:
+        ConversionError: damaged, or saved under another rank's name.
+    """
+    saved_as = archive_name(file)
+    if _OWN_NAME.search(saved_as) and saved_as != file.stem:
+        raise ConversionError(f"{file} was saved as {saved_as}.pt: files of two ranks have changed places")
+    return load_trusted(file, STAND_INS)
+
+
+def _renamed(module: Mapping[str, Any], names: FamilyNames | None) -> dict[str, Tensor]:
+    """The tensors of a module, under the family's names."""
+    tensors = {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
+    return tensors if names is None else {names.name(name): tensor for name, tensor in tensors.items()}
 
 
 def _require_zero(folder: Path) -> None:
@@ -223,6 +247,7 @@ class UniversalReader:
         }
         require_trust(folder / "zero", trust)
         self.model = read_model(folder.parent, model_file)
+        require_plausible(self.model, self._names, folder)
         self.table = names_of(self.model, self._names)
         self._shapes = {
             name: shape
@@ -234,6 +259,10 @@ class UniversalReader:
             kind for kind, file in UNIVERSAL_NAMES.items() if (first / f"{file}.pt").is_file()
         )
         self.step = int(load_trusted(first / "step.pt", STAND_INS)) if (first / "step.pt").is_file() else 0
+        self._tensor_ranks = TensorRanks(self.table, self.model)
+        heads = [load_file(file) for file in sorted(folder.glob(f"mp_rank_*{MODEL_STATES}"))]
+        self._modules = [_renamed(head.get("module") or {}, None) for head in heads]
+        self._require_one_head()
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
@@ -243,13 +272,24 @@ class UniversalReader:
         value = load_trusted(file, STAND_INS)
         tensor = value["param"] if isinstance(value, dict) else value
         try:
-            return tensor.view(self._shapes[name])
+            whole = tensor.view(self._shapes[name])
         except RuntimeError as error:
             raise ConversionError(f"{file}: {error}") from error
+        parts = [module[name] for module in self._modules if name in module and module[name].numel()]
+        if kind == WEIGHT and parts:
+            require_same(name, whole, self._tensor_ranks.join(name, parts), f"the modules in {self.path}")
+        return whole
 
     def names(self) -> Collection[str]:
         """Of the parameters; a tied head that has a copy does not count."""
-        return self._names - ({"lm_head.weight"} if self.model.tie_embeddings else set())
+        return self._names - ({_HEAD} if self.model.tie_embeddings else set())
+
+    def _require_one_head(self) -> None:
+        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
+        if self.model.tie_embeddings and {_HEAD, word} <= self._names:
+            head = load_trusted(self.path / "zero" / _HEAD / "fp32.pt", STAND_INS)
+            head = head["param"] if isinstance(head, dict) else head
+            require_tied(head.view(self._shapes[word]), self.read(WEIGHT, word), f"{self.path}: {_HEAD}")
 
 
 def _ranks(file: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.deepspeed_names import Split, module_order, names_of
 from megatrain.checkpoint.convert.deepspeed_read import LATEST, UNIVERSAL_NAMES
+from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.model_file import write_model
 from megatrain.checkpoint.convert.table import adam_group
 from megatrain.config.schema import ModelConfig
@@ -97,6 +98,8 @@ class _Partitions:
             end += shape.numel()
         # DeepSpeed makes partitions of even length and saves the last one's weights, not its moments, without padding
         self._size = math.ceil(end / (2 * data_ranks)) * 2
+        if (data_ranks - 1) * self._size >= end:
+            raise ConversionError(f"--zero-ranks {data_ranks}: {end} weights leave some of them without any")
         self._lengths = [max(0, min(self._size, end - part * self._size)) for part in range(data_ranks)]
         self._flats = {
             (kind, part): _Flat(

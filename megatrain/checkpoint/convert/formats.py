@@ -19,16 +19,16 @@ from megatrain.checkpoint.convert.deepspeed_read import (
 )
 from megatrain.checkpoint.convert.deepspeed_write import UniversalWriter, ZeroWriter
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.huggingface import CONFIG, HuggingFaceReader, HuggingFaceWriter, copy_extras
+from megatrain.checkpoint.convert.hf_runner import HuggingFaceRunner
+from megatrain.checkpoint.convert.hf_tokenizer import CONFIG
+from megatrain.checkpoint.convert.huggingface import HuggingFaceReader, HuggingFaceWriter
 from megatrain.checkpoint.convert.megatron import MegatronReader, MegatronWriter, iteration_folder
 from megatrain.checkpoint.convert.native import NativeReader, NativeWriter
-from megatrain.checkpoint.convert.runners import HuggingFaceRunner, OwnRunner, Runner
+from megatrain.checkpoint.convert.own_tokenizer import extras_for, keep_extras
+from megatrain.checkpoint.convert.runners import OwnRunner, Runner
 from megatrain.checkpoint.convert.table import Reader, Weights, Writer
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.folder import checkpoint_at
-
-EXTRAS = "huggingface"
-"""Folder beside an imported checkpoint that keeps the tokenizer and generation config for the way back."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,6 @@ def detect(path: Path) -> str:
     raise ConversionError(f"{path} {what}; the formats are: {', '.join(FORMATS)}")
 
 
-def tokenizer_file(path: Path, choices: Choices) -> Path | None:
-    """The ``tokenizer.json`` that was chosen or lies beside the model at ``path``."""
-    given = [] if choices.tokenizer is None else [choices.tokenizer, choices.tokenizer / "tokenizer.json"]
-    beside = [place / "tokenizer.json" for place in (path, path / EXTRAS, path.parent / EXTRAS)]
-    return next((file for file in [*given, *beside] if file.is_file()), None)
-
-
 def _native_checkpoint(path: Path) -> Path | None:
     """``path`` itself, or the newest checkpoint of the run there; None: there is none."""
     try:
@@ -104,19 +97,17 @@ def _read_native(path: Path, choices: Choices) -> Reader:
 
 
 def _write_native(folder: Path, reader: Reader, choices: Choices) -> Writer:
-    copy_extras(reader.path, folder / EXTRAS)
-    return NativeWriter(folder, reader.model, reader.step)
+    return NativeWriter(folder, reader.model, reader.step, keep_extras(reader, choices.tokenizer, folder))
 
 
 def _write_hugging_face(folder: Path, reader: Reader, choices: Choices) -> Writer:
-    beside = reader.path.parent / EXTRAS
-    extras = choices.tokenizer or (beside if beside.is_dir() else None)
-    return HuggingFaceWriter(folder, reader.model, choices.dtype, choices.shard_bytes, extras)
+    extras, eod_id = extras_for(reader, choices.tokenizer)
+    return HuggingFaceWriter(folder, reader.model, choices.dtype, choices.shard_bytes, extras, eod_id)
 
 
 def _run_hugging_face(reader: Reader, dtype: torch.dtype) -> Runner:
     assert isinstance(reader, HuggingFaceReader)
-    return HuggingFaceRunner(reader.path, reader.family, reader)
+    return HuggingFaceRunner(reader.path, reader.family, reader.dtype)
 
 
 def _run_here(reader: Reader, dtype: torch.dtype) -> Runner:

@@ -1,11 +1,9 @@
 """Models in Hugging Face's folders: config.json, safetensors, generation_config.json, tokenizer."""
 
-import json
+import functools
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +17,27 @@ from megatrain.checkpoint.convert.hf_config import (
     family_of_model,
     model_from_config,
 )
+from megatrain.checkpoint.convert.hf_tokenizer import (
+    CONFIG,
+    IDS,
+    read_json,
+    special_ids,
+    with_end,
+    write_generation,
+    write_json,
+    write_tokenizer,
+)
+from megatrain.checkpoint.convert.model_check import require_plausible, require_tied
 from megatrain.checkpoint.convert.pickles import require_trust
 from megatrain.checkpoint.convert.safetensors_files import SafetensorsReader, SafetensorsWriter
+from megatrain.checkpoint.tokenizer_file import CarriedTokenizer
+from megatrain.config.derive import num_tokens
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+ADAPTER, HEAD = "adapter_config.json", "lm_head.weight"
 # masks and frequencies that older files hold beside the weights
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
-_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 class HuggingFaceReader:
@@ -54,13 +54,26 @@ class HuggingFaceReader:
 
     def __init__(self, folder: Path, vocab_multiple: int = 1, trust: bool = False):
         self.path = folder
+        if (folder / ADAPTER).is_file():
+            raise ConversionError(f"{folder / ADAPTER}: the folder holds an adapter: merge it into its model first")
         self.config = read_json(folder / CONFIG)
         self.family = family_of_config(self.config)
-        self.model, self.table = model_from_config(self.config, vocab_multiple), self.family.lines
+        try:
+            self.model, self.table = model_from_config(self.config, vocab_multiple), self.family.lines
+        except RecursionError as error:
+            raise ConversionError(f"{folder / CONFIG}: nested too deeply") from error
         self._tensors = _tensors(folder, trust)
-        self._prefix = (
-            "" if any(name.startswith(self.family.prefix) for name in self._tensors.names()) else self.family.prefix
-        )
+        there = self._tensors.names()
+        require_plausible(self.model, there, folder)
+        if (self.model.num_experts or 0) > len(there):
+            raise ConversionError(f"{folder}: {len(there)} tensors are not those of {self.model.num_experts} experts")
+        self._prefix = "" if any(name.startswith(self.family.prefix) for name in there) else self.family.prefix
+        self._require_one_head()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest type that holds every weight as it stands in the files."""
+        return functools.reduce(torch.promote_types, map(self._tensors.dtype_of, self._tensors.names()))
 
     def read(self, kind: str, name: str) -> Tensor:
         """A weight, in the type of the file."""
@@ -68,9 +81,20 @@ class HuggingFaceReader:
 
     def names(self) -> Collection[str]:
         """Of the weights; a tied head that was stored all the same does not count."""
-        tied = {"lm_head.weight"} if self.model.tie_embeddings else set()
-        there = {self._prefix + name for name in self._tensors.names() if not _BUFFERS.search(name)}
-        return there - tied
+        tied = {HEAD} if self.model.tie_embeddings else set()
+        there = {name for name in self._tensors.names() if not _BUFFERS.search(name)} - tied
+        return {name if name == HEAD else self._prefix + name for name in there}
+
+    def _require_one_head(self) -> None:
+        """Checks that a head which the config ties is the word embedding.
+
+        Raises:
+            ConversionError: it is another, which programs take or leave as they like.
+        """
+        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
+        here = {HEAD, word.removeprefix(self._prefix)}
+        if self.model.tie_embeddings and here <= set(self._tensors.names()):
+            require_tied(self._tensors.read(HEAD), self.read(WEIGHT, word), f"{self.path}: {HEAD}")
 
 
 def _tensors(folder: Path, trust: bool) -> SafetensorsReader | BinReader:
@@ -85,26 +109,41 @@ class HuggingFaceWriter:
     """Writes a folder that ``from_pretrained`` and serving engines take as it is.
 
     Args:
-        extras: a folder with a tokenizer and perhaps ``generation_config.json``, or a ``tokenizer.json``.
+        extras: a folder with a tokenizer and perhaps ``generation_config.json``, or a tokenizer.json; None: none.
+        eod_id: what ends the documents that the model was trained on.
     """
 
     kinds: tuple[str, ...] = (WEIGHT,)
 
-    def __init__(self, folder: Path, model: ModelConfig, dtype: torch.dtype, shard_bytes: int, extras: Path | None):
-        self.folder, self.model, self.dtype, self.extras = folder, model, dtype, extras
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        shard_bytes: int,
+        extras: Path | CarriedTokenizer | None,
+        eod_id: int | None,
+    ):
+        self.folder, self.model, self.dtype = folder, model, dtype
         self.family = family_of_model(model)
         self.table = self.family.lines
-        self._shard_bytes = shard_bytes
+        self._shard_bytes, self._extras, self._eod_id = shard_bytes, extras, eod_id
         self._config = config_from_model(model)
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:
         """Writes all but the weights."""
         self._tensors = SafetensorsWriter(self.folder, self.dtype, shapes, self._shard_bytes)
-        special = _copy_tokenizer(self.extras, self.folder) if self.extras is not None else {}
-        config = self._config | special | {"dtype": str(self.dtype).removeprefix("torch.")}
-        _write_json(self.folder / CONFIG, config | {"torch_dtype": config["dtype"]})
-        if not (self.folder / GENERATION).exists():
-            _write_json(self.folder / GENERATION, {"_from_model_config": True, **special})
+        place = self._extras if isinstance(self._extras, Path) and self._extras.is_dir() else None
+        ids = dict.fromkeys(IDS) if place is None else special_ids(place, num_tokens(self.model))
+        ids["eos_token_id"] = with_end(ids["eos_token_id"], self._eod_id)
+        if place is None:
+            ids["bos_token_id"] = self._eod_id
+        if self._extras is not None:
+            write_tokenizer(self._extras, self.folder, ids)
+        # with null where there is none: what is left out, transformers takes from the family
+        config = self._config | ids | {"dtype": str(self.dtype).removeprefix("torch.")}
+        write_json(self.folder / CONFIG, config | {"torch_dtype": config["dtype"]})
+        write_generation(place, self.folder, ids, self._eod_id)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """The next weight."""
@@ -113,54 +152,3 @@ class HuggingFaceWriter:
     def finish(self) -> None:
         """Completes the files."""
         self._tensors.finish()
-
-
-def copy_extras(source: Path, target: Path) -> list[str]:
-    """Copies a model's tokenizer and generation config, for the way back; returns their names."""
-    found = [name for name in (*TOKENIZER_FILES, GENERATION) if (source / name).is_file()]
-    if found:
-        target.mkdir(parents=True, exist_ok=True)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ConversionError: it is not there or none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} is missing") from error
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds no JSON object")
-    return value
-
-
-def _copy_tokenizer(extras: Path, folder: Path) -> dict[str, int]:
-    """Copies or makes the tokenizer's files; returns the ids of the special tokens that the config names too."""
-    if extras.is_dir():
-        if not copy_extras(extras, folder):
-            raise ConversionError(f"{extras} holds no tokenizer")
-        generation = read_json(extras / GENERATION) if (extras / GENERATION).is_file() else {}
-        return {name: generation[name] for name in ("bos_token_id", "eos_token_id") if name in generation}
-    from tokenizers import Tokenizer
-
-    shutil.copyfile(extras, folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(extras))
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    end = next((token for token in _END_OF_TEXT if tokenizer.token_to_id(token) is not None), None)
-    if end is not None:
-        settings |= {"bos_token": end, "eos_token": end}
-    _write_json(folder / "tokenizer_config.json", settings)
-    end_id = None if end is None else tokenizer.token_to_id(end)
-    return {} if end_id is None else {"bos_token_id": end_id, "eos_token_id": end_id}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.families.megatron_core import MEGATRON_CORE, extra_states
+from megatrain.checkpoint.convert.hf_tokenizer import read_json
 from megatrain.checkpoint.convert.megatron_states import CONTENT, MASTERS, common_states, state_key
 from megatrain.checkpoint.convert.model_file import read_model, write_model
 from megatrain.checkpoint.convert.pickles import require_trust
-from megatrain.checkpoint.convert.table import Line
+from megatrain.checkpoint.convert.table import Line, with_attention_bias
 from megatrain.checkpoint.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
@@ -39,8 +40,8 @@ def iteration_folder(path: Path) -> Path | None:
     """``path`` itself or the iteration in it that is the latest, if that is a checkpoint of this kind."""
     latest = path / LATEST
     if latest.is_file():
-        text = latest.read_text(encoding="utf-8").strip()
-        path = path / f"iter_{int(text):07d}" if text.isdigit() else path
+        text = latest.read_text(encoding="utf-8", errors="replace").strip()
+        path = path / f"iter_{int(text):07d}" if re.fullmatch(r"[0-9]{1,12}", text) else path
     return path if (path / CONFIG).is_file() and (path / METADATA).is_file() else None
 
 
@@ -60,7 +61,7 @@ class MegatronReader:
 
     def __init__(self, folder: Path, model_file: Path | None, trust: bool, weights_only: bool):
         require_trust(folder / METADATA, trust)
-        backend = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("sharded_backend")
+        backend = read_json(folder / CONFIG).get("sharded_backend")
         if backend != "torch_dist":
             raise ConversionError(f"{folder / CONFIG}: sharded_backend {backend!r} is not read here; torch_dist is")
         self.path = folder
@@ -85,13 +86,28 @@ class MegatronReader:
     def _find(self, kind: str, name: str) -> Tensor | None:
         """A tensor that stands under one key, or under one for its gate half and one for its up half."""
         for key, layer in self._spellings(name):
-            for one in (*MASTERS, WEIGHT) if kind == WEIGHT else (kind,):
-                if found := self._keys.get((one, key)):
-                    return self._tensors.read(found, layer)
+            kinds = (*MASTERS, WEIGHT) if kind == WEIGHT else (kind,)
+            if found := [self._keys[one, key] for one in kinds if (one, key) in self._keys]:
+                tensor = self._tensors.read(found[0], layer)
+                if len(found) > 1:
+                    self._require_same(key, tensor, self._tensors.read(found[-1], layer))
+                return tensor
         if name.endswith(_HALVES):
             return None
         gate, up = (self._find(kind, name + half) for half in _HALVES)
         return None if gate is None or up is None else torch.cat([gate, up])
+
+    def _require_same(self, key: str, master: Tensor, weight: Tensor) -> None:
+        """Holds a master against the weight that was made of it.
+
+        Raises:
+            ConversionError: it is another's.
+        """
+        if not torch.equal(master.to(weight.dtype), weight):
+            raise ConversionError(
+                f"{self.path}: {key}: the optimizer's master, rounded, is not the weight: one of the two is damaged or "
+                "of another save. --weights-only takes the weights alone"
+            )
 
     def names(self) -> Collection[str]:
         """Of the weights, layer by layer."""
@@ -163,6 +179,7 @@ class MegatronWriter:
         states: bool,
         spread_experts: bool,
     ):
+        _require_biases(model)
         self.dtype, self._model, self._step, self._adam = dtype, model, step, adam
         self._own_for_experts = spread_experts and bool(model.num_experts)
         self._root, self._folder = folder, folder / f"iter_{step:07d}"
@@ -217,6 +234,19 @@ class MegatronWriter:
         if len(self.kinds) == 1:
             return common
         return common | {"optimizer": common_states(self._step, self._adam, self._own_for_experts)}
+
+
+def _require_biases(model: ModelConfig) -> None:
+    """Checks that Megatron-core has a model with these biases: in every matrix, in none, or in those of queries, keys
+    and values alone (``add_bias_linear``, ``add_qkv_bias``).
+
+    Raises:
+        ConversionError: it has none.
+    """
+    if with_attention_bias(model) != (model.family == "gpt"):
+        what = "no biases in the attention but in the feed-forward" if model.family == "gpt" else "biases in the "
+        what += "" if model.family == "gpt" else "attention and none in the feed-forward"
+        raise ConversionError(f"Megatron-core has no model with {what}: attention_bias = {model.attention_bias}")
 
 
 def _key(name: str) -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.config.derive import resolve_model
+from megatrain.checkpoint.convert.model_check import resolved, said
 from megatrain.config.schema import ModelConfig
 from megatrain.config.yaml_text import Loader
 from megatrain.disk.small import read_regular
@@ -28,11 +28,16 @@ def read_model(folder: Path, given: Path | None) -> ModelConfig:
     """
     path = given or folder / NAME
     try:
-        values = yaml.load(read_regular(path), Loader)["model"]
-        return resolve_model(ModelConfig.model_validate(values))
+        values = yaml.load(read_regular(path), Loader)
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: --model names a config file that says what model it is") from error
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValidationError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} holds no valid section `model`: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConversionError(f"{path} holds no valid section `model`: {error!s:.500}") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path} holds no valid section `model`")
+    try:
+        return resolved(ModelConfig.model_validate(values.get("model")), str(path))
+    except ValidationError as error:
+        raise ConversionError(f"{path} holds no valid section `model`: {said(error)}") from error

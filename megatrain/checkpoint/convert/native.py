@@ -13,6 +13,7 @@ from megatrain.checkpoint.convert.table import balanced, identity
 from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.tokenizer_file import CarriedTokenizer, tokenizer_of
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import MOMENTS, WEIGHT
 
@@ -21,6 +22,8 @@ RUN_ID = "conversion"
 
 class NativeReader:
     """A checkpoint folder ``step-…``; ``adam``: the arguments of the run's AdamW, none where no run made it.
+
+    ``tokenizer``: that it carries; ``digests``: SHA-256 of those that its data were written with.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -36,6 +39,9 @@ class NativeReader:
         self.kinds: tuple[str, ...] = (WEIGHT, *MOMENTS) if states else (WEIGHT,)  # other formats know AdamW's alone
         self.step = self._reader.step
         self.adam = _adam_settings(self._reader.state)
+        self.tokenizer = tokenizer_of(self._reader)
+        told = self._reader.state.get("tokenizers")
+        self.digests = {one for one in told.values() if one} if isinstance(told, dict) else set[str]()
         biases = require_state(self._reader, "router_biases")["router_biases"]
         self._biases: dict[str, list[float]] = biases if balanced(self.model) else {}
 
@@ -58,13 +64,14 @@ class NativeWriter:
 
     Args:
         step: the optimizer step that the weights have.
+        tokenizer: goes into the checkpoint.
     """
 
     dtype = torch.float32
     kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
 
-    def __init__(self, folder: Path, model: ModelConfig, step: int):
-        self.model, self.table = model, identity(model)
+    def __init__(self, folder: Path, model: ModelConfig, step: int, tokenizer: CarriedTokenizer | None = None):
+        self.model, self.table, self._tokenizer = model, identity(model), tokenizer
         self._writer = CheckpointWriter(folder, step, RUN_ID)
         self._biases: dict[str, list[float]] = {}
 
@@ -95,6 +102,9 @@ class NativeWriter:
             "tokens": 0,
             "model": self.model.model_dump(mode="json"),
         }
+        if self._tokenizer is not None:
+            self._tokenizer.write(self._writer.partial)
+            state["tokenizer"] = self._tokenizer.state()
         self._writer.commit(self._writer.records(), state, {"torch": torch.__version__})
 
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatrain.checkpoint.convert.checksums import require_checksums
 from megatrain.checkpoint.convert.errors import ConversionError
 
 
@@ -62,15 +63,19 @@ def load_trusted(path: Path, stand_ins: Mapping[str, Any], say: Callable[[str], 
     Raises:
         ConversionError: the file is damaged.
     """
+    require_checksums(path)
     known = [(stand_in, name) for name, stand_in in stand_ins.items()]
     try:
         with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         say(f"{path.name} holds more than numbers ({str(error).splitlines()[0][:100]}): opened as a full pickle")
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ConversionError(f"{path}: {error}") from error
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:  # a full pickle runs whatever code it names
+        raise ConversionError(f"{path} can't be opened: {type(error).__name__}: {error!s:.300}") from error
 
 
 def stand_in(name: str) -> type:

@@ -13,22 +13,27 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ProofFailed
 from megatrain.checkpoint.convert.hf_config import differences
+from megatrain.checkpoint.convert.hf_tokenizer import load
 from megatrain.checkpoint.convert.runners import Runner
 from megatrain.checkpoint.convert.table import VOCABULARY_NAMES, Weights, canonical_shapes, kinds_of
-from megatrain.config.derive import num_tokens
+from megatrain.config.derive import num_tokens, original_length
 from megatrain.config.schema import ModelConfig
+from megatrain.models.rotary import LENGTH_DEPENDENT
 
 LOGITS = 1e-4  # largest difference: FP32 sums in another order stay below it, every known conversion bug above
 _TIE = 1e-5  # the two likeliest tokens are so near that rounding alone may swap them
 _ACTIVATIONS = 1e-5  # relative to the largest: a block's own rounding stays below
+_SHORT = 64  # tokens that every proof runs, whatever is asked for
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared. ``max_difference``: of the logits."""
+    """What was compared. ``num_rounded``: tensors that lost bits to the type of the target, and are equal since;
+    ``max_difference``: of the logits."""
 
     num_tensors: int
+    num_rounded: int
     num_tokens: int
     max_difference: float
 
@@ -43,28 +48,31 @@ def require_equal_configs(source: ModelConfig, target: ModelConfig) -> None:
         raise ProofFailed("the config that was written is of another model: " + "; ".join(found))
 
 
-def require_equal_weights(source: Weights, target: Weights, dtype: torch.dtype, progress: Callable[[], None]) -> int:
-    """Compares every tensor bit for bit, the source's rounded to the type that was written; returns their number.
+def require_equal_weights(source: Weights, target: Weights, progress: Callable[[], None]) -> tuple[int, int]:
+    """Compares every tensor bit for bit, the source's in the type that the target has; returns how many there are, and
+    how many of these the type rounded.
 
     Raises:
         ProofFailed: names the first tensor that differs and how many do.
     """
-    different, count = [], 0
+    different, count, rounded = [], 0, 0
     kinds = [kind for kind in source.reader.kinds if kind in target.reader.kinds]
     for name in canonical_shapes(source.model):
         for kind in kinds_of(name, kinds):
-            one, other = source.read(kind, name).to(dtype), target.read(kind, name).to(dtype)
+            one, other = source.read(kind, name), target.read(kind, name)
             if name in VOCABULARY_NAMES:
                 one, other = (
                     tensor[: num_tokens(weights.model)] for tensor, weights in ((one, source), (other, target))
                 )
-            if not _same_bits(one, other):
+            converted = one.to(other.dtype)
+            if not _same_bits(converted, other):
                 different.append(f"{kind} of {name}")
+            rounded += not _same_bits(converted.to(one.dtype), one)
             count += 1
         progress()
     if different:
         raise ProofFailed(f"{len(different)} of {count} tensors are not bit-equal, the first: {different[0]}")
-    return count
+    return count, rounded
 
 
 def require_equal_logits(one: Runner, other: Runner, batches: list[Tensor], progress: Callable[[], None]) -> float:
@@ -99,20 +107,26 @@ def require_equal_logits(one: Runner, other: Runner, batches: list[Tensor], prog
 
 def proof_batches(model: ModelConfig, longest: int, tokenizer: Path | None) -> list[Tensor]:
     """[B, S] tokens: short random ones, random ones up to position ``longest``, and real text where there is a
-    tokenizer (the source of a module of Python's library)."""
+    tokenizer (the source of a module of Python's library).
+
+    However small ``longest`` is, one sequence is longer than the length from which on the rotary positions change.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(model.max_seq_len, longest)
 
     def random(*shape: int) -> Tensor:
         return torch.randint(0, num_tokens(model), shape, generator=generator)
 
-    batches = [random(4, min(length, 64)), random(1, length)]
+    batches = [random(4, min(model.max_seq_len, _SHORT)), random(1, length)]
+    change = original_length(model) if model.rope_scaling in LENGTH_DEPENDENT else 0
+    if max(length, _SHORT) <= change < model.max_seq_len:
+        batches.append(random(1, min(model.max_seq_len, change + change // 4 + 1)))
     if tokenizer is not None:
-        from tokenizers import Tokenizer
-
         text = Path(os.__file__).read_text(encoding="utf-8")
-        ids = Tokenizer.from_file(str(tokenizer)).encode(text[: 8 * length]).ids
-        batches.append(torch.tensor([[token for token in ids if token < num_tokens(model)][:length]]))
+        ids = load(tokenizer.read_bytes(), tokenizer).encode(text[: 8 * length]).ids
+        known = [token for token in ids if token < num_tokens(model)][:length]
+        if known:
+            batches.append(torch.tensor([known]))
     return batches
 
 

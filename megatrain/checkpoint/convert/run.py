@@ -1,6 +1,7 @@
 """A conversion from start to end: read, write beside the target, prove, and only then give the result its name."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.checkpoint.convert.errors import ConversionError, ProofFailed
-from megatrain.checkpoint.convert.formats import FORMATS, Choices, detect, tokenizer_file
+from megatrain.checkpoint.convert.formats import FORMATS, Choices, detect
+from megatrain.checkpoint.convert.own_tokenizer import tokenizer_file
 from megatrain.checkpoint.convert.proof import (
     Proof,
     proof_batches,
@@ -57,8 +59,10 @@ def convert(request: Request) -> dict[str, Any]:
         ConversionError, CheckpointError: the source can't be read or the target not be written.
         ProofFailed: the result is not the model that it was made from.
     """
-    partial, failed = (request.target.with_name(request.target.name + end) for end in (".partial", ".failed"))
-    for place in (request.target, partial, failed):
+    _require_sense(request)
+    target = Path(os.path.abspath(request.target))
+    partial, failed = (Path(f"{target}{end}") for end in (".partial", ".failed"))
+    for place in (target, partial, failed):
         try:
             require_free(place, "remove it, or choose another target")
         except FileExistsError as error:
@@ -66,7 +70,7 @@ def convert(request: Request) -> dict[str, Any]:
     origin = detect(request.source)
     if origin == request.to:
         raise ConversionError(f"{request.source} is in the format {origin} already")
-    reader = FORMATS[origin].read(request.source, request.choices)
+    reader = _read(origin, request)
     Weights(reader).require_complete()
     partial.mkdir(parents=True)
     try:
@@ -77,8 +81,40 @@ def convert(request: Request) -> dict[str, Any]:
     except BaseException:
         shutil.rmtree(partial)
         raise
-    partial.rename(request.target)
+    partial.rename(target)
     return record
+
+
+def _read(origin: str, request: Request) -> Reader:
+    try:
+        return FORMATS[origin].read(request.source, request.choices)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error!s:.200}"
+        raise ConversionError(f"{request.source} is not what a checkpoint of {origin} looks like: {reason}") from error
+
+
+def _require_sense(request: Request) -> None:
+    """Checks what can be known without a look at the model.
+
+    Raises:
+        ConversionError: names every choice that makes no sense, by its option.
+    """
+    choices = request.choices
+    counts = {
+        "--proof-tokens": request.longest,
+        "--vocab-multiple": choices.vocab_multiple,
+        "--zero-ranks": choices.zero_ranks,
+        "--tensor-ranks": choices.tensor_ranks,
+        "--shard-gb, in bytes,": choices.shard_bytes,
+    }
+    problems = [f"{name} = {count} is not a whole number from 1 on" for name, count in counts.items() if count < 1]
+    if request.to not in FORMATS:
+        problems.append(f"--to {request.to} is no format; these are: {', '.join(FORMATS)}")
+    given = choices.tokenizer
+    if given is not None and not given.exists():
+        problems.append(f"--tokenizer {given} is not there: name a tokenizer.json or a folder with one")
+    if problems:
+        raise ConversionError("; ".join(problems))
 
 
 def _convert_into(folder: Path, request: Request, origin: str, reader: Reader) -> dict[str, Any]:
@@ -120,11 +156,11 @@ def _prove(request: Request, origin: str, reader: Reader, writer: Writer, folder
     own = replace(request.choices, trust_pickle=True, model_file=None)  # what was written just now
     written = FORMATS[request.to].read(folder, own)
     require_equal_configs(reader.model, written.model)
-    batches = proof_batches(reader.model, request.longest, tokenizer_file(request.source, request.choices))
+    batches = proof_batches(reader.model, request.longest, tokenizer_file(reader, request.choices.tokenizer))
     total = len(canonical_shapes(reader.model)) + reader.model.num_layers + 2
     with tqdm(total=total, desc="proving", disable=None) as bar:
         one = FORMATS[origin].runner(reader, writer.dtype)
         other = FORMATS[request.to].runner(written, writer.dtype)
         worst = require_equal_logits(one, other, batches, bar.update)
-        count = require_equal_weights(Weights(reader), Weights(written), writer.dtype, bar.update)
-    return Proof(count, sum(batch.numel() for batch in batches), worst)
+        count, rounded = require_equal_weights(Weights(reader), Weights(written), bar.update)
+    return Proof(count, rounded, sum(batch.numel() for batch in batches), worst)

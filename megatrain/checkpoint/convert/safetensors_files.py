@@ -15,6 +15,7 @@ from megatrain.checkpoint.convert.sharded_files import ShardedFiles, read_index
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPES = {code: dtype for dtype, code in _CODES.items()} | {"F64": torch.float64}
 
 
 class SafetensorsReader(ShardedFiles):
@@ -27,10 +28,10 @@ class SafetensorsReader(ShardedFiles):
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
-        if (folder / INDEX).is_file():
-            self.file_of = read_index(folder / INDEX)
-        elif (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file():  # before an index, as transformers has it
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        elif (folder / INDEX).is_file():
+            self.file_of = read_index(folder / INDEX)
         else:
             raise ConversionError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
@@ -41,6 +42,20 @@ class SafetensorsReader(ShardedFiles):
             return self._open(file).get_tensor(name)
         except SafetensorError as error:
             raise ConversionError(f"{self.folder / file}: {name}: {error}") from error
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """
+        Raises:
+            ConversionError: of no type in which weights are read.
+        """
+        file = self.file_with(name)
+        try:
+            code = self._open(file).get_slice(name).get_dtype()
+        except SafetensorError as error:
+            raise ConversionError(f"{self.folder / file}: {name}: {error}") from error
+        if code not in _TYPES:
+            raise ConversionError(f"{self.folder / file}: {name} is of type {code}; read are {', '.join(_TYPES)}")
+        return _TYPES[code]
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.forms import SAME, Form
+from megatrain.checkpoint.convert.model_check import require_plausible
 from megatrain.config.derive import mixture_layers
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.kinds import WEIGHT
@@ -138,7 +139,9 @@ class Weights:
 
     def __init__(self, reader: Reader):
         self.reader, self.model = reader, reader.model
+        require_plausible(self.model, reader.names(), reader.path)
         self._entry_of = {name: entry for entry in entries(reader.table, reader.model) for name in entry.ours}
+        self._shapes = canonical_shapes(self.model)
         self._last: tuple[tuple[str, Entry], dict[str, Tensor]] | None = None
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -153,8 +156,11 @@ class Weights:
             try:
                 ours = entry.form.to_ours(theirs, self.model)
             except (RuntimeError, ValueError) as error:
-                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in theirs)
-                raise ConversionError(f"{', '.join(entry.theirs)} of shape {shapes}: {error}") from error
+                raise ConversionError(f"{', '.join(entry.theirs)} of shape {_listed(theirs)}: {error}") from error
+            for own, tensor in zip(entry.ours, ours, strict=True):
+                if tensor.shape != self._shapes[own]:
+                    wrong = f"{tuple(tensor.shape)} here, where the config says {tuple(self._shapes[own])}"
+                    raise ConversionError(f"{', '.join(entry.theirs)} of shape {_listed(theirs)}: {own} is {wrong}")
             self._last = (kind, entry), dict(zip(entry.ours, ours, strict=True))
         return self._last[1][name]
 
@@ -177,6 +183,10 @@ class Weights:
             )
 
 
+def _listed(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+
+
 def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
     """Checks that a table has a line for each parameter of the model, none of which may get lost.
 
@@ -189,9 +199,16 @@ def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
 
 
 def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's name and whole shape, and those of the balance biases."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+    """Every parameter's name and whole shape, and those of the balance biases.
+
+    Raises:
+        ConversionError: a tensor is larger than can be.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {name: parameter.shape for name, parameter in build_empty_model(model).named_parameters()}
+    except RuntimeError as error:
+        raise ConversionError(f"no model has these sizes: {error!s:.200}") from error
     if balanced(model):
         shapes |= {bias_name(layer): torch.Size([model.num_experts or 0]) for layer in mixture_layers(model)}
     return shapes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
+from megatrain.checkpoint.convert.checksums import require_checksums
 from megatrain.checkpoint.convert.errors import ConversionError
 from megatrain.checkpoint.convert.pickles import KnownClasses
 
@@ -95,6 +96,7 @@ class TorchDistReader:
             with open(self.folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 data = file.read(place.length)
+            require_checksums(io.BytesIO(data), f"{self.folder / place.relative_path}: {key} at {tuple(chunk.offsets)}")
             piece = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (KeyError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConversionError(f"{self.folder}: {key} at {tuple(chunk.offsets)}: {error}") from error

@@ -125,7 +125,9 @@ def test_experts_that_deepspeed_spread_over_ranks_are_read(
     shutil.copy(file.with_name(file.name.replace("expert_2", "expert_3")), tmp_path / "third")
     third = {name.replace("experts.3.", "experts.2."): value for name, value in torch.load(tmp_path / "third").items()}
     torch.save(third, file)
-    with pytest.raises(ConversionError, match=r"layers\.1\..*experts\.2\..*: the optimizer's weight is not that of"):
+    with pytest.raises(
+        ConversionError, match=r"layers\.1\..*experts\.2\..*: the optimizer's weight, rounded, is not that of"
+    ):
         convert(Request(tmp_path / "ds", tmp_path / "again", "megatrain", longest=32, choices=choices))
 
 
