@@ -1,6 +1,5 @@
 """Every command that the pages print: its names exist, and it runs, in a folder that looks like a checkout."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -16,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from megatrain.config.schema import RunConfig
+from tests.programs import LAUNCHER, run_program
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "CHANGELOG.md"]
@@ -23,6 +23,7 @@ BASH_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README_COMMAND = re.compile(r"^    (bash .+)$", re.MULTILINE)
 OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|\.ci)/")
 INTERPRETERS = {"bash", "source", "python", "python3", "deepspeed", "torchrun"}
+SHELL = re.compile(r"[|<>;&$]")
 OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 
 # what a page prints and no test can run, with the reason; the names in it are checked all the same
@@ -117,14 +118,11 @@ class Workspace:
         if "launch/pretrain.py" in command or "launch/quickstart.sh" in command:
             self.steps += 2
             command += f" --train.steps {self.steps} --train.eval_batches 1 --schedule.warmup_steps 1"
-        if command.startswith("python launch/convert.py"):  # in this process: it spends its time importing
-            from launch import convert
-
-            with contextlib.chdir(self.folder):
-                assert convert.main(words_of(command)[2:]) == 0, command
-            return ""
-        launcher = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in launcher}
+        if command.startswith("python launch/") and not SHELL.search(command):  # they spend their time importing
+            done = run_program(words_of(command)[1:], self.folder)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            return done.stdout
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         environment["MEGATRAIN_VENV"] = sys.prefix
         done = subprocess.run(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.factory import make_dataset
+from tests.programs import LAUNCHER, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -20,9 +21,6 @@ model: {num_layers: 2, hidden_size: 32, num_heads: 4, vocab_size: 300, max_seq_l
 precision: {dtype: fp32}
 train: {steps: 4, global_batch_size: 8, micro_batch_size: 2, log_every: 1, eval_batches: 1}
 """
-
-
-LAUNCHER = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(*command: str) -> subprocess.Popen[str]:
@@ -52,6 +50,11 @@ def launcher(num_ranks: int) -> list[str]:
 
 def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(*launcher(num_ranks), "launch/pretrain.py", *arguments)
+
+
+def alone(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program on one process, without a launcher."""
+    return run_program(["launch/pretrain.py", *arguments], ROOT, environment)
 
 
 @pytest.fixture
@@ -96,15 +99,16 @@ def rank_process(launched: subprocess.Popen[str], rank: int) -> int:
 
 @pytest.mark.parametrize("stop", ["SIGINT to one process", "SIGTERM to one of two ranks"])
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, arguments: list[str], stop: str) -> None:
-    alone = "one process" in stop
-    command = [sys.executable] if alone else launcher(2)
+    one_process = "one process" in stop
+    command = [sys.executable] if one_process else launcher(2)
     process = start(
         *command, "launch/pretrain.py", *arguments, "--train.steps", "100000", "--schedule.name", "constant"
     )
     assert process.stdout is not None
     try:
         next(line for line in process.stdout if line.startswith("step      3/"))
-        os.kill(process.pid if alone else rank_process(process, 1), signal.SIGINT if alone else signal.SIGTERM)
+        asked = (process.pid, signal.SIGINT) if one_process else (rank_process(process, 1), signal.SIGTERM)
+        os.kill(*asked)
         output, errors = process.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -144,17 +148,15 @@ def test_damaged_data_gets_one_message_from_one_rank(
 
 
 def test_a_rank_alone_with_a_mistake_says_where(arguments: list[str]) -> None:
-    lonely = {"RANK": "1", "WORLD_SIZE": "2"}
-    command = ["env", *(f"{name}={value}" for name, value in lonely.items()), sys.executable, "launch/pretrain.py"]
-    result = run(*command, *arguments, "--data.train", "nowhere")
+    result = alone(*arguments, "--data.train", "nowhere", RANK="1", WORLD_SIZE="2")
     assert result.returncode == 2
     assert f"error: rank 1 on {socket.gethostname()}: no data set at nowhere" in result.stderr
 
 
 def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: list[str]) -> None:
-    alone = [sys.executable, "launch/pretrain.py", *arguments, "--train.steps", "1"]
-    assert run(*alone).returncode == 0
-    result = run(*alone, "--model.num_heads", "2", "--model.rope_theta", "5e5")
+    one_step = [*arguments, "--train.steps", "1"]
+    assert alone(*one_step).returncode == 0
+    result = alone(*one_step, "--model.num_heads", "2", "--model.rope_theta", "5e5")
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
     for field in ("model.num_heads: 4 saved, 2 asked", "model.rope_theta"):
@@ -173,7 +175,7 @@ def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: l
     ids=["more ranks than started", "unknown key", "vocabulary too small", "no data"],
 )
 def test_mistakes_get_one_message(arguments: list[str], extra: list[str], expected: str) -> None:
-    result = run(sys.executable, "launch/pretrain.py", *arguments, *extra)
+    result = alone(*arguments, *extra)
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
     assert expected in result.stderr
