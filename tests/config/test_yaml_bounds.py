@@ -22,7 +22,7 @@ BOMBS = {
     "merged": (doubled("{x: 1}", "{{<<: [{0}, {0}], y: 1}}", 60), "aliases stand for more than 100000 values"),
     "brackets": ("model: " + "[" * 1_000_000, "nested too deeply"),
     "indented": ("".join(f"{' ' * i}a:\n" for i in range(600)), "nested too deeply"),
-    "itself": ("model: &a [*a]\n", "recursive|valid dictionary"),
+    "itself": ("model: &a [*a]\n", "recursive|valid dictionary|nested too deeply"),
     "layers": ("model: {num_layers: 1000000000}\n", "too large|less than or equal to 10000"),
     "digits": ("model: {num_layers: " + "9" * 5000 + "}\n", "4300 digits"),
 }

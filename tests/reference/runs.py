@@ -7,18 +7,19 @@ Sections = dict[str, dict[str, Any]]
 VOCAB = 96  # of the data sets; no model has fewer tokens
 CORPORA = {"large": 3000, "small": 1200, "held_out": 700}  # tokens
 
-# Wide initial weights: attention is far from uniform, so its scale and positions count in the loss. AdamW's epsilon is
-# large: its step is then smooth in a gradient near zero, of which rounding would make a whole step's length.
+# Wide initial weights: attention is far from uniform, so its scale and positions count in the loss.
 BASE: Sections = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "max_seq_len": 64,
               "init_std": 0.15},
     "precision": {"dtype": "fp32"},
     "parallel": {"zero_stage": 0},
-    "optimizer": {"lr": 1e-2, "eps": 1e-3},
+    "optimizer": {"lr": 1e-2},
     "data": {"seq_len": 32, "seed": 5, "train": "large", "validation": "held_out"},
     "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "log_every": 1, "eval_batches": 2, "seed": 7},
     "checkpoint": {"background": False},
 }  # fmt: skip
+EPSILON = 1e-3
+"""Large: a step is then smooth in a gradient near zero, of which rounding would make a whole step's length."""
 RULES = [
     {"pattern": "embedding.*", "lr_scale": 0.5, "weight_decay": 0.0},
     {"pattern": "layers.1.*norm*", "lr_scale": 2.0, "weight_decay": 0.3},
@@ -141,4 +142,6 @@ def sections_of(run: Sections, corpora: dict[str, str]) -> dict[str, Any]:
         return corpora.get(value, value) if isinstance(value, str) else value
 
     merged = {section: {**BASE.get(section, {}), **run.get(section, {})} for section in {**BASE, **run}}
+    if merged["optimizer"].get("name", "adamw") in ("adamw", "muon"):  # the others have none
+        merged["optimizer"] = {"eps": EPSILON, **merged["optimizer"]}
     return {**merged, "data": placed(merged["data"])}
