@@ -8,10 +8,10 @@ from megatrain.config.section import Natural, Positive, PositiveFloat, Probabili
 
 
 class OptimizerRule(Section):
-    """An exception for parameters by name."""
+    """An exception for parameters by name. A field that is not set stays as it is without the rule."""
 
     pattern: str = Field(description="Canonical names, with * for any text: layers.*.attention.*")
-    lr_scale: PositiveFloat = Field(1.0, description="Factor on the learning rate.")
+    lr_scale: PositiveFloat | None = Field(None, description="Factor on the learning rate; without any rule 1.")
     weight_decay: Annotated[float, Field(ge=0.0)] | None = Field(None, description="Instead of optimizer.weight_decay.")
 
 
@@ -33,9 +33,15 @@ class OptimizerConfig(Section):
         0.1, description="Decay of matrices; norms and biases have none."
     )
     muon_momentum: Probability = Field(0.95, description="muon: decay of the momentum of matrices.")
+    muon_split_qkv: bool = Field(
+        True,
+        description="muon: orthogonalise queries, keys and values each by themselves, as its author advises; false: "
+        "the matrix in which they are stacked as one.",
+    )
     rules: list[OptimizerRule] = Field(
         default_factory=list,
-        description="Exceptions by name, a list of {pattern, lr_scale, weight_decay}; the last that fits counts.",
+        description="Exceptions by name, a list of {pattern, lr_scale, weight_decay}. Of the rules that fit a name, the "
+        "last that sets lr_scale gives it, and the last that sets weight_decay gives that.",
     )
     grad_clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Largest global gradient norm; 0: no clipping.")
 

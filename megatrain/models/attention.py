@@ -24,7 +24,8 @@ class Attention(nn.Module):
     With ``head_norms`` each head's query and key are normalised before they are turned (Dehghani et al. 2023).
 
     The rows of ``query_key_value`` stand group by group: the H/G queries of a group, its key, its
-    value. So any whole number of groups is one slice of rows.
+    value. So any whole number of groups is one slice of rows. They are three matrices: ``stacked_rows`` says so to
+    optimizers that work on matrices.
     """
 
     def __init__(self, config: ModelConfig, layers: Layers, site: str, head_norms: bool):
@@ -33,6 +34,8 @@ class Attention(nn.Module):
         self.head_width = head_width(config)
         self.queries_per_group = heads // groups
         self.query_key_value = layers.column_linear(config.hidden_size, (heads + 2 * groups) * self.head_width, bias)
+        rows = (self.queries_per_group * self.head_width, self.head_width, self.head_width)
+        self.query_key_value.weight.stacked_rows = rows  # type: ignore[union-attr]
         self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
         self.query_norm = self._head_norm(config, layers) if head_norms else None
         self.key_norm = self._head_norm(config, layers) if head_norms else None

@@ -1,7 +1,8 @@
 """Muon: orthogonalised momentum for matrices, AdamW for everything else.
 
-Jordan et al. 2024; scaled to AdamW's step size as in Liu et al. 2025, so one learning rate serves both.
-ZeRO shows an optimizer flat pieces of its weights; a matrix must be whole to be orthogonalised. So the pieces of
+Jordan et al. 2024; scaled to AdamW's step size as in Liu et al. 2025, so one learning rate serves both. Matrices that
+are stacked in one parameter, as queries, keys and values are, are orthogonalised one by one (advised ibid.: together,
+the directions of one would be weighed against those of another). ZeRO shows an optimizer flat pieces of its weights; a matrix must be whole to be orthogonalised. So the pieces of
 a group are gathered over the ranks that share them, each matrix also over its tensor ranks, and every rank keeps
 its own piece of the result. No layout changes the numbers.
 """
@@ -20,15 +21,23 @@ _RMS = 0.2  # AdamW's usual update size
 
 
 class MatrixPart(NamedTuple):
-    """A parameter as one rank holds it: its shape, and the dim that is split over the tensor ranks."""
+    """A parameter as one rank holds it: its shape, and the dim that is split over the tensor ranks.
+
+    ``stacked_rows``: where it is several matrices, how many rows of each stand one after the other, again and again.
+    """
 
     shape: torch.Size
     split_dim: int | None
+    stacked_rows: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> "MatrixPart":
         split = getattr(parameter, "tensor_model_parallel", False)
-        return cls(getattr(parameter, "ds_shape", parameter.shape), parameter.partition_dim if split else None)  # type: ignore[arg-type,attr-defined]
+        return cls(
+            getattr(parameter, "ds_shape", parameter.shape),
+            parameter.partition_dim if split else None,  # type: ignore[arg-type,attr-defined]
+            getattr(parameter, "stacked_rows", ()),
+        )
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,10 +100,10 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal(self, local: Tensor, part: MatrixPart) -> Tensor:
         """This rank's part of the orthogonalised whole matrix."""
         if part.split_dim is None or self._tp_group is None:
-            return orthogonalize(local)
+            return orthogonalize_each(local, part.stacked_rows)
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self._tp_group))]
         dist.all_gather(parts, local.contiguous(), group=self._tp_group)
-        whole = orthogonalize(torch.cat(parts, part.split_dim))
+        whole = orthogonalize_each(torch.cat(parts, part.split_dim), part.stacked_rows)
         return whole.chunk(len(parts), part.split_dim)[dist.get_rank(self._tp_group)]
 
     def _apply(self, weight: Tensor, update: Tensor, group: dict[str, Any]) -> None:
@@ -122,6 +131,14 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def orthogonalize_each(stacked: Tensor, stacked_rows: tuple[int, ...]) -> Tensor:
+    """``orthogonalize`` of each matrix of a stack, whose rows stand as ``stacked_rows`` says; empty: it is one."""
+    if not stacked_rows:
+        return orthogonalize(stacked)
+    matrices = stacked.unflatten(0, (-1, sum(stacked_rows))).split(stacked_rows, dim=1)
+    return torch.cat([orthogonalize(m.flatten(0, 1)).view_as(m) for m in matrices], dim=1).flatten(0, 1)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ _NOT_ORTHOGONAL = ("embedding.*", "head.*", "*.router.*")  # rows are looked up 
 
 
 def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (norms, biases) do not; the last rule whose pattern fits a name overrides.
+    """Matrices decay; vectors (norms, biases) do not; rules whose pattern fits a name override what they set, in order.
 
     ``parameters``: (canonical name, parameter). Each group says by which factor its learning rate differs
     (``lr_scale``), the ``names`` of its parameters, whether they are matrices that Muon orthogonalises or whose second
@@ -29,7 +29,7 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
         for rule in config.rules:
             if fnmatch.fnmatchcase(name, rule.pattern):
                 decay = decay if rule.weight_decay is None else rule.weight_decay
-                lr_scale = rule.lr_scale
+                lr_scale = lr_scale if rule.lr_scale is None else rule.lr_scale
         matrix = config.name == "muon" and parameter.dim() == 2 and not _fits_any(name, _NOT_ORTHOGONAL)
         factored = config.name == "adafactor" and parameter.dim() == 2
         spread = getattr(parameter, "group_name", None)
@@ -70,6 +70,9 @@ def build_optimizer(
     if config.name == "adafactor":
         return Adafactor(groups, config.lr, tp_group, shard_group)
     if config.name == "muon":
+        if not config.muon_split_qkv:
+            for group in groups:
+                group["parts"] = [part._replace(stacked_rows=()) for part in group["parts"]]
         return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

@@ -10,8 +10,8 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleConfig, optimiz
 
     Linear warm-up to the peak at ``warmup_steps``, then by name: ``cosine`` (Loshchilov & Hutter 2017)
     and ``linear`` reach the minimum at ``decay_steps``; ``inverse_sqrt`` (Vaswani et al. 2017, eq. 3)
-    falls with sqrt(warmup_steps / step); ``wsd`` (Hu et al. 2024) stays at the peak and falls linearly
-    over the last ``decay_steps``.
+    falls with sqrt(warmup_steps / step); ``wsd`` (Hu et al. 2024) stays at the peak and falls over the last
+    ``decay_steps``, linearly (Hägele et al. 2024).
     """
     peak, low = optimizer.lr, optimizer.lr * schedule.min_lr_ratio
     warmup = schedule.warmup_steps

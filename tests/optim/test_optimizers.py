@@ -45,6 +45,33 @@ def test_an_update_of_muon_is_as_large_as_adamws() -> None:
     assert 0.1 < float(update.pow(2).mean().sqrt()) < 0.3
 
 
+ROWS = {"queries": (0, 1, 2, 3, 8, 9, 10, 11), "keys": (4, 5, 12, 13), "values": (6, 7, 14, 15)}
+"""Of a fused matrix of 2 groups of 2 query heads of width 2: group by group the queries, the key and the value."""
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_muon_orthogonalises_queries_keys_and_values_by_themselves(split: bool) -> None:
+    """Against the iteration's polynomial applied to singular values, of a real model's fused matrix."""
+    shape = {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "ffn_hidden_size": 12}
+    model = build_model(run_config("llama", ONE_PROCESS, model=shape).model, seed=1).double()
+    config = OptimizerConfig(name="muon", lr=0.1, weight_decay=0.5, muon_split_qkv=split)
+    optimizer = build_optimizer(list(model.named_parameters()), config)
+    weight = model.layers["0"].attention.query_key_value.weight
+    expected = weight.detach() * (1 - 0.1 * 0.5)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    whole = weight.grad
+    for rows in ROWS.values() if split else (range(16),):
+        left, values, right = torch.linalg.svd(whole[list(rows)], full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        expected[list(rows)] -= 0.1 * 0.2 * math.sqrt(max(len(rows), 8)) * left @ torch.diag(values) @ right
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-5)  # the iteration itself runs in FP32
+
+
 def test_adafactor_is_torchs() -> None:
     """A matrix and a vector of one process, as torch.optim.Adafactor updates them where its rate does not decay."""
     config = OptimizerConfig(name="adafactor", lr=1e-2, weight_decay=0.1)
@@ -94,17 +121,24 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert groups["layers.0.attention_norm.weight"]["weight_decay"] == 0.0
 
 
-def test_the_last_rule_that_fits_counts() -> None:
+def test_of_the_rules_that_fit_the_last_that_sets_a_field_gives_it() -> None:
     rules = [
         {"pattern": "layers.*", "lr_scale": 0.5},
         {"pattern": "layers.0.*", "lr_scale": 0.1, "weight_decay": 0.0},
         {"pattern": "*norm.weight", "weight_decay": 0.3},
+        {"pattern": "layers.0.*up.weight", "lr_scale": 1.0},
     ]
     groups = groups_of(weight_decay=0.2, rules=rules)
-    assert (groups["layers.1.feed_forward.up.weight"]["lr_scale"], groups["head.weight"]["lr_scale"]) == (0.5, 1.0)
-    first = groups["layers.0.feed_forward.up.weight"]
-    assert (first["lr_scale"], first["weight_decay"]) == (0.1, 0.0)
-    assert groups["final_norm.weight"]["weight_decay"] == 0.3
+    expected = {  # lr_scale, weight_decay
+        "head.weight": (1.0, 0.2),
+        "final_norm.weight": (1.0, 0.3),
+        "layers.1.feed_forward.up.weight": (0.5, 0.2),
+        "layers.1.attention_norm.weight": (0.5, 0.3),
+        "layers.0.attention_norm.weight": (0.1, 0.3),
+        "layers.0.feed_forward.down.weight": (0.1, 0.0),
+        "layers.0.feed_forward.up.weight": (1.0, 0.0),
+    }
+    assert {name: (groups[name]["lr_scale"], groups[name]["weight_decay"]) for name in expected} == expected
 
 
 def test_muon_takes_the_matrices_of_blocks() -> None:
