@@ -100,7 +100,16 @@ def global_batch(step: int, rank: int = 0, num_ranks: int = 1, documents: bool =
         labels=labels[own],
         sample_ids=torch.arange(GLOBAL_BATCH_SIZE)[own] + step * 1000,
         positions=random_positions(generator)[own] if documents else None,
+        lengths=None,
     )
+
+
+def padded_batch(step: int, rank: int = 0, num_ranks: int = 1, documents: bool = False) -> SimpleNamespace:
+    """The same with one document in each sequence and then padding, from no token of a document to all."""
+    batch = global_batch(step, rank, num_ranks, documents)
+    batch.lengths = batch.sample_ids * 3 % (SEQ_LEN + 1)
+    batch.labels = batch.labels.masked_fill(torch.arange(SEQ_LEN) >= batch.lengths[:, None] - 1, -100)
+    return batch
 
 
 def random_positions(generator: torch.Generator) -> torch.Tensor:
@@ -163,11 +172,18 @@ def whole_batch(engine: Any, own: torch.Tensor) -> list[float]:
     return engine.over_all_ranks(losses).tolist()
 
 
-def train(family: str, layout: Layout, steps: int = 5, documents: bool = False, **sections: dict[str, Any]) -> Trained:
+def train(
+    family: str,
+    layout: Layout,
+    steps: int = 5,
+    documents: bool = False,
+    batch_of: Any = global_batch,
+    **sections: dict[str, Any],
+) -> Trained:
     """The test body; runs on every rank of a layout."""
     engine = build_engine(run_config(family, layout, **sections))
     try:
-        return train_steps(engine, 1, steps, documents)
+        return train_steps(engine, 1, steps, documents, batch_of)
     finally:
         engine.close()
 

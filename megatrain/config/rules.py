@@ -72,6 +72,10 @@ RULES = (
     Rule(rules_experts.tokens_find_experts, ("model.num_experts", "model.experts_per_token")),
     Rule(rules_experts.experts_take_tokens, ("model.num_experts", "model.expert_capacity")),
     Rule(
+        rules_experts.router_learns,
+        ("model.num_experts", "model.experts_per_token", "model.router_normalize", "model.router_score"),
+    ),
+    Rule(
         rules_experts.groups_share_experts,
         ("model.num_experts", "model.experts_per_token", "model.router_groups", "model.router_groups_per_token"),
     ),

@@ -34,6 +34,30 @@ def experts_take_tokens(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+def router_learns(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A gate that is always 1 hands the token losses' gradient to no score: the router would stay as it began."""
+    model = config.model
+    if model.num_experts is None or model.experts_per_token > 1:
+        return
+    if model.num_experts == 1 and model.router_score == "softmax":
+        yield Problem(
+            "model.num_experts",
+            1,
+            "is one expert, whose softmax is always 1: the router gets no gradient from the token losses",
+            "2 or more",
+            "raise model.num_experts, or leave it out for a dense model",
+        )
+    elif model.router_normalize:
+        yield Problem(
+            "model.router_normalize",
+            True,
+            "divides the gate of model.experts_per_token = 1 expert by itself: it is always 1, and the router gets no "
+            "gradient from the token losses",
+            "false, where a token passes one expert",
+            "set model.router_normalize to false (Fedus et al. 2021, eq. 2), or model.experts_per_token to 2 or more",
+        )
+
+
 def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The router's groups are equal, and those that a token may use hold as many experts as it needs."""
     model = config.model

@@ -40,7 +40,7 @@ class OptimizerConfig(Section):
     )
     rules: list[OptimizerRule] = Field(
         default_factory=list,
-        description="Exceptions by name, a list of {pattern, lr_scale, weight_decay}. Of the rules that fit a name, the "
+        description="Exceptions by name, a list of {pattern, lr_scale, weight_decay}. Of the rules that fit a name the "
         "last that sets lr_scale gives it, and the last that sets weight_decay gives that.",
     )
     grad_clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Largest global gradient norm; 0: no clipping.")

@@ -63,7 +63,7 @@ class DocumentRows:
         """Puts the rows ``numbers`` [n] into the rows ``own`` of a batch; from ``num_rows`` on they are empty."""
         shape = len(numbers), self.seq_len
         tokens, labels = np.full(shape, self.dataset.eod_id or 0, np.int64), np.full(shape, IGNORE, np.int64)
-        begins = []
+        begins, lengths = [], np.empty(len(numbers), np.int64)
         for row, number in enumerate(numbers.tolist()):
             at = 0
             for start, length, goes_on in self._row(number):
@@ -74,8 +74,10 @@ class DocumentRows:
                 at += length
             if at < self.seq_len:
                 begins.append(row * self.seq_len + at)  # padding sees only itself
+            lengths[row] = at
         rows.tokens[own], rows.labels[own] = tokens, labels
         rows.restart_positions(own, np.array(begins), len(numbers))
+        rows.pad_from(own, lengths)
 
     def spans(self, number: int) -> list[tuple[int, int]]:
         """(first token, tokens) of each piece of a row."""

@@ -102,7 +102,14 @@ class Loader:
                 own = np.flatnonzero(plan.sources[at] == number)
                 self.sources[number].fill(places[own], rows, own)
         tokens, labels, *positions = rows.sequences(first, count)
-        return Batch(tokens, labels, plan.ids[at], positions[0] if positions else None, plan.sequence_sources[at])
+        return Batch(
+            tokens,
+            labels,
+            plan.ids[at],
+            positions[0] if positions else None,
+            plan.sequence_sources[at],
+            rows.lengths(first, count),
+        )
 
     def batches(self, first_step: int, end_step: int) -> Generator[Batch, None, None]:
         """The batches of the steps ``first_step`` to ``end_step - 1``, read ahead in a thread until closed."""

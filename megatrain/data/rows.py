@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.
 
     ``positions`` [N, S]: places of the tokens in their documents; None where each sequence counts as one.
-    ``sources`` [N]: number of the source of each sequence.
+    ``sources`` [N]: number of the source of each sequence. ``lengths`` [N]: tokens of each before its padding; None
+    where sequences are full.
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     sample_ids: Tensor
     positions: Tensor | None
     sources: Tensor
+    lengths: Tensor | None = None
 
     def cu_seqlens(self) -> Tensor:
         """First place of each document in the flattened batch, and last its size: int32 [documents + 1]."""
@@ -50,11 +52,26 @@ class Rows:
         array = self._tensor.numpy()
         self.tokens, self.labels = array[0], array[1]
         self.positions: NDArray[np.int64] | None = array[2] if documents else None
+        self._lengths: NDArray[np.int64] | None = None
 
     def sequences(self, first: int, count: int) -> Sequence[Tensor]:
         """Tokens, labels and positions [count, cut] of the sequences from number ``first`` on."""
         kinds = self._tensor.view(len(self._tensor), -1, self.cut)
         return (kinds if count == kinds.shape[1] else kinds[:, first : first + count]).unbind()
+
+    def lengths(self, first: int, count: int) -> Tensor | None:
+        """Tokens [count] before the padding of the sequences from number ``first`` on; None: nothing was padded."""
+        if self._lengths is None:
+            return None
+        begins = np.arange(0, self.tokens.shape[1], self.cut)
+        lengths = np.clip(self._lengths[:, None] - begins, 0, self.cut).reshape(-1)
+        return torch.from_numpy(lengths[first : first + count])
+
+    def pad_from(self, own: slice | NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Says that the rows ``own`` [n] are padding from their places ``lengths`` [n] on."""
+        if self._lengths is None:
+            self._lengths = np.full(len(self.tokens), self.tokens.shape[1], np.int64)
+        self._lengths[own] = lengths
 
     def restart_positions(self, own: slice | NDArray[np.int64], begins: NDArray[np.int64], count: int) -> None:
         """Positions of the ``count`` rows ``own``, from 0 at the places ``begins`` of them all and at each cut."""

@@ -47,6 +47,7 @@ class RankBatch(Protocol):
     """What the engine reads of a batch: this rank's [N, S] tokens and labels, [N] global sample numbers.
 
     ``positions`` [N, S]: places of the tokens in their documents, or None where each sequence is one.
+    ``lengths`` [N]: tokens before the padding, or None where there is none.
     """
 
     @property
@@ -57,6 +58,8 @@ class RankBatch(Protocol):
     def sample_ids(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor | None: ...
+    @property
+    def lengths(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -278,8 +281,10 @@ class Engine:
         tokens, labels, ids = (
             x.to(device, non_blocking=True) for x in (batch.tokens[:, own], batch.labels[:, own], batch.sample_ids)
         )
-        positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
-        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids), positions)
+        positions, lengths = (
+            None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.lengths)
+        )
+        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids), positions, lengths)
 
     def _split(self, inputs: StepInput) -> list[StepInput]:
         return inputs.split(self.config.train.micro_batch_size)

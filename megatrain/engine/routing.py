@@ -46,6 +46,12 @@ class Routers:
         """[layers, E] on every rank, as every rank knows all loads; the routers' own are rows of it."""
         named = {name.split(".layers.")[1]: m for name, m in model.named_modules() if isinstance(m, RouterState)}
         self.states = {int(name.split(".")[0]): state for name, state in named.items()}
+        self._has_biases = False
+        if config.router_balance_rate:
+            self._use_biases()
+
+    def _use_biases(self) -> None:
+        self._has_biases = True
         for layer, state in self.states.items():
             state.bias_E = self.biases[self.layers.index(layer)]
 
@@ -71,15 +77,20 @@ class Routers:
         return RoutingReport(self.layers, totals)
 
     def saved_biases(self) -> dict[str, list[float]]:
-        """The balance biases [E] of all layers, for a checkpoint; FP32 numbers survive as JSON."""
-        if not self.config.router_balance_rate and not self.biases.any():  # of a rate that is 0 by now they stay
+        """The balance biases [E] of all layers, for a checkpoint; FP32 numbers survive as JSON. Loaded ones stay, also
+        where the rate is zero by now."""
+        if not self._has_biases:
             return {}
         return {bias_name(layer): row for layer, row in zip(self.layers, self.biases.tolist(), strict=True)}
 
     def load_biases(self, saved: Mapping[str, list[float]]) -> None:
+        """Goes on with the biases of a checkpoint."""
+        own = {layer: saved[bias_name(layer)] for layer in self.layers if bias_name(layer) in saved}
+        if own:
+            self._use_biases()
         for layer, row in zip(self.layers, self.biases, strict=True):
-            if bias_name(layer) in saved:
-                row.copy_(torch.tensor(saved[bias_name(layer)]))
+            if layer in own:
+                row.copy_(torch.tensor(own[layer]))
 
 
 def bias_name(layer: int) -> str:

@@ -50,16 +50,24 @@ class Block(nn.Module):
         self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
         self.attention = Attention(config, layers, site, family.head_norms)
         self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.feed_forward = (
-            _mixture(config, family, layers) if number in mixture_layers(config) else _dense(config, family, layers)
-        )
+        self.has_experts = number in mixture_layers(config)
+        self.feed_forward = _mixture(config, family, layers) if self.has_experts else _dense(config, family, layers)
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
         self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
 
-    def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None, turns: Turns | None) -> Tensor:
+    def forward(
+        self,
+        x_SBD: Tensor,
+        keys_B: Tensor | None,
+        documents: Documents | None,
+        turns: Turns | None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
         mixed = self.attention(self.attention_norm(x_SBD), keys_B, documents, turns)
         x = x_SBD + self.attention_dropout(mixed, keys_B)
-        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), keys_B)
+        normed = self.feed_forward_norm(x)
+        fed = self.feed_forward(normed, lengths_B) if self.has_experts else self.feed_forward(normed)
+        return x + self.feed_forward_dropout(fed, keys_B)
 
 
 def _dense(config: ModelConfig, family: Family, layers: Layers) -> nn.Module:
@@ -139,6 +147,7 @@ class Decoder(nn.Module):
         labels_BS: Tensor | None = None,
         keys_B: Tensor | None = None,
         positions_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
         """Runs this part.
 
@@ -149,6 +158,7 @@ class Decoder(nn.Module):
             keys_B: the samples' dropout keys.
             positions_BT: places in their documents, which see only themselves, of all tokens of the sequences (also
                 of those that other ranks hold); None: each sequence is one document.
+            lengths_B: tokens of each whole sequence before its padding, which counts nowhere; None: there is none.
         Returns:
             activations [S, B, D]; from the last part the sequences' losses [B] (sums, FP32) or logits [S, B, V].
         """
@@ -159,7 +169,7 @@ class Decoder(nn.Module):
                 x = x.float()  # each sublayer's output is added to it, and takes its type
         turns = None if self.rotary is None else self._turns(self.rotary, x, documents)
         for block in self.layers.values():
-            x = block(x, keys_B, documents, turns)
+            x = block(x, keys_B, documents, turns, lengths_B)
         if not self.last:
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """Muon: orthogonalised momentum for matrices, AdamW for everything else.
 
 Jordan et al. 2024; scaled to AdamW's step size as in Liu et al. 2025, so one learning rate serves both. Matrices that
-are stacked in one parameter, as queries, keys and values are, are orthogonalised one by one (advised ibid.: together,
-the directions of one would be weighed against those of another). ZeRO shows an optimizer flat pieces of its weights; a matrix must be whole to be orthogonalised. So the pieces of
+are stacked in one parameter, as queries, keys and values are, are orthogonalised one by one, as Jordan et al. advise.
+ZeRO shows an optimizer flat pieces of its weights; a matrix must be whole to be orthogonalised. So the pieces of
 a group are gathered over the ranks that share them, each matrix also over its tensor ranks, and every rank keeps
 its own piece of the result. No layout changes the numbers.
 """

@@ -110,6 +110,8 @@ class Pipeline:
         ends: dict[str, Any] = {"target": batch.keys, "losses": losses} if self.is_last else {}
         if batch.positions is not None:
             ends["positions_BT"] = batch.positions
+        if batch.lengths is not None:
+            ends["lengths_B"] = batch.lengths
         method(
             *([batch.tokens] if self.is_first else []),
             labels_BS=batch.labels,

@@ -27,14 +27,14 @@ class RouterState(nn.Module):
     """State of one router on one rank.
 
     Plain tensors and not buffers: a model that is cast to BF16 must not take them along. ``bias_E`` moves the choice
-    of experts, see engine/routing.py. ``gradient_share``:
+    of experts, see engine/routing.py; None: there is no balance bias. ``gradient_share``:
     the part of the side losses' gradient that is this rank's, where ranks that hold the same tokens sum theirs.
     """
 
     def __init__(self, num_experts: int, gradient_share: float = 1.0):
         super().__init__()
         self.num_experts, self.gradient_share = num_experts, gradient_share
-        self.bias_E = torch.zeros(num_experts)
+        self.bias_E: Tensor | None = None
         self.loss_factor = torch.zeros(())
         self.statistics = torch.zeros(num_experts + 3, dtype=torch.float64)
 
@@ -49,12 +49,17 @@ class RouterState(nn.Module):
         return _Attached.apply(x, loss, counts, self)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def count(self, chosen_SBE: Tensor, kept_SBE: Tensor, probabilities_SBE: Tensor) -> Tensor:
-        """Statistics [E + 3] of some tokens: choices of each expert, dropped choices, entropy, number of tokens."""
+    def count(self, chosen_SBE: Tensor, kept_SBE: Tensor, probabilities_SBE: Tensor, real_SB1: Tensor | None) -> Tensor:
+        """Statistics [E + 3] of some tokens: choices of each expert, dropped choices, entropy, number of tokens.
+
+        Args:
+            real_SB1: which tokens are no padding, whose rows elsewhere are zeros; None: all.
+        """
         chosen_E = chosen_SBE.sum((0, 1))
         entropy = torch.special.entr(probabilities_SBE).sum()
         dropped = chosen_E.sum() - kept_SBE.sum()
-        tokens = torch.full_like(entropy, probabilities_SBE.shape[0] * probabilities_SBE.shape[1])
+        size = probabilities_SBE.shape[0] * probabilities_SBE.shape[1]
+        tokens = torch.full_like(entropy, size) if real_SB1 is None else real_SB1.sum().to(entropy.dtype)
         return torch.cat([chosen_E, torch.stack([dropped, entropy, tokens])]).double()
 
 

@@ -9,12 +9,14 @@ class StepInput(NamedTuple):
     """One rank's sequences of a step: [N, S] tokens and labels, [N] dropout keys.
 
     ``positions`` [N, T]: places in their documents of all tokens, also of those that other context ranks hold.
+    ``lengths`` [N]: tokens of the whole sequences before their padding.
     """
 
     tokens: Tensor
     labels: Tensor
     keys: Tensor
     positions: Tensor | None = None
+    lengths: Tensor | None = None
 
     def split(self, size: int) -> "list[StepInput]":
         """Micro-batches of ``size`` sequences."""

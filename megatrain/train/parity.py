@@ -146,7 +146,11 @@ def batch_of(config: RunConfig, engine: Engine, step: int) -> RankBatch:
         labels[row, : row * config.data.seq_len // (2 * size)] = -100
     own = slice(dp_rank * size // dp, (dp_rank + 1) * size // dp)
     return SimpleNamespace(  # type: ignore[return-value]
-        tokens=tokens[own, :-1], labels=labels[own], sample_ids=torch.arange(size)[own] + step * size, positions=None
+        tokens=tokens[own, :-1],
+        labels=labels[own],
+        sample_ids=torch.arange(size)[own] + step * size,
+        positions=None,
+        lengths=None,
     )
 
 

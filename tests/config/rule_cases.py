@@ -110,6 +110,15 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "more than model.num_experts = 4", "lower model.experts_per_token",
     ),
     (
+        "model.num_experts=8 model.experts_per_token=1 model.router_score=sigmoid", None,
+        "model.router_normalize", True,
+        "divides the gate of model.experts_per_token = 1 expert by itself", "set model.router_normalize to false",
+    ),
+    (
+        "model.num_experts=1 model.experts_per_token=1 model.router_normalize=false", None, "model.num_experts", 1,
+        "is one expert, whose softmax is always 1", "leave it out for a dense model",
+    ),
+    (
         "model.num_experts=8 model.router_groups=3", None, "model.router_groups", 3,
         "does not divide model.num_experts = 8", "choose one of these",
     ),

@@ -39,6 +39,8 @@ ALLOWED = [
     ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
     ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2 model.num_experts=8", 4),
     ("model.num_experts=8 model.router_groups=4 model.router_groups_per_token=2 model.experts_per_token=4", None),
+    ("model.num_experts=8 model.experts_per_token=1 model.router_normalize=false", None),
+    ("model.num_experts=1 model.experts_per_token=1 model.router_normalize=false model.router_score=sigmoid", None),
     ("model.num_experts=8 model.num_shared_experts=2 model.num_dense_layers=1 model.expert_capacity=1.25", None),
     ("parallel.pp=4 train.global_batch_size=4", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=3", 2),
@@ -144,7 +146,7 @@ def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
         for override in overrides.split():
             key, _, text = override.partition("=")
             *outer, name = key.split(".")
-            value: Any = int(text) if text.isdigit() else {"true": True}.get(text, text)
+            value: Any = int(text) if text.isdigit() else {"true": True, "false": False}.get(text, text)
             value = json.loads(text) if text.startswith(("[", "{")) else value
             value = float(text) if re.fullmatch(r"\d+\.\d+", text) else value
             values.setdefault(outer[0], {})[name] = value

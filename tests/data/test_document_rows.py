@@ -54,6 +54,11 @@ def test_an_epoch_has_every_token_once_and_cuts_no_document_that_fits(lengths, p
     places = samples.places(np.arange(samples.num_samples) + epoch * samples.num_samples)
     assert sorted(places) == list(range(samples.num_samples))
     samples.fill(places, rows, slice(None))
+    assert rows.lengths(0, samples.num_samples).tolist() == (rows.tokens > 0).sum(1).tolist()
+    halves = Rows(samples.num_samples, SEQ, SEQ // 2, documents=False, pin=False)
+    samples.fill(places[::-1], halves, np.arange(samples.num_samples)[::-1])
+    filled = (rows.tokens.reshape(-1, SEQ // 2) > 0).sum(1)
+    assert halves.lengths(1, len(filled) - 1).tolist() == filled[1:].tolist()
     read = rows.tokens[rows.tokens > 0]
     assert sorted(read.tolist()) == list(range(1, sum(lengths) + 1))
     starts = np.cumsum(lengths) - lengths + 1

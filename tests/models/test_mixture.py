@@ -100,7 +100,7 @@ def test_gates_of_softmax_and_sigmoid() -> None:
 
 def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     made, x = router(router_score="sigmoid", router_normalize=False), tokens()
-    made.state.bias_E[4] = 10.0
+    made.state.bias_E = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 0.0])
     experts, gates = made(x)
     assert (experts == 4).any(-1).all()
     torch.testing.assert_close(gates, F.linear(x, made.weight).sigmoid().gather(-1, experts))
@@ -151,6 +151,65 @@ def test_side_losses_are_added_to_the_token_losses() -> None:
     (token_losses + 0.5 * side).backward()
     assert made.weight.grad is not None and found is not None
     torch.testing.assert_close(found, made.weight.grad)
+
+
+def side_gradient(made: Router, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """What the side losses alone add to the gradient of the router's weight."""
+    made.weight.grad = None
+    (made(x, lengths).gates * 0.0).sum().backward()
+    assert made.weight.grad is not None
+    return made.weight.grad
+
+
+def test_the_balance_loss_counts_the_choice_without_the_bias() -> None:
+    """DeepSeek-AI 2024 (V3), eq. 17 to 20: the share of the top k of the affinities, as they are without the bias."""
+    made, x = router(router_balance_loss=0.3, router_score="sigmoid"), tokens()
+    made.state.bias_E = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 0.0])
+    found = side_gradient(made, x)
+    assert made.state.statistics[4] == S * B, "the bias moves the choice"
+
+    weight = made.weight.detach().clone().requires_grad_()
+    affinities = (x @ weight.T).sigmoid()
+    fractions = affinities / affinities.sum(-1, keepdim=True)
+    loss = torch.zeros(())
+    for b in range(B):
+        for e in range(E):
+            chosen = sum(e in affinities[s, b].topk(2).indices for s in range(S))
+            loss = loss + S * (E / (2 * S) * chosen) * fractions[:, b, e].mean()
+    (0.3 * loss).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(found, weight.grad)
+
+
+def test_padding_counts_in_no_loss_and_no_statistic() -> None:
+    """A sequence and its padding have the side losses and statistics of the sequence alone."""
+    fields = {"router_balance_loss": 0.3, "router_z_loss": Z, "expert_capacity": 0.75}
+    x, lengths = tokens(), (7, 0, S)
+    padded, alone = router(**fields), router(**fields)
+    found = side_gradient(padded, x, torch.tensor(lengths))
+
+    weight = alone.weight.detach().clone().requires_grad_()
+    loss = torch.zeros(())
+    capacity = math.ceil(0.75 * 2 * S / E)
+    chosen_E, dropped, entropy = torch.zeros(E, dtype=torch.int64), 0, 0.0
+    for b, length in enumerate(lengths):
+        own_E = torch.zeros(E, dtype=torch.int64)
+        logits = x[:length, b] @ weight.T
+        probabilities = logits.softmax(-1)
+        for s in range(length):
+            loss = loss + Z * logits[s].exp().sum().log() ** 2
+            own_E[logits[s].topk(2).indices] += 1
+            entropy -= float((probabilities[s] * probabilities[s].log()).sum().detach())
+        if length:
+            loss = loss + 0.3 * length * E * (own_E / (2 * length) * probabilities.mean(0)).sum()
+        chosen_E += own_E
+        dropped += int((own_E - capacity).clamp_min(0).sum())
+    loss.backward()
+    assert weight.grad is not None and dropped > 0
+    torch.testing.assert_close(found, weight.grad)
+    *counts, drops, sum_of_entropies, number = padded.state.statistics.tolist()
+    assert (counts, drops, number) == (chosen_E.tolist(), dropped, sum(lengths))
+    assert sum_of_entropies == pytest.approx(entropy, rel=1e-5)
 
 
 def test_even_routing_has_a_balance_loss_of_one_per_token() -> None:

@@ -113,7 +113,8 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
 
 def test_a_budget_meets_experts_without_rows() -> None:
     # a width for which experts are multiplied one by one
-    model = {"num_experts": 8, "experts_per_token": 1, "router_balance_loss": 0.0, "expert_hidden_size": 3}
+    model = {"num_experts": 8, "experts_per_token": 1, "router_normalize": False, "expert_hidden_size": 3}
+    model["router_balance_loss"] = 0.0
     train = {"activation_checkpointing": "budget", "activation_budget": 0.5}
     config = run_config("llama", ONE_PROCESS, model=model, train=train)
     net = build_model(config.model, config.train.seed)

@@ -108,6 +108,7 @@ def batch_of(case: Case, step: int, rank: int, num_ranks: int, documents: bool =
         lengths = 5 + batch.sample_ids[:, None] % (SEQ_LEN - 4)
         batch.labels = batch.labels.masked_fill(places >= lengths - 1, -100)
         batch.positions = torch.where(places < lengths, places, places - lengths)
+        batch.lengths = lengths[:, 0]
     else:
         if case["eod_loss"] == "false" or (case["eod_loss"] == "null" and sequences != "concatenate"):
             ends = torch.nn.functional.pad(batch.positions[:, 1:] == 0, (0, 1), value=True)
@@ -118,6 +119,7 @@ def batch_of(case: Case, step: int, rank: int, num_ranks: int, documents: bool =
         if step <= stage["until_step"]:
             cut = {name: getattr(batch, name) for name in ("tokens", "labels", "positions")}
             vars(batch).update({name: None if x is None else x[:, : stage["seq_len"]] for name, x in cut.items()})
+            batch.lengths = None if batch.lengths is None else batch.lengths.clamp(max=stage["seq_len"])
     return batch
 
 

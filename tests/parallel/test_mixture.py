@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatrain.config.stages import SCHEDULES
-from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
+from tests.layouts import ONE_PROCESS, Layout, Trained, padded_batch, train, worst_state_error
 from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
 
@@ -41,6 +41,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "router_balance_loss": 0.01,
         "expert_capacity": 1.0,
     },
+}
+# The sequences are padded, as what is counted over one depends on how much of it is no padding.
+SECTIONS: dict[str, dict[str, Any]] = {
+    family: {"model": model, "optimizer": OPTIMIZER, "batch_of": padded_batch} for family, model in MODELS.items()
 }
 
 
@@ -80,7 +84,7 @@ def cases() -> list:
 
 @functools.cache
 def one_process(pool: Pool, family: str) -> Trained:
-    return pool.run(train, 1, family, ONE_PROCESS, model=MODELS[family], optimizer=OPTIMIZER)[0]
+    return pool.run(train, 1, family, ONE_PROCESS, **SECTIONS[family])[0]
 
 
 @pytest.mark.slow
@@ -95,8 +99,8 @@ def one_process(pool: Pool, family: str) -> Trained:
 )
 def test_compiled_parts_talk_to_other_ranks(pool: Pool, family: str, layout: Layout) -> None:
     """A compiled router sums over the ranks that share a sequence, and its gradient over those that share a tensor."""
-    reference, sections = one_process(pool, family), {"model": MODELS[family], "optimizer": OPTIMIZER}
-    ranks = pool.run(train, layout.world_size, family, layout, train={"compile": True}, **sections)
+    reference = one_process(pool, family)
+    ranks = pool.run(train, layout.world_size, family, layout, train={"compile": True}, **SECTIONS[family])
     assert ranks[0].losses == pytest.approx(reference.losses, rel=LOSS)
     error, name = worst_state_error(ranks, reference)
     assert error < WEIGHT, f"{name} differs by {error:.1e}"
@@ -105,7 +109,7 @@ def test_compiled_parts_talk_to_other_ranks(pool: Pool, family: str, layout: Lay
 @pytest.mark.parametrize(("family", "layout"), cases())
 def test_experts_equal_one_process(pool: Pool, family: str, layout: Layout) -> None:
     reference = one_process(pool, family)
-    ranks = pool.run(train, layout.world_size, family, layout, model=MODELS[family], optimizer=OPTIMIZER)
+    ranks = pool.run(train, layout.world_size, family, layout, **SECTIONS[family])
     for trained in ranks:
         for step, (own, expected) in enumerate(zip(trained.routing, reference.routing, strict=True)):
             for layer, values in expected.items():

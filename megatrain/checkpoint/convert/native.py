@@ -27,6 +27,7 @@ class NativeReader:
 
     Raises:
         CheckpointError: it is not there or damaged.
+        ConversionError: it has balance biases, and a model that says it has none.
     """
 
     def __init__(self, path: Path):
@@ -42,8 +43,12 @@ class NativeReader:
         self.tokenizer = tokenizer_of(self._reader)
         told = self._reader.state.get("tokenizers")
         self.digests = {one for one in told.values() if one} if isinstance(told, dict) else set[str]()
-        biases = require_state(self._reader, "router_biases")["router_biases"]
-        self._biases: dict[str, list[float]] = biases if balanced(self.model) else {}
+        self._biases: dict[str, list[float]] = require_state(self._reader, "router_biases")["router_biases"]
+        if self._biases and not balanced(self.model):
+            raise ConversionError(
+                f"{path} holds balance biases, but its model.router_balance_rate is 0, which stands for none: resume "
+                "the run with a rate above 0, however small, save once, and convert that checkpoint"
+            )
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, FP32."""
