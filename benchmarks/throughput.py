@@ -4,8 +4,9 @@
     python -m benchmarks.throughput --dtypes bf16 fp16                  both, in turns
     python -m benchmarks.throughput --batch 2 --steps 3 --eager         anywhere
 
-One process. MFU counts 6 N + 12 L D S operations a token (Chowdhery et al. 2022, appendix B) against the device's
-peak; the ceiling is a square BF16 product timed between the steps of the same run.
+One process. MFU counts 6 N + 12 L D S operations a token (Chowdhery et al. 2022, appendix B; N: the weights of the
+matrices, no table that is looked up) against the device's peak; the ceiling is a square BF16 product timed between the
+steps of the same run.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     ceiling = statistics.median(gemm)
     for dtype, taken in seconds.items():
         per_second = options.batch * SEQ_LEN / statistics.median(taken)
-        share = Hardware(1, peak_flops(name, dtype)).mfu(flops, per_second)
+        share = Hardware(1, peak_flops(name, dtype)).mfu(flops * per_second)
         mfu = "unknown" if share is None else f"{share:.1%}"
         print(
             f"{dtype}: {per_second:,.0f} tokens/s, MFU {mfu}, product of {size}: "

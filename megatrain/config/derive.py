@@ -164,15 +164,32 @@ def _norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.family == "gpt" else 1)
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+def multiplied_weights(model: ModelConfig) -> int:
+    """Weights that a token is multiplied by: those of all matrices that work on it, and nothing else.
+
+    The head counts, tied or not. Tables whose rows are looked up (words, positions) do not, nor do norms and biases. Of
+    a mixture's experts as many count as a token chooses, also where capacity drops a choice.
+    """
+    model = resolve_model(model)
+    assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
+    D, HK = model.hidden_size, model.num_heads * head_width(model)
+    attention = D * (HK + 2 * model.num_kv_heads * head_width(model)) + HK * D
+    matrix, experts = (2 if model.family == "gpt" else 3) * D, model.experts_per_token + model.num_shared_experts
+    mixture = (model.num_experts or 0) * D + experts * matrix * expert_hidden_size(model)
+    mixtures = len(mixture_layers(model))
+    feed_forward = mixtures * mixture + (model.num_layers - mixtures) * matrix * model.ffn_hidden_size
+    return model.num_layers * attention + feed_forward + model.vocab_size * D
+
+
+def flops_per_token(model: ModelConfig, attended: float) -> float:
     """Operations of a forward and backward pass per token: 6 N + 12 L H K S (Chowdhery et al. 2022, appendix B).
 
-    N counts the parameters that work on a token, without the position table, whose rows are looked up and not
-    multiplied. As in that paper, the word embedding counts in N (tied, it is the head's product), attention counts
-    as if it were not causal, and what activation checkpointing computes again does not count.
+    N is ``multiplied_weights``. S is ``attended``, how many tokens a token's attention is counted for: all of its
+    sequence, or of its document where attention stays inside documents. As in that paper, attention counts as if it
+    were not causal, and what activation checkpointing computes again does not count.
     """
-    attention = 12 * model.num_layers * model.num_heads * head_width(model) * seq_len
-    return 6 * (num_parameters(model, active=True) - _position_table(model)) + attention
+    attention = 12 * model.num_layers * model.num_heads * head_width(model) * attended
+    return 6 * multiplied_weights(model) + attention
 
 
 def _position_table(model: ModelConfig) -> int:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed
-from megatrain.config.derive import flops_per_token
 from megatrain.config.schema import RunConfig
 from megatrain.data.loader import Loader
 from megatrain.data.training import TrainingData
@@ -24,7 +23,7 @@ from megatrain.train.metrics import MetricsLog, StepRecord
 from megatrain.train.run_folder import RunFolder, require_steps_left
 from megatrain.train.saving import Saving, report_resume, restore
 from megatrain.train.signals import StopRequest
-from megatrain.train.throughput import Hardware, peak_flops
+from megatrain.train.throughput import Hardware, Work, peak_flops
 
 
 class Trainer:
@@ -45,6 +44,8 @@ class Trainer:
         self.trained_tokens = 0
         self._lock = lock
         self._tokens, self._since = 0, time.perf_counter()
+        # context ranks share sequences
+        self._work = Work(config.model, engine.mesh.device, counts=engine.mesh.coordinate("cp") == 0)
 
     def train(self) -> bool:
         """Trains, evaluates, saves. Returns whether the run is complete (a signal may have stopped it).
@@ -68,6 +69,7 @@ class Trainer:
                     self.step += 1
                     self.ledger.add(batch, result.losses)
                     self.health.add(self.step, batch, result)
+                    self._work.add(batch)
                     self._log(metrics, result)
                     if self.health.is_at_its_end:
                         self.saving.finish(metrics, self.step)
@@ -131,6 +133,7 @@ class Trainer:
             return
         loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
         sources, num_skipped = self.ledger.records(self.step), self.health.take_skipped()
+        flops = self._work.read(self.engine.over_all_ranks)
         now = time.perf_counter()
         if metrics is not None:
             metrics.log_step(
@@ -144,6 +147,7 @@ class Trainer:
                     routing=result.routing.read() if result.routing is not None else {},
                     num_skipped=num_skipped,
                     tokens=self._tokens,
+                    flops=flops,
                     seconds=now - self._since,
                 )
             )
@@ -176,7 +180,6 @@ class Trainer:
         return MetricsLog(
             self.run,
             config.train.steps,
-            flops_per_token(config.model, config.data.seq_len),
             Hardware(dist.get_world_size(), peak),
             resumed_step=self.step,
             write_line=lambda line: print(line, flush=True),

@@ -22,9 +22,10 @@ _LONGEST_PERPLEXITY = 1e6
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logging step. ``tokens`` (over all ranks), ``seconds`` and ``num_skipped`` (steps whose gradients were not
-    finite, and which changed nothing) cover all steps since the record before; ``skipped``: whether this one was;
-    ``routing``: of a mixture's layers, as ``RoutingReport.read`` gives it."""
+    """One logging step. ``tokens``, ``flops`` (the model's own operations, see ``Work``; both over all ranks), ``seconds``
+    and ``num_skipped`` (steps whose gradients were not finite, and which changed nothing) cover all steps since the
+    record before; ``skipped``: whether this one was; ``routing``: of a mixture's layers, as ``RoutingReport.read`` gives
+    it."""
 
     step: int
     loss: float
@@ -33,6 +34,7 @@ class StepRecord:
     loss_scale: float
     skipped: bool
     tokens: int
+    flops: float
     seconds: float
     num_skipped: int = 0
     routing: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -53,7 +55,6 @@ class MetricsLog:
         self,
         run: RunFolder,
         num_steps: int,
-        flops_per_token: float,
         hardware: Hardware,
         resumed_step: int = 0,
         write_line: Callable[[str], None] = print,
@@ -61,7 +62,7 @@ class MetricsLog:
         # imported here: seconds, and only one rank needs it
         from torch.utils.tensorboard import SummaryWriter
 
-        self.num_steps, self.flops_per_token, self.hardware = num_steps, flops_per_token, hardware
+        self.num_steps, self.hardware = num_steps, hardware
         self._previous_step, self._write_line = resumed_step, write_line
         self._run = run
         _drop_after(run.metrics, resumed_step)
@@ -74,7 +75,7 @@ class MetricsLog:
 
     def log_step(self, record: StepRecord) -> None:
         """Reports a logging step everywhere."""
-        mfu = self.hardware.mfu(self.flops_per_token, record.tokens_per_second)
+        mfu = self.hardware.mfu(record.flops / record.seconds)
         self._write_line(self._line(record, mfu))
         measured = {"tokens_per_second": record.tokens_per_second, "mfu": mfu}
         row = {"kind": "step", **asdict(record), **measured}

@@ -1,6 +1,14 @@
 """How much of the hardware a run uses: model FLOPs utilisation (Chowdhery et al. 2022, appendix B)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatrain.config.derive import flops_per_token
+from megatrain.config.schema import ModelConfig
+from megatrain.data.rows import Batch
 
 # Peak dense 16-bit (BF16, FP16) operations per second of one device, from NVIDIA's data sheets of each
 # product, which print the double for 2:4 sparsity: A100 624e12; H100 SXM and H200 SXM 1979e12, PCIe 1513e12,
@@ -40,8 +48,49 @@ class Hardware:
     num_devices: int
     peak_flops: float | None
 
-    def mfu(self, flops_per_token: float, tokens_per_second: float) -> float | None:
+    def mfu(self, flops_per_second: float) -> float | None:
         """Share of the peak that the model's own operations use, None where the peak is unknown."""
         if self.peak_flops is None:
             return None
-        return flops_per_token * tokens_per_second / (self.num_devices * self.peak_flops)
+        return flops_per_second / (self.num_devices * self.peak_flops)
+
+
+class Work:
+    """What the model's own operations since the last reading were: those of the tokens that it really read.
+
+    A token's attention counts for its sequence, as long as it was in that step of a ramp, or for its document where
+    attention stays inside documents. Padding is no work.
+
+    Args:
+        counts: whether this rank's sequences count: of the ranks that share them, one's.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device, counts: bool):
+        self._model, self._device, self._counts = model, device, counts
+        self._tokens = self._pairs = 0
+
+    def add(self, batch: Batch) -> None:
+        """A step of this rank."""
+        if self._counts:
+            tokens, pairs = tokens_and_pairs(batch)
+            self._tokens += tokens
+            self._pairs += pairs
+
+    def read(self, over_all_ranks: Callable[[Tensor], Tensor]) -> float:
+        """Operations of all ranks; then the count starts anew. Collective."""
+        own = torch.tensor([self._tokens, self._pairs], dtype=torch.float64, device=self._device)
+        self._tokens = self._pairs = 0
+        tokens, pairs = over_all_ranks(own).tolist()
+        return tokens * flops_per_token(self._model, pairs / tokens) if tokens else 0.0
+
+
+def tokens_and_pairs(batch: Batch) -> tuple[int, int]:
+    """Tokens without padding, and the pairs of them that stand in one document (in one sequence, where those are not
+    told apart): the sum of the squared lengths."""
+    num_sequences, seq_len = batch.tokens.shape
+    lengths = torch.full((num_sequences,), seq_len) if batch.lengths is None else batch.lengths
+    if batch.positions is None:
+        return int(lengths.sum()), int(lengths.square().sum())
+    # the positions of a document of d tokens sum to (d^2 - d) / 2; padding counts as one more, from position 0 on
+    squares = 2 * int(batch.positions.sum()) + batch.positions.numel()
+    return int(lengths.sum()), squares - int((seq_len - lengths).square().sum())

@@ -56,6 +56,7 @@ def batch(step: int, rank: int, num_ranks: int) -> SimpleNamespace:
         labels=labels[own],
         sample_ids=torch.arange(GLOBAL_BATCH_SIZE)[own] + step * 1000,
         positions=places.expand(GLOBAL_BATCH_SIZE, -1)[own],
+        lengths=None,
     )
 
 

@@ -89,6 +89,11 @@ def test_three_sources_in_two_layouts_equal_one_process(pool: Pool, tmp_path: Pa
     # FP32: ranks and micro-batches add in another order than one process
     assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-5)
     assert [row["tokens"] for row in second] == [64, 64, 128, 128, 128, 128]
+    assert [row["flops"] for row in second] == [row["flops"] for row in first]
+    for row, length in zip(second, [8, 8, 16, 16, 16, 16], strict=True):
+        matrices = 6 * (2 * (32 * 64 + 32 * 32 + 3 * 32 * 64) + 258 * 32)
+        attention = row["flops"] / row["tokens"] - matrices
+        assert 12 * 2 * 32 * 1 < attention <= 12 * 2 * 32 * length, "documents end in some sequences, and cut none"
     evaluations = rows(other, "evaluation")
     assert [row["set"] for row in evaluations] == ["small", "large"] * 2
     for mine, reference in zip(evaluations, rows(one, "evaluation"), strict=True):

@@ -14,7 +14,7 @@ from megatrain.train.metrics import MetricsLog, StepRecord
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.throughput import Hardware, peak_flops
 
-FLOPS_PER_TOKEN = 1e6
+FLOPS = 20480e6  # of a record
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def log_of(
     run: RunFolder, lines: list[str], resumed_step: int = 0, peak: float | None = None, num_steps: int = 100
 ) -> MetricsLog:
     hardware = Hardware(num_devices=4, peak_flops=peak)
-    return MetricsLog(run, num_steps, FLOPS_PER_TOKEN, hardware, resumed_step, lines.append)
+    return MetricsLog(run, num_steps, hardware, resumed_step, lines.append)
 
 
 def record(step: int, loss: float = 5.0, **changes: Any) -> StepRecord:
     values = {"grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False, "tokens": 20480, "seconds": 2.0}
-    return StepRecord(step=step, loss=loss, **(values | changes))
+    return StepRecord(step=step, loss=loss, flops=FLOPS, **(values | changes))
 
 
 def rows(run: RunFolder) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_json_lines_hold_the_record(run: RunFolder) -> None:
     assert step == {
         "kind": "step", "step": 10, "loss": 5.0, "grad_norm": 1.25, "lr": 3e-4, "loss_scale": 1.0, "skipped": False,
         "num_skipped": 0,
-        "tokens": 20480, "seconds": 2.0, "tokens_per_second": 10240.0, "mfu": 10240.0 * FLOPS_PER_TOKEN / 4e11,
+        "tokens": 20480, "flops": FLOPS, "seconds": 2.0, "tokens_per_second": 10240.0, "mfu": FLOPS / 2.0 / 4e11,
     }  # fmt: skip
     expected = {"kind": "evaluation", "step": 10, "set": "validation", "loss": 5.5}
     assert evaluation == expected | {"perplexity": pytest.approx(244.6919, abs=1e-4)}
