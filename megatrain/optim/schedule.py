@@ -21,14 +21,11 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleConfig, optimiz
         return peak
     if schedule.name == "inverse_sqrt":
         return max(low, peak * math.sqrt(max(warmup, 1) / max(step, 1)))
+    decay = schedule.decay_steps
+    assert decay is not None, "resolve the config first"
     if schedule.name == "wsd":
-        length = schedule.decay_steps or math.ceil(total_steps / 10)
-        return low + (peak - low) * _clamp((total_steps - step) / length)
-    remaining = 1.0 - _clamp((step - warmup) / max(1, (schedule.decay_steps or total_steps) - warmup))
+        return low + (peak - low) * min(1.0, (total_steps - step) / decay)
+    remaining = 1.0 - min(1.0, (step - warmup) / max(1, decay - warmup))
     if schedule.name == "cosine":
         remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
     return low + (peak - low) * remaining
-
-
-def _clamp(share: float) -> float:
-    return min(1.0, max(0.0, share))

@@ -101,9 +101,8 @@ class TensorParallelLayers(Layers):
         return self.rank * width
 
     def cross_entropy(self, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-        # float() of FP32 logits is the same tensor, which megatron-core then overwrites
-        logits = logits_SBV.clone() if logits_SBV.dtype == torch.float32 else logits_SBV
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels_SB.contiguous())
+        # FP32 logits are overwritten; nobody else reads them
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_SBV, labels_SB.contiguous())
 
     def on_split_sequence(self, module: nn.Module) -> nn.Module:
         if self.sequence_parallel:
