@@ -47,6 +47,7 @@ def check(pool: Pool, name: str, layout: Layout, **sections: Any) -> None:
         pytest.param("muon", Layout(tp=2, pp=2), marks=slow),
         pytest.param("muon", Layout(dp=4, zero_stage=2), marks=slow),
         ("adafactor", Layout(tp=2, dp=2, sequence_parallel=True, zero_stage=1)),
+        ("adafactor", Layout(dp=2)),
         pytest.param("adafactor", Layout(tp=2, pp=2), marks=slow),
         pytest.param("adafactor", Layout(dp=4, zero_stage=2), marks=slow),
         pytest.param("adafactor", Layout(pp=2, cp=2, zero_stage=1, schedule="zbv"), marks=slow),

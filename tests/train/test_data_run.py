@@ -1,6 +1,7 @@
 """A whole run over three real sources: in any layout, over a change of weights and a resume, as in one process."""
 
 import json
+import math
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from megatrain.checkpoint.store import CheckpointReader
 from megatrain.config.schema import RunConfig
 from tests.data.factory import byte_tokenizer, write_documents
 from tests.layouts import Layout, build_engine, run_config
@@ -98,6 +100,8 @@ def test_three_sources_in_two_layouts_equal_one_process(pool: Pool, tmp_path: Pa
     assert [row["set"] for row in evaluations] == ["small", "large"] * 2
     for mine, reference in zip(evaluations, rows(one, "evaluation"), strict=True):
         assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert mine["perplexity"] == pytest.approx(math.exp(mine["loss"]), rel=1e-12)
+    assert CheckpointReader(other / "run" / "checkpoints" / "step-00000006").state["tokens"] == 2 * 64 + 4 * 128
     require_right_ledger(rows(other, "sources"), rows(one, "sources"), second)
 
 
