@@ -28,3 +28,8 @@ def test_two_sources_of_one_content_have_different_orders(tmp_path) -> None:
     data = training_data({name: {"path": path, "weight": "1"} for name in ("a", "b")})
     a, b = (data.samples[name].places(np.arange(40)) for name in ("a", "b"))
     assert list(a) != list(b)
+
+
+def test_a_row_of_the_second_chunk_holds_its_own_tokens() -> None:
+    rows = DocumentRows(numbered([SEQ] * 1500), SEQ, pack=False)
+    assert rows.spans(1024 + 7) == [((1024 + 7) * SEQ, SEQ)]
