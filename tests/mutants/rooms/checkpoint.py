@@ -39,8 +39,8 @@ MUTANTS = [
     ),
     _m(
         "load",
-        "            factor.copy_(torch.from_numpy(self.reader.read(*key)) if present else torch.zeros(factor.shape))",
-        "            present",
+        "                factor[: len(saved)].copy_(saved)",
+        "                saved",
         "not restored",
         "resume-optimizers",
     ),

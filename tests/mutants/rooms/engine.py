@@ -74,8 +74,8 @@ MUTANTS = [
     ),
     _m(
         "engine",
-        "self._global_loss_tokens(inputs.labels)\n        losses = self._forward",
-        "self._global_loss_tokens(batch.labels)\n        losses = self._forward",
+        "self._global_loss_tokens(inputs.labels)\n        return self._forward",
+        "self._global_loss_tokens(batch.labels)\n        return self._forward",
         "counted cp times",
         "cp",
     ),

@@ -47,7 +47,13 @@ MUTANTS = [
         "ignored option",
         *_LOOP,
     ),
-    _m("train/loop", '            self.trained_tokens = resumed.state["tokens"]\n', "", "not restored", *_LOOP),
+    _m(
+        "train/loop",
+        "self.step, self.trained_tokens = resumed.step, resumed.tokens",
+        "self.step = resumed.step",
+        "not restored",
+        *_LOOP,
+    ),
     _m(
         "train/loop",
         'mesh.coordinate("dp"), mesh.topology.dp, pin',
@@ -55,7 +61,7 @@ MUTANTS = [
         "all ranks read the same",
         *_LOOP,
     ),
-    _m("train/loop", "math.exp(loss), name", "2**loss, name", "another function", *_LOOP),
+    _m("train/metrics", "math.exp(loss)", "2**loss", "another function", *_LOOP),
     _m("train/ledger", "losses[i] / counts[i] if", "losses[i] / (counts[i] + 1) if", "off by one", "data-run"),
     _m("train/ledger", "== 0\n", ">= 0\n", "counted cp times", "data-run"),
     _m(
