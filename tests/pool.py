@@ -24,11 +24,11 @@ class WorkerFailure(AssertionError):
 class Pool:
     """``run(function, world_size, ...)`` calls ``function(...)`` on each rank of a gloo world.
 
-    ``timeout`` in seconds; workers that hold more than ``memory`` bytes are replaced.
+    ``timeout`` in seconds; workers that hold more than ``memory`` bytes or ``threads`` are replaced.
     """
 
-    def __init__(self, size: int, timeout: float = 180.0, memory: int = 2**30):
-        self.size, self.timeout, self.memory = size, timeout, memory
+    def __init__(self, size: int, timeout: float = 180.0, memory: int = 2**30, threads: int = 100):
+        self.size, self.timeout, self.memory, self.threads = size, timeout, memory, threads
         self._folder = tempfile.TemporaryDirectory(prefix="megatrain-pool-")
         self._calls = 0
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
@@ -52,8 +52,9 @@ class Pool:
         for rank, pipe in enumerate(pipes):
             pipe.send((function, rank, world_size, store, args, options))
         results = self._collect(pipes)
-        if any(psutil.Process(process.pid).memory_info().rss > self.memory for process, _ in self._workers):
-            self.close()  # what compilers and libraries keep of each engine adds up
+        workers = [psutil.Process(process.pid) for process, _ in self._workers]
+        if any(w.memory_info().rss > self.memory or w.num_threads() > self.threads for w in workers):
+            self.close()  # what compilers and libraries keep of each engine adds up, and gloo's threads never rest
         return results
 
     def _collect(self, pipes: list[Connection]) -> list[Any]:

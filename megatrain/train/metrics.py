@@ -22,10 +22,10 @@ _LONGEST_PERPLEXITY = 1e6
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logging step. ``tokens``, ``flops`` (the model's own operations, see ``Work``; both over all ranks), ``seconds``
-    and ``num_skipped`` (steps whose gradients were not finite, and which changed nothing) cover all steps since the
-    record before; ``skipped``: whether this one was; ``routing``: of a mixture's layers, as ``RoutingReport.read`` gives
-    it."""
+    """One logging step. ``tokens``, ``flops`` (the model's own operations, see ``Work``; both over all ranks),
+    ``seconds`` and ``num_skipped`` (steps whose gradients were not finite, and which changed nothing) cover all steps
+    since the record before; ``skipped``: whether this one was; ``routing``: of a mixture's layers, as
+    ``RoutingReport.read`` gives it."""
 
     step: int
     loss: float

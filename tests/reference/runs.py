@@ -43,7 +43,7 @@ SIGMOID = {
     "router_score": "sigmoid",
     "router_groups": 4,
     "router_groups_per_token": 2,
-    "router_balance_loss": 0.0,
+    "router_balance_loss": 0.3,
     "router_balance_rate": 0.05,
 }
 # both ends of the transition lie between two frequencies
@@ -105,11 +105,11 @@ RUNS: dict[str, Sections] = {
         "schedule": {"warmup_steps": 1, "decay_steps": 6},
         "train": {"eval_every": 2},
     },
-    "sigmoid mixture of qwen3: lion, gates as they are, longrope": {
+    "sigmoid mixture of qwen3: lion, gates as they are, packed documents, longrope": {
         "model": {"family": "qwen3", **LONGROPE, **SIGMOID, "router_normalize": False, "expert_capacity": 1.0,
                   "num_shared_experts": 0, "experts_per_token": 2},
         "optimizer": {"name": "lion", "lr": 2e-3},
-        "data": {"sequences": "mask_documents"},
+        "data": {"sequences": "pack_documents"},
         "train": {"micro_batch_size": 4},
     },
     "llama: adamw, dynamic, documents by a kernel of their own": {

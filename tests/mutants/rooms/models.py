@@ -112,11 +112,11 @@ MUTANTS = [
     ),
     _m(
         "decoder",
-        "self.feed_forward(self.feed_forward_norm(x))",
-        "self.feed_forward(self.feed_forward_norm(x_SBD))",
+        "normed = self.feed_forward_norm(x)",
+        "normed = self.feed_forward_norm(x_SBD)",
         "stale input",
     ),
-    _m("decoder", "self.feed_forward(self.feed_forward_norm(x))", "self.feed_forward(x)", "missing norm"),
+    _m("decoder", "normed = self.feed_forward_norm(x)", "normed = x", "missing norm"),
     _m("decoder", "return x + self.feed_forward_dropout(", "return x_SBD + self.feed_forward_dropout(", "stale input"),
     _m(
         "decoder",

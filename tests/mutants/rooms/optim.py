@@ -48,8 +48,17 @@ MUTANTS = [
     _m("schedule", "min(1.0, (total_steps - step) / decay)", "(total_steps - step) / decay", "missing bound", *_RATE),
     _m("schedule", "min(1.0, (step - warmup)", "((step - warmup)", "missing bound", *_RATE),
     # groups
-    _m("optimizer", "lr_scale = rule.lr_scale", "lr_scale = 1.0", "ignored option", *_ONE),
-    _m("optimizer", "lr_scale = rule.lr_scale", "lr_scale *= rule.lr_scale", "product for the last", *_ONE),
+    _m("optimizer", "is None else rule.lr_scale", "is None else 1.0", "ignored option", *_ONE),
+    _m(
+        "optimizer",
+        "is None else rule.lr_scale",
+        "is None else lr_scale * rule.lr_scale",
+        "product for the last",
+        *_ONE,
+    ),
+    _m(
+        "optimizer", "lr_scale if rule.lr_scale is None", "1.0 if rule.lr_scale is None", "reset by a later rule", *_ONE
+    ),
     _m("optimizer", "if parameter.dim() >= 2 else 0.0", "if parameter.dim() > 2 else 0.0", "off by one", *_ONE),
     _m(
         "optimizer",
@@ -162,11 +171,13 @@ MUTANTS = [
     _m("muon", "torch.cat(parts, part.split_dim)", "torch.cat(parts, 1 - part.split_dim)", "wrong dim", "muon"),
     _m(
         "muon",
-        "orthogonalize(torch.cat(parts, part.split_dim))",
-        "torch.cat([orthogonalize(p) for p in parts], part.split_dim)",
+        "orthogonalize_each(torch.cat(parts, part.split_dim), part.stacked_rows)",
+        "torch.cat([orthogonalize_each(p, part.stacked_rows) for p in parts], part.split_dim)",
         "parts for the whole",
         "muon",
     ),
+    _m("muon", "if not stacked_rows:", "if stacked_rows:", "stack taken for one matrix", "muon", *_ONE),
+    _m("muon", "split(stacked_rows, dim=1)", "split(stacked_rows[::-1], dim=1)", "swapped", "muon", *_ONE),
     _m("muon", "[dist.get_rank(self._tp_group)]", "[0]", "wrong part", "muon"),
     _m("muon", "whole.view(ranks, -1)[rank]", "whole.view(ranks, -1)[0]", "wrong part", "muon"),
     _m("muon", "offset += part.shape.numel()", "offset += 0", "dropped statement", "muon", "reference"),
