@@ -60,7 +60,7 @@ COUNTS_WITH = tuple(
         (_FP16, ("precision.loss_scale_hysteresis", "precision.min_loss_scale")),
         (_WITH_MOMENTS, ("optimizer.beta1", "optimizer.beta2")),
         (_one_of("optimizer.name", "adamw", "muon", "cpu_adamw"), ("optimizer.eps",)),
-        (_one_of("optimizer.name", "muon"), ("optimizer.muon_momentum",)),
+        (_one_of("optimizer.name", "muon"), ("optimizer.muon_momentum", "optimizer.muon_split_qkv")),
         (_DISK, ("offload.nvme_path",)),
         (_one_of("schedule.name", "cosine", "linear", "wsd"), ("schedule.decay_steps",)),
         (_one_of("schedule.name", "cosine", "linear", "inverse_sqrt", "wsd"), ("schedule.min_lr_ratio",)),

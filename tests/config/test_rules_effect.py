@@ -41,6 +41,7 @@ CASES = [
     ("optimizer.beta2=0.99", "optimizer.name=lion"),
     ("optimizer.eps=1e-6", "optimizer.name=muon"),
     ("optimizer.muon_momentum=0.9", "optimizer.name=muon"),
+    ("optimizer.muon_split_qkv=false", "optimizer.name=muon"),
     ("offload.nvme_path=/tmp", "offload.optimizer=nvme parallel.zero_stage=3"),
     ("schedule.decay_steps=50", "schedule.name=cosine"),
     ("schedule.min_lr_ratio=0.5", "schedule.name=inverse_sqrt"),
