@@ -12,6 +12,7 @@ SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "conversion": ["--layers", "2", "--width", "64", "--vocabulary", "128", "--proof-tokens", "32"],
     "bubble": ["--pp", "2", "--factors", "2"],
+    "deterministic": ["--repeats", "1"],
     "data_write": ["--repeats", "1", "--megabytes", "1"],
     "data_read": ["--tokens", "3000000", "--documents", "1000000", "--repeats", "1", "--steps", "200"],
     "start": ["--repeats", "1"],

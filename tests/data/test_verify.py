@@ -83,7 +83,7 @@ def test_merged_data_sets(tmp_path, capsys):
     expected = np.concatenate([part.tokens(0, part.num_tokens) for part in parts])
     assert np.array_equal(merged.tokens(0, merged.num_tokens), expected)
     assert run(merge_shards, "--input", *folders, "--output", tmp_path / "m") == 2
-    assert "is there: choose another folder" in capsys.readouterr().err
+    assert "is there already (a file): choose another --output" in capsys.readouterr().err
     options = ("--shuffle-seed", 1, "--shard-tokens", 1000, "--overwrite")
     assert run(merge_shards, "--input", *folders, "--output", tmp_path / "m", *options) == 0
     shuffled = TokenDataset.open(tmp_path / "m")

@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,14 @@ from tests.layouts import Layout, build_engine, global_batch, run_config
 from tests.pool import Pool
 
 NUM_ENGINES = 20
+
+
+@pytest.fixture(scope="module")
+def own_pool() -> Iterator[Pool]:
+    """Workers that served no other test, whose engines may not have been closed."""
+    workers = Pool(2)
+    yield workers
+    workers.close()
 
 
 def num_threads() -> int:
@@ -34,9 +43,9 @@ def build_many(layout: Layout) -> tuple[list[int], int]:
 
 # one for each optimizer of DeepSpeed's, and a mesh whose groups are all of several ranks
 @pytest.mark.parametrize("layout", [Layout(tp=2, zero_stage=0), Layout(dp=2, zero_stage=3)], ids=str)
-def test_twenty_engines_leave_no_threads_and_no_models(pool: Pool, layout: Layout) -> None:
-    for threads, num_models in pool.run(build_many, 2, layout):
+def test_twenty_engines_leave_no_threads_and_no_models(own_pool: Pool, layout: Layout) -> None:
+    for threads, num_models in own_pool.run(build_many, 2, layout):
         assert set(threads[1:]) == {threads[0]}
         assert num_models == 0
-    for left in pool.run(num_threads, 2):  # of a world without groups of its own: gloo's three, the process's own
+    for left in own_pool.run(num_threads, 2):  # of a world without groups of its own: gloo's three, the process's own
         assert left <= 8
