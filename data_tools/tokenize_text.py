@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--eod",
         help="end-of-document token (default: the first that it has of <|endoftext|>, <|end_of_text|>, </s>, …)",
     )
+    parser.add_argument("--bos", help="token to begin each document with, as <s> (default: none)")
     parser.add_argument(
         "--backend",
         choices=["auto", "tokenizers", "gigatoken"],
@@ -82,6 +83,7 @@ def _tokenize(arguments: argparse.Namespace, pool: Pool | None) -> None:
         tokenizer=arguments.tokenizer,
         tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
         eod=arguments.eod,
+        bos=arguments.bos,
         backend=arguments.backend,
         bad=arguments.bad,
         empty=arguments.empty,
@@ -135,6 +137,7 @@ def _outputs(
         "inputs_sha256": digest_of_all(digests),
         "tokenizer_sha256": spec.tokenizer_sha256,
         "eod": eod,
+        **({"bos": spec.bos} if spec.bos else {}),
         "field": arguments.field,
         "bad": spec.bad,
         "empty": spec.empty,

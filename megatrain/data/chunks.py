@@ -1,9 +1,11 @@
 """Inputs -> chunks: about a MiB of whole records each, cut at places that depend on nothing but the inputs.
 
-A text file larger than a chunk comes in pieces, each in a chunk of its own, so that memory does not depend on it.
+A text file larger than a chunk comes in pieces, each in a chunk of its own, so that memory does not depend on it. Where
+it may be cut is for the caller to say: for tokens, that depends on the tokenizer (megatrain/data/cuts.py).
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import IO, NamedTuple
 
@@ -11,9 +13,14 @@ from megatrain.data.inputs import READ_ERRORS, STDIN, Source, read_errors
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20  # of one document that is encoded at a time
+MAX_PIECE_BYTES = 1 << 26  # of text in which there is no place to cut
 MAX_LINE_BYTES = 1 << 29
 _MAX_PARTS = 10_000
 _CUT_SEARCH = 1 << 16
+_WORD_END = re.compile(rb"(?<=[^\s])\s")
+
+# (bytes of a text, byte to begin at) -> the byte to cut before; -1: none
+FindCut = Callable[[bytes, int], int]
 
 
 class Position(NamedTuple):
@@ -41,7 +48,7 @@ class Chunk(NamedTuple):
     """``parts`` in order, and where the next chunk begins.
 
     ``begins``, ``ends``: whether its first document begins, and its last one ends here. Where one does not, the
-    chunk is a piece of one document.
+    chunk is a piece of one document. ``before``: the character before a piece that goes on.
     """
 
     number: int
@@ -49,11 +56,27 @@ class Chunk(NamedTuple):
     next: Position
     begins: bool = True
     ends: bool = True
+    before: str = ""
 
 
-def read_chunks(sources: Sequence[Source], start: Position = Position()) -> Iterator[Chunk]:  # noqa: B008, immutable
+def cut_anywhere(content: bytes, begin: int) -> int:
+    """A cut for pieces that are put together again: after a word, else between two characters."""
+    if found := _WORD_END.search(content, begin, begin + _CUT_SEARCH):
+        return found.start()
+    while begin > 0 and 0xBF >= content[begin] >= 0x80:
+        begin -= 1
+    return begin
+
+
+def read_chunks(
+    sources: Sequence[Source],
+    start: Position = Position(),  # noqa: B008, immutable
+    find_cut: FindCut = cut_anywhere,
+) -> Iterator[Chunk]:
     """All chunks from ``start`` on, which is the ``next`` of a chunk that ends.
 
+    Args:
+        find_cut: where a text file of more than ``PIECE_BYTES`` may be cut.
     Raises:
         DataError: an input can't be read.
     """
@@ -61,14 +84,14 @@ def read_chunks(sources: Sequence[Source], start: Position = Position()) -> Iter
     size = number = 0
     for at in range(start.file, len(sources)):
         begin = start if at == start.file else Position(at)
-        for piece in _read_source(sources[at], begin):
+        for piece in _read_source(sources[at], begin, find_cut):
             if not (piece.begins and piece.ends) and parts:  # a piece of a large document stands alone
                 yield Chunk(number, parts, Position(at))
                 parts, size, number = [], 0, number + 1
             parts.append(piece.part)
             size += len(piece.part.content)
             if size >= CHUNK_BYTES or len(parts) >= _MAX_PARTS or not (piece.begins and piece.ends):
-                yield Chunk(number, parts, piece.next, piece.begins, piece.ends)
+                yield Chunk(number, parts, piece.next, piece.begins, piece.ends, piece.before)
                 parts, size, number = [], 0, number + 1
     if parts:
         yield Chunk(number, parts, Position(len(sources)))
@@ -79,9 +102,10 @@ class _Piece(NamedTuple):
     next: Position
     begins: bool = True
     ends: bool = True
+    before: str = ""
 
 
-def _read_source(source: Source, start: Position) -> Iterator[_Piece]:
+def _read_source(source: Source, start: Position, find_cut: FindCut) -> Iterator[_Piece]:
     try:
         if source.kind == "table":
             yield from _rows(source, start)
@@ -89,7 +113,7 @@ def _read_source(source: Source, start: Position) -> Iterator[_Piece]:
         file = source.open()
         with closing(file):
             _skip(file, source, start.offset)
-            yield from _text(file, source, start) if source.kind == "text" else _lines(file, source, start)
+            yield from _text(file, source, start, find_cut) if source.kind == "text" else _lines(file, source, start)
     except READ_ERRORS as error:
         raise read_errors(source.path, error) from error
 
@@ -137,30 +161,35 @@ def _read_over_line(file: IO[bytes]) -> int:
     return length
 
 
-def _text(file: IO[bytes], source: Source, start: Position) -> Iterator[_Piece]:
+def _text(file: IO[bytes], source: Source, start: Position, find_cut: FindCut) -> Iterator[_Piece]:
     following = Position(start.file + 1)
     content = file.read(PIECE_BYTES + _CUT_SEARCH)
-    begins = True
-    while len(content) == PIECE_BYTES + _CUT_SEARCH:
-        cut = cut_before(content, PIECE_BYTES)
-        yield _Piece(Part(source, 0, content[:cut]), following, begins, False)
+    begins, before, searched = True, "", PIECE_BYTES
+    while len(content) >= PIECE_BYTES + _CUT_SEARCH:
+        cut = find_cut(content, searched)
+        held = len(content) if cut < 0 else cut
+        if held > MAX_PIECE_BYTES:
+            yield _Piece(Part(source, 0, b"", no_cut_within(held)), following, begins, True)
+            return
+        if cut < 0:  # held together until there is a place, or the end
+            searched = len(content) - 4  # a character that is not whole yet was not seen
+            if not (more := file.read(len(content))):
+                break
+            content += more
+            continue
+        yield _Piece(Part(source, 0, content[:cut]), following, begins, False, before)
+        before = content[max(0, cut - 4) : cut].decode(errors="ignore")[-1:]
         content = content[cut:] + file.read(cut)
-        begins = False
-    yield _Piece(Part(source, 0, content), following, begins, True)
+        begins, searched = False, PIECE_BYTES
+    yield _Piece(Part(source, 0, content), following, begins, True, before)
 
 
-def cut_before(text: bytes, begin: int) -> int:
-    """Where to cut ``text`` at or after byte ``begin``: at a space between two ASCII letters, which all usual
-    tokenizers keep apart; without one within 64 KiB, between two characters."""
-    at = begin
-    while (at := text.find(b" ", at, begin + _CUT_SEARCH)) >= 0:
-        around = text[at - 1 : at] + text[at + 1 : at + 2]
-        if len(around) == 2 and around.isalpha() and around.isascii():
-            return at
-        at += 1
-    while 0xBF >= text[begin] >= 0x80 and begin > 0:
-        begin -= 1
-    return begin
+def no_cut_within(num_bytes: int) -> str:
+    """Why a text can't be encoded: it has no place to cut, and is too long to be encoded as one."""
+    return (
+        f"{num_bytes} bytes without a place where this tokenizer's words surely end (at most {MAX_PIECE_BYTES} are "
+        "encoded together): break the text into several documents"
+    )
 
 
 def _rows(source: Source, start: Position) -> Iterator[_Piece]:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from megatrain.data.chunks import PIECE_BYTES, Chunk, cut_before
+from megatrain.data.chunks import MAX_PIECE_BYTES, PIECE_BYTES, Chunk, no_cut_within
+from megatrain.data.cuts import Cutter
 from megatrain.data.documents import BadPolicy, Document, EmptyPolicy, RecordReader
 from megatrain.data.errors import DataError
 from megatrain.data.format import token_dtype
@@ -27,13 +28,6 @@ _USUAL_EODS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _CHECKED_FIRST = 1 << 16  # characters of the first documents that gigatoken is compared on
 _CHECKED_LATER = 1 << 14  # and of one in sixteen of the later chunks
 _HELD_OUT_BYTES = 1 << 16
-# texts with a cut between two letters, at the space
-_PROBES = (
-    "the quick brown fox jumps",
-    "a b",
-    "Tokens are many.\n\nHello world, it is 1 x y",
-    "naïve cafe au lait Zz top",
-)
 
 
 class BackendMismatch(DataError):
@@ -47,6 +41,7 @@ class EncoderSpec:
     tokenizer: Path
     tokenizer_sha256: str
     eod: str | None
+    bos: str | None
     backend: Backend
     bad: BadPolicy
     empty: EmptyPolicy
@@ -56,8 +51,8 @@ class EncoderSpec:
 class Encoded(NamedTuple):
     """The documents of a chunk.
 
-    ``ids`` [tokens]: in the type of the shards; ``lengths`` [documents]: tokens of each, its end-of-document token
-    included; ``held_out`` [documents]; ``problems``: bad records, as "origin: reason".
+    ``ids`` [tokens]: in the type of the shards; ``lengths`` [documents]: tokens of each, with its first and its
+    end-of-document token; ``held_out`` [documents]; ``problems``: bad records, as "origin: reason".
     """
 
     ids: NDArray[np.integer]
@@ -72,17 +67,25 @@ class Encoder:
     Args:
         tokenizer_json: content of a tokenizer.json.
         eod: the end-of-document token; None: the first of the usual ones that the tokenizer has.
+        bos: the token that begins each document; None: none. ``encode`` does not add it.
     Raises:
         DataError: no tokenizer.json, or it has no such token; a backend that is not installed or can't read it.
     """
 
-    def __init__(self, tokenizer_json: bytes, eod: str | None = None, backend: Backend = "tokenizers"):
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        eod: str | None = None,
+        backend: Backend = "tokenizers",
+        bos: str | None = None,
+    ):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes use the cores
         try:
             self.tokenizer: Any = Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises this class itself
             raise DataError(f"not a tokenizer.json: {error}") from error
         self.eod, self.eod_id = self._find_eod(eod)
+        self.bos_id = None if bos is None else self._find_bos(bos)
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
         # Files made for fine-tuning may cut and pad; and a "<|endoftext|>" in the text must stay text.
@@ -92,7 +95,10 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         _split_literals(self.tokenizer)
         self._fast = None if backend == "tokenizers" else _gigatoken(tokenizer_json, self.eod, backend)
-        self.drops_space = self._drops_space()
+        normalizer = self.tokenizer.normalizer
+        self.cutter = Cutter(
+            tokenizer_json, self.eod, normalizer.normalize_str if normalizer else str, self._encode_for_cutter
+        )
 
     @property
     def backend(self) -> str:
@@ -101,21 +107,41 @@ class Encoder:
         return f"{name} {metadata.version(name)}"
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Token ids [tokens] of each text; long ones are encoded in pieces."""
+        """Token ids [tokens] of each text; long ones are encoded in pieces.
+
+        Raises:
+            DataError: a long text without a place to cut.
+        """
         if max(map(len, texts), default=0) <= PIECE_BYTES:
             return self._encode_whole(texts)
-        return [np.concatenate(self._encode_whole(self.pieces(text))) for text in texts]
+        return [self._encode_long(text) for text in texts]
+
+    def encode_rest(self, before: str, piece: str) -> NDArray[np.integer]:
+        """Token ids [tokens] of a piece that goes on after the character ``before``.
+
+        Raises:
+            DataError: the tokenizer takes the two together, which must not be at a cut.
+        """
+        try:
+            return np.array(self.cutter.rest(before, piece), np.int32)
+        except ValueError as error:
+            raise DataError(f"this tokenizer can't encode a long text in pieces: {error}") from error
 
     def pieces(self, text: str) -> list[str]:
-        """``text``, cut where its tokens are."""
-        if len(text) <= PIECE_BYTES:
-            return [text]
-        content, begin, found = text.encode(), 0, []
-        while len(content) - begin > PIECE_BYTES:
-            cut = begin + cut_before(content[begin : begin + 2 * PIECE_BYTES], PIECE_BYTES)
-            found.append(content[begin:cut].decode())
-            begin = cut + (self.drops_space and content[cut : cut + 1] == b" ")
-        return [*found, content[begin:].decode()]
+        """``text``, cut where its tokenizer surely ends a word.
+
+        Raises:
+            DataError: there is no such place for ``MAX_PIECE_BYTES``.
+        """
+        begin, found = 0, []
+        while len(text) - begin > PIECE_BYTES:
+            cut = self.cutter.find(text, begin + PIECE_BYTES)
+            end = len(text) if cut < 0 else cut
+            found.append(text[begin:end])
+            if (num_bytes := len(found[-1].encode())) > MAX_PIECE_BYTES:
+                raise DataError(f"the text {text[:40]!r}… has {no_cut_within(num_bytes)}")
+            begin = end
+        return [*found, text[begin:]] if begin < len(text) else found
 
     def check(self, texts: Iterable[str], num_characters: int) -> None:
         """Compares gigatoken's ids with those of tokenizers on about so many characters.
@@ -146,6 +172,29 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def _encode_long(self, text: str) -> NDArray[np.integer]:
+        first, *others = self.pieces(text)
+        (ids,) = self._encode_whole([first])
+        parts, before = [ids], first[-1]
+        for piece in others:
+            parts.append(self.encode_rest(before, piece))
+            before = piece[-1]
+        return np.concatenate(parts)
+
+    def _encode_for_cutter(self, text: str) -> list[int]:
+        (ids,) = self._encode_whole([text])
+        found: list[int] = ids.tolist()
+        return found
+
+    def _find_bos(self, bos: str) -> int:
+        number: int | None = self.tokenizer.token_to_id(bos)
+        if number is None:
+            added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+            raise DataError(f"the tokenizer has no token {bos!r}: name one of {added} by --bos")
+        if number == self.eod_id:
+            raise DataError(f"--bos is {bos!r}, the end-of-document token, which stands between documents already")
+        return number
+
     def _find_eod(self, eod: str | None) -> tuple[str, int]:
         for token in (eod,) if eod is not None else _USUAL_EODS:
             if (number := self.tokenizer.token_to_id(token)) is not None:
@@ -153,21 +202,6 @@ class Encoder:
         added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
         missing = repr(eod) if eod is not None else "that usually ends documents"
         raise DataError(f"the tokenizer has no token {missing}: name its end-of-document token by --eod, of {added}")
-
-    def _drops_space(self) -> bool:
-        """Whether the space at a cut must go: a tokenizer that begins each text with one adds it again."""
-        for drop in (False, True):
-            if all(self._joins(text, drop) for text in _PROBES):
-                return drop
-        return False
-
-    def _joins(self, text: str, drop: bool) -> bool:
-        cut = cut_before(text.encode(), 1)
-        first, second = text.encode()[:cut].decode(), text.encode()[cut + drop :].decode()
-        whole, *parts = (
-            encoding.ids for encoding in self.tokenizer.encode_batch([text, first, second], add_special_tokens=False)
-        )
-        return whole == [*parts[0], *parts[1]]
 
 
 def encode_chunk(spec: EncoderSpec, chunk: Chunk) -> Encoded:
@@ -180,16 +214,15 @@ def encode_chunk(spec: EncoderSpec, chunk: Chunk) -> Encoded:
     reader = RecordReader(spec.bad, spec.empty)
     documents = reader.read(chunk)
     texts = [document.text for document in documents]
-    if not chunk.begins and encoder.drops_space:
-        texts = [text.removeprefix(" ") for text in texts]
     _check_sample(encoder, chunk, texts)
-    arrays = encoder.encode(texts)
+    arrays = encoder.encode(texts) if chunk.begins else [encoder.encode_rest(chunk.before, text) for text in texts]
+    bos = np.array([encoder.bos_id] if chunk.begins and encoder.bos_id is not None else [], np.int32)
     eod = np.array([encoder.eod_id] if chunk.ends else [], np.int32)
-    flat = itertools.chain.from_iterable((ids, eod) for ids in arrays)
+    flat = itertools.chain.from_iterable((bos, ids, eod) for ids in arrays)
     ids = np.concatenate([np.empty(0, np.int32), *flat], dtype=encoder.dtype, casting="unsafe")
     if np.count_nonzero(ids == encoder.eod_id) != len(eod) * len(arrays):
         _refuse_eod(encoder, documents, arrays)
-    lengths = np.array([len(array) + len(eod) for array in arrays], np.int32)
+    lengths = np.array([len(bos) + len(array) + len(eod) for array in arrays], np.int32)
     share = spec.validation_share
     held_out = np.array([share > 0 and is_held_out(text, share) for text in texts], bool)
     return Encoded(ids, lengths, held_out, reader.problems)
@@ -205,7 +238,7 @@ def encoder_of(spec: EncoderSpec) -> Encoder:
     tokenizer_json = load_tokenizer(spec.tokenizer)
     if hashlib.sha256(tokenizer_json).hexdigest() != spec.tokenizer_sha256:
         raise DataError(f"{spec.tokenizer} has changed since the start: start again")
-    return Encoder(tokenizer_json, spec.eod, spec.backend)
+    return Encoder(tokenizer_json, spec.eod, spec.backend, spec.bos)
 
 
 def is_held_out(text: str, share: float) -> bool:

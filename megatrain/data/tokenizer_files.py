@@ -11,29 +11,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from megatrain.data.errors import DataError
+from megatrain.data.split_patterns import CL100K, GPT2, O200K
 
 _SPACE = "▁"  # how SentencePiece writes a space
 
-# How each published encoding splits text before it merges bytes, and its end-of-document token.
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-_CAPITAL, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITAL}*{_SMALL}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_CAPITAL}+{_SMALL}*{_SUFFIX}|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # name -> (pattern, {special token: id}); Llama 3's file has tiktoken's format and no name of its own
 _TIKTOKEN: dict[str, tuple[str, dict[str, int]]] = {
-    "gpt2": (_GPT2, {"<|endoftext|>": 50256}),
-    "r50k_base": (_GPT2, {"<|endoftext|>": 50256}),
-    "p50k_base": (_GPT2, {"<|endoftext|>": 50256}),
-    "cl100k_base": (_CL100K, {"<|endoftext|>": 100257}),
-    "o200k_base": (_O200K, {"<|endoftext|>": 199999}),
-    "llama3": (_CL100K, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}),
+    "gpt2": (GPT2, {"<|endoftext|>": 50256}),
+    "r50k_base": (GPT2, {"<|endoftext|>": 50256}),
+    "p50k_base": (GPT2, {"<|endoftext|>": 50256}),
+    "cl100k_base": (CL100K, {"<|endoftext|>": 100257}),
+    "o200k_base": (O200K, {"<|endoftext|>": 199999}),
+    "llama3": (CL100K, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}),
 }
 
 

@@ -172,7 +172,7 @@ class TokenizeRun:
         # on a terminal only: a log file has no use for a bar
         with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
             bar.update(sum(size or 0 for size in num_bytes[: position.file]) + position.offset)
-            chunks = read_chunks(self.sources, position)
+            chunks = read_chunks(self.sources, position, encoder_of(self.spec).cutter.find_in_bytes)
             for chunk, encoded in pool.ordered(functools.partial(encode_chunk, self.spec), chunks):
                 self._add(chunk, encoded)
                 bar.update(sum(len(part.content) for part in chunk.parts if part.source.path.suffix not in COMPRESSED))

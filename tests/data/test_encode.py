@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatrain.data import chunks, encode
+from megatrain.data import encode
 from megatrain.data.encode import BackendMismatch, Encoder
 from megatrain.data.errors import DataError
 from megatrain.data.tokenizer_files import load_tokenizer
@@ -61,7 +61,6 @@ def test_a_sentencepiece_model_gives_its_own_tokens(tmp_path):
         theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / f"{kind}.model"))
         ours = Encoder(load_tokenizer(tmp_path / f"{kind}.model"))
         assert (ours.eod, ours.eod_id, ours.vocab_size) == ("</s>", theirs.eos_id(), theirs.vocab_size())
-        assert ours.drops_space == (kind == "bpe")  # the other takes spaces away at both ends
         for text in TEXTS:
             assert ids_of(ours, text) == theirs.encode(text) or text == TEXTS[-1]
         spelled = ids_of(ours, TEXTS[-1])  # cut where a control token's name begins, which SentencePiece need not do
@@ -186,7 +185,6 @@ def test_a_tokenizer_that_begins_with_a_space(monkeypatch):
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens(["</s>"])
     encoder = Encoder(tokenizer.to_str().encode())
-    assert encoder.drops_space
     text = "ab a b ba " * 100 + "a"
     whole = ids_of(encoder, text)
     monkeypatch.setattr(encode, "PIECE_BYTES", 50)
@@ -206,11 +204,3 @@ def test_added_tokens_that_are_not_special_are_tokens():
     tokenizer.add_tokens([AddedToken("    ", special=False)])
     for backend in ("tokenizers", "auto"):
         assert ids_of(Encoder(tokenizer.to_str().encode(), backend=backend), "    ") == [257]
-
-
-def test_cuts_fall_between_words_and_characters():
-    assert chunks.cut_before(b"one two  three four", 4) == 14
-    text = ("日本" * 40_000).encode()
-    cut = chunks.cut_before(text, 1000)
-    assert text[:cut].decode() + text[cut:].decode() == text.decode()
-    assert 997 <= cut <= 1000
