@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatrain.config.extras import missing
 from megatrain.data.chunks import CHUNK_BYTES
 from megatrain.data.console import add_input_options, print_problems, reader_of, run_tool, sources_of
 from megatrain.data.documents import Document
@@ -130,7 +131,7 @@ def _duplicates(arguments: argparse.Namespace) -> Any:
     try:
         from megatrain.data.duplicates import Duplicates
     except ImportError as error:
-        raise DataError(f"finding duplicates needs the package datasketch (pip install datasketch): {error}") from error
+        raise DataError(missing("datasketch", "finding duplicates", error)) from error
     return Duplicates(arguments.threshold)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from megatrain.data.console import lineage_of, run_tool
+from megatrain.data.console import lineage_of, print_left_out, run_tool
 from megatrain.data.errors import DataError
-from megatrain.data.images import class_names, read_images
+from megatrain.data.images import PICTURES, find_pictures, idx_classes, left_out_of, read_idx, read_pictures
 from megatrain.data.inputs import Source, digest_of_all, digest_sources
 from megatrain.data.manifest import MANIFEST
 from megatrain.data.writer import DatasetWriter
@@ -51,12 +51,16 @@ def pack(arguments: argparse.Namespace) -> None:
         require_free(output / MANIFEST, "choose another --output, or replace it by --overwrite")
     if not source.exists() or (arguments.labels and not arguments.labels.exists()):
         raise DataError(f"no such input: {arguments.labels if source.exists() else source}")
-    classes = class_names(source, arguments.labels)
-    files = [source, arguments.labels]
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-    digests = digest_sources([Source(path, "table") for path in files])
     size = tuple(arguments.size) if arguments.size else None
+    if source.is_dir():
+        pictures = find_pictures(source)
+        print_left_out(left_out_of(source, pictures), f"no pictures in a class's folder ({', '.join(PICTURES)})")
+        classes, files = list(pictures), [path for paths in pictures.values() for path in paths]
+        images = read_pictures(pictures, size, arguments.gray)
+    else:
+        classes, files = idx_classes(source, arguments.labels), [source, arguments.labels]
+        images = read_idx(source, arguments.labels, size)
+    digests = digest_sources([Source(path, "table") for path in files])
     shape: tuple[int, ...] = ()
     with DatasetWriter(
         output,
@@ -67,7 +71,7 @@ def pack(arguments: argparse.Namespace) -> None:
         shard_tokens=arguments.shard_tokens,
         made_from={"inputs_sha256": digest_of_all(digests), "size": size, "gray": arguments.gray},
     ) as writer:
-        for image in tqdm(read_images(source, arguments.labels, size, arguments.gray), desc="images", disable=None):
+        for image in tqdm(images, desc="images", disable=None):
             shape = shape or image.pixels.shape
             if image.pixels.shape != shape:
                 raise DataError(f"{image.origin} is {image.pixels.shape}, the first image {shape}: choose a --size")

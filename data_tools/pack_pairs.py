@@ -1,6 +1,6 @@
 """Sentence pairs -> two data sets, OUTPUT/source and OUTPUT/target, whose documents belong together by number.
 
-Reads JSON lines (or tables) that hold both texts, or two text files of one sentence a line.
+Reads JSON lines or tables that hold both texts, or two text files of one sentence a line.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatrain.data.chunks import refuse_array
 from megatrain.data.console import lineage_of, run_tool
-from megatrain.data.documents import BadRecord, parse_json, text_under
+from megatrain.data.documents import BYTE_ORDER_MARK, BadRecord, parse_json, text_under
 from megatrain.data.encode import Encoder
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, read_errors
+from megatrain.data.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, find_sources, read_errors
+from megatrain.data.tables import read_rows
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.data.writer import DatasetWriter
 from megatrain.disk.durable import write_durably
@@ -39,7 +41,13 @@ class Pair(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", type=Path, default=[], help=".jsonl files with both texts")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        default=[],
+        help=".jsonl, .parquet or .arrow files with both texts, .jsonl also compressed",
+    )
     parser.add_argument("--source-field", default="source", help="key of the source (default: %(default)s)")
     parser.add_argument("--target-field", default="target", help="key of the target (default: %(default)s)")
     parser.add_argument("--source", type=Path, help="a text file of a source a line, instead of --input")
@@ -69,8 +77,12 @@ def pack(arguments: argparse.Namespace) -> None:
         raise DataError("name either --input, or both --source and --target")
     paths = arguments.input or [arguments.source, arguments.target]
     if missing := [path for path in paths if not path.is_file()]:
-        raise DataError(f"no such input: {missing[0]}")
-    sources = [Source(path, "lines") for path in paths]
+        raise DataError(
+            f"{missing[0]} is a folder: name its files" if missing[0].is_dir() else f"no such input: {missing[0]}"
+        )
+    sources = find_sources(paths, kind=None if arguments.input else "lines")
+    if others := [source.path for source in sources if source.kind == "text"]:
+        raise DataError(f"{others[0]} is neither .jsonl, .parquet nor .arrow: --input reads these")
     digests = digest_sources(sources)
     tokenizer_json = load_tokenizer(arguments.tokenizer)
     encoder = Encoder(tokenizer_json, arguments.eod, "auto")
@@ -116,7 +128,7 @@ def pack(arguments: argparse.Namespace) -> None:
 
 
 def _pairs(sources: Sequence[Source], arguments: argparse.Namespace, problems: list[str]) -> Iterator[Pair]:
-    found = _from_json(sources, arguments) if arguments.input else _from_two_files(*sources)
+    found = _from_records(sources, arguments) if arguments.input else _from_two_files(*sources)
     for origin, pair in found:
         reason = pair if isinstance(pair, str) else "" if pair.source and pair.target else "an empty text"
         if not isinstance(pair, str) and not reason:
@@ -127,8 +139,21 @@ def _pairs(sources: Sequence[Source], arguments: argparse.Namespace, problems: l
             problems.append(f"{origin}: {reason}")
 
 
-def _from_json(sources: Sequence[Source], arguments: argparse.Namespace) -> Iterator[tuple[str, Pair | str]]:
+def _from_table(source: Source, arguments: argparse.Namespace) -> Iterator[tuple[str, Pair | str]]:
+    columns = (read_rows(source.path, field) for field in (arguments.source_field, arguments.target_field))
+    for (row, left), (_, right) in zip(*columns, strict=True):
+        try:
+            found = "no text (null)" if left is None or right is None else Pair(left.decode(), right.decode())
+        except UnicodeDecodeError as error:
+            found = f"invalid UTF-8 at byte {error.start}"
+        yield f"{source.path}:{row}", found
+
+
+def _from_records(sources: Sequence[Source], arguments: argparse.Namespace) -> Iterator[tuple[str, Pair | str]]:
     for source in sources:
+        if source.kind == "table":
+            yield from _from_table(source, arguments)
+            continue
         for number, line in filter(lambda numbered: numbered[1].strip(), _lines(source)):
             origin = f"{source.path}:{number}"
             try:
@@ -154,7 +179,9 @@ def _from_two_files(first: Source, second: Source) -> Iterator[tuple[str, Pair |
 def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
     try:
         with source.open() as file:
-            yield from ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, 1))
+            refuse_array(file, source)
+            for number, line in enumerate(file, 1):
+                yield number, (line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)).rstrip(b"\r\n")
     except READ_ERRORS as error:
         raise read_errors(source.path, error) from error
 

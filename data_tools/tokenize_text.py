@@ -109,7 +109,7 @@ def _tokenize(arguments: argparse.Namespace, pool: Pool | None) -> None:
         for output, unshuffled in zip(outputs, first, strict=True):
             if unshuffled.is_written():  # a killed run may have been at the second one
                 shuffle_documents(unshuffled.folder, output.folder, arguments.shuffle_seed, arguments.shard_tokens)
-    _report(outputs, run, sum(digest.num_bytes for digest in digests), time.monotonic() - begun_at)
+    _report(outputs, run, time.monotonic() - begun_at)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -183,7 +183,7 @@ def _is_reusable(output: Output, sources: Sequence[Source]) -> bool:
     return True
 
 
-def _report(outputs: Sequence[Output], run: TokenizeRun, num_bytes: int, seconds: float) -> None:
+def _report(outputs: Sequence[Output], run: TokenizeRun, seconds: float) -> None:
     num_tokens = 0
     for output in outputs:
         manifest = Manifest.read(output.folder)
@@ -192,10 +192,11 @@ def _report(outputs: Sequence[Output], run: TokenizeRun, num_bytes: int, seconds
             f"{output.folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens in "
             f"{len(manifest.shards)} shards, vocabulary {manifest.vocab_size}"
         )
-    print(
-        f"{num_bytes} bytes of input, {num_bytes / num_tokens:.2f} bytes per token, "
-        f"{seconds:.1f} s, {num_bytes / seconds / 1e6:.1f} MB/s"
-    )
+    if num_bytes := run.text_bytes:  # 0: an earlier start had read all of it
+        print(
+            f"{num_bytes} bytes of text, {num_bytes / num_tokens:.2f} bytes per token, "
+            f"{seconds:.1f} s, {num_bytes / seconds / 1e6:.1f} MB/s"
+        )
     print_problems(run.first_problems, run.num_problems)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatrain.checkpoint.errors import CheckpointError
+from megatrain.config.extras import EXTRA_OF, missing
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +19,10 @@ def main(arguments: list[str]) -> int:
         print(converted(options))
         return 0
     except ImportError as error:
-        problem, code = f"{error}; install the extra: pip install megatrain[convert]", 2
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        problem, code = missing(package, "this conversion", error), 2
         cause: Exception = error
     except (CheckpointError, OSError) as error:
         problem, code, cause = str(error), getattr(error, "exit_code", 2), error

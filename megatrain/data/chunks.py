@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import IO, NamedTuple
 
-from megatrain.data.inputs import READ_ERRORS, STDIN, Source, read_errors
+from megatrain.data.errors import DataError
+from megatrain.data.inputs import READ_ERRORS, STDIN, Source, plain, read_errors
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20  # of one document that is encoded at a time
@@ -131,6 +132,8 @@ def _skip(file: IO[bytes], source: Source, count: int) -> None:
 def _lines(file: IO[bytes], source: Source, start: Position) -> Iterator[_Piece]:
     at, offset, record = start
     pending = bytearray()
+    if source.kind == "jsonl":
+        refuse_array(file, source)
     while block := file.read(CHUNK_BYTES):
         whole, newline, begun = block.rpartition(b"\n")
         pending += whole + newline
@@ -150,6 +153,20 @@ def _lines(file: IO[bytes], source: Source, start: Position) -> Iterator[_Piece]
             pending.clear()
     if pending:
         yield _Piece(Part(source, record + 1, bytes(pending)), Position(at + 1))
+
+
+def refuse_array(file: IO[bytes], source: Source) -> None:
+    """Refuses a .json file that is one array: as JSON lines it would be many broken records.
+
+    Raises:
+        DataError: it is one; says how to change it.
+    """
+    is_json = plain(source.path).suffix.lower() == ".json"
+    if is_json and file.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+        raise DataError(
+            f"{source.path} is one JSON array, not JSON lines, which have a document a line: change it by "
+            f"jq -c '.[]' {source.path} > {plain(source.path).with_suffix('.jsonl')}"
+        )
 
 
 def _read_over_line(file: IO[bytes]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatrain.data.documents import RecordReader
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import DEFAULT_SUFFIXES, InputDigest, Source, find_sources
+from megatrain.data.inputs import DEFAULT_SUFFIXES, InputDigest, Source, find_sources, left_out_lines
 
 _INPUTS_LISTED = 1000
 _WITHOUT_EFFECT = {"output", "validation_output", "workers", "overwrite", "debug", "backend"}
@@ -45,8 +45,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="text files, .jsonl, .parquet, .arrow, each also as .gz, .zst or .xz; folders of them, and folders that "
-        "the datasets library saved; - is standard input",
+        help="text files, .jsonl, .parquet, .arrow, each but the tables also as .gz, .bz2, .zst or .xz; folders of "
+        "them, and folders that the datasets library saved; - is standard input",
     )
     parser.add_argument(
         "--suffix", nargs="+", default=list(DEFAULT_SUFFIXES), help="files to take from folders (default: %(default)s)"
@@ -61,7 +61,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field",
         default="text",
-        help="key of the text in JSON lines (a.b: b inside a), column of tables (default: %(default)s)",
+        help="key of the text in JSON lines, column of tables (a.b: b inside a) (default: %(default)s)",
     )
     parser.add_argument(
         "--bad",
@@ -76,12 +76,22 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sources_of(arguments: argparse.Namespace) -> list[Source]:
-    """The inputs that the options name.
+    """The inputs that the options name; says on stderr what is left out of folders.
 
     Raises:
         DataError: one is not there, or nothing was found.
     """
-    return find_sources(arguments.input, arguments.suffix, arguments.exclude, arguments.format, arguments.field)
+    left_out: list[Path] = []
+    options = (arguments.suffix, arguments.exclude, arguments.format, arguments.field)
+    sources = find_sources(arguments.input, *options, left_out)
+    print_left_out(left_out, "other endings, see --suffix, and links to folders, which can be named by --input")
+    return sources
+
+
+def print_left_out(left_out: Sequence[Path], why: str) -> None:
+    """Says on stderr which files a tool does not read."""
+    for line in left_out_lines(left_out, why):
+        print(line, file=sys.stderr)
 
 
 def reader_of(arguments: argparse.Namespace) -> RecordReader:

@@ -16,7 +16,9 @@ except ImportError:
 
 BadPolicy = Literal["fail", "skip", "replace"]
 EmptyPolicy = Literal["fail", "skip"]
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEYS_SHOWN = 12
+_KINDS = {bool: "true or false", list: "a list", dict: "an object"}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -71,7 +73,7 @@ class RecordReader:
     def _part(self, part: Part, begins: bool) -> Iterator[Document]:
         source, content = part.source, part.content
         if begins and part.record <= 1 and source.kind != "table":
-            content = content.removeprefix(_BYTE_ORDER_MARK)
+            content = content.removeprefix(BYTE_ORDER_MARK)
         if part.problem or source.kind in ("text", "table"):
             origin = f"{source.path}:{part.record}" if part.record else str(source.path)
             if part.problem:
@@ -113,6 +115,8 @@ class RecordReader:
             return content.decode()
         except UnicodeDecodeError as error:
             reason = f"invalid UTF-8 at byte {error.start}"
+            if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                reason += " (UTF-16? iconv -f UTF-16 -t UTF-8 changes it)"
             if self.bad == "replace":
                 self.problems.append(f"{origin}: {reason}, replaced")
                 return content.decode(errors="replace")
@@ -161,6 +165,10 @@ def text_under(record: Any, key: str) -> str:
         value = record
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        raise BadRecord(f"no text under the key {key!r}")
-    return value
+    if isinstance(value, str):
+        return value
+    if not isinstance(record, dict):
+        raise BadRecord(f"no text under the key {key!r}: the line holds no object {{…}}")
+    keys = ", ".join(list(record)[:_KEYS_SHOWN]) + (", …" if len(record) > _KEYS_SHOWN else "")
+    found = f"there are {keys or 'none'}" if value is None else f"it holds {_KINDS.get(type(value), 'a number')}"
+    raise BadRecord(f"no text under the key {key!r}: {found}")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from megatrain.config.extras import missing
 from megatrain.data.chunks import MAX_PIECE_BYTES, PIECE_BYTES, Chunk, no_cut_within
 from megatrain.data.cuts import Cutter
 from megatrain.data.documents import BadPolicy, Document, EmptyPolicy, RecordReader
@@ -52,13 +53,15 @@ class Encoded(NamedTuple):
     """The documents of a chunk.
 
     ``ids`` [tokens]: in the type of the shards; ``lengths`` [documents]: tokens of each, with its first and its
-    end-of-document token; ``held_out`` [documents]; ``problems``: bad records, as "origin: reason".
+    end-of-document token; ``held_out`` [documents]; ``problems``: bad records, as "origin: reason"; ``text_bytes``: of
+    the documents in UTF-8.
     """
 
     ids: NDArray[np.integer]
     lengths: NDArray[np.int32]
     held_out: NDArray[np.bool_]
     problems: list[str]
+    text_bytes: int
 
 
 class Encoder:
@@ -83,7 +86,7 @@ class Encoder:
         try:
             self.tokenizer: Any = Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises this class itself
-            raise DataError(f"not a tokenizer.json: {error}") from error
+            raise DataError(f"the tokenizer is not a tokenizer.json: {error}") from error
         self.eod, self.eod_id = self._find_eod(eod)
         self.bos_id = None if bos is None else self._find_bos(bos)
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -225,7 +228,7 @@ def encode_chunk(spec: EncoderSpec, chunk: Chunk) -> Encoded:
     lengths = np.array([len(bos) + len(array) + len(eod) for array in arrays], np.int32)
     share = spec.validation_share
     held_out = np.array([share > 0 and is_held_out(text, share) for text in texts], bool)
-    return Encoded(ids, lengths, held_out, reader.problems)
+    return Encoded(ids, lengths, held_out, reader.problems, sum(len(text.encode()) for text in texts))
 
 
 @functools.lru_cache(maxsize=1)
@@ -298,5 +301,7 @@ def _gigatoken(tokenizer_json: bytes, eod: str, backend: Backend) -> Any:
     except Exception as error:  # not installed, or whatever its parser raises
         if backend == "auto":
             return None
+        if isinstance(error, ImportError):
+            raise DataError(missing("gigatoken", "--backend gigatoken", error)) from error
         reason = str(error).splitlines()[0]
         raise DataError(f"--backend gigatoken: {reason}. --backend tokenizers takes every tokenizer") from error

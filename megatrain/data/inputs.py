@@ -1,5 +1,7 @@
-"""Which files are read, what kind each is, and its bytes: plain, gzip, zstd or xz, or standard input."""
+"""Which files are read, what kind each is, and its bytes: plain, gzip, bzip2, zstd or xz, or standard input."""
 
+import bz2
+import collections
 import concurrent.futures
 import gzip
 import hashlib
@@ -14,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from megatrain.config.extras import missing
 from megatrain.data.errors import DataError
 
 Kind = Literal["text", "lines", "jsonl", "table"]
 STDIN = Path("-")
-COMPRESSED = (".gz", ".zst", ".xz")
+COMPRESSED = (".gz", ".bz2", ".zst", ".xz")
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -28,6 +31,18 @@ _KINDS: dict[str, Kind] = {
 }
 DEFAULT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet", ".arrow")
 _READ_BYTES = 1 << 20
+_LISTED = 10  # of the files that are left out
+# how files begin whose bytes are no text
+_NO_TEXT = {
+    b"\x1f\x8b": "gzip data: name it .gz",
+    b"BZh": "bzip2 data: name it .bz2",
+    b"\x28\xb5\x2f\xfd": "zstd data: name it .zst",
+    b"\xfd7zXZ": "xz data: name it .xz",
+    b"PK\x03\x04": "a zip archive (or an office document): unpack it",
+    b"PAR1": "a Parquet table: name it .parquet, or read it by --format table",
+    b"ARROW1": "an Arrow table: name it .arrow, or read it by --format table",
+    b"%PDF": "a PDF document: take its text out first",
+}
 
 
 @dataclass(frozen=True)
@@ -51,15 +66,26 @@ class Source:
         """The uncompressed bytes.
 
         Raises:
-            DataError: a decompressor that is not installed.
+            DataError: a decompressor that is not installed, or bytes that begin as no text does.
         """
         if self.path == STDIN:
             return sys.stdin.buffer
-        if self.path.suffix == ".gz":
+        file = self._opened()
+        begin = file.peek(8)  # type: ignore[attr-defined]
+        if reason := next((reason for magic, reason in _NO_TEXT.items() if begin.startswith(magic)), None):
+            file.close()
+            raise DataError(f"{self.path} is {reason}")
+        return file
+
+    def _opened(self) -> IO[bytes]:
+        ending = self.path.suffix.lower()
+        if ending == ".gz":
             return gzip.open(self.path)  # type: ignore[return-value]
-        if self.path.suffix == ".xz":
+        if ending == ".bz2":
+            return bz2.open(self.path)
+        if ending == ".xz":
             return lzma.open(self.path)
-        if self.path.suffix == ".zst":
+        if ending == ".zst":
             return io.BufferedReader(_ZstdFile(self.path), _READ_BYTES)
         return open(self.path, "rb")
 
@@ -71,7 +97,7 @@ class _ZstdFile(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise DataError(f"{path}: reading zstd needs the package zstandard (pip install zstandard)") from error
+            raise DataError(missing("zstandard", f"reading {path}", error)) from error
         self._new = zstandard.ZstdDecompressor
         self._error = zstandard.ZstdError
         self._file = open(path, "rb")  # noqa: SIM115, closed by close()
@@ -120,42 +146,71 @@ def find_sources(
     exclude: Sequence[str] = (),
     kind: Kind | None = None,
     field: str = "text",
+    left_out: list[Path] | None = None,
 ) -> list[Source]:
     """The files to read: files as they are named, folders with all below that ends in one of ``suffixes``, sorted.
 
-    A suffix also stands for its compressed forms. A folder that the ``datasets`` library saved gives its data files.
+    A suffix also stands for its compressed forms, and for capital letters. A folder that the ``datasets`` library saved
+    gives its data files.
 
     Args:
         exclude: names of files and folders to leave out of folders.
         kind: what every file holds; None: what its suffix says, and standard input holds JSON lines.
         field: key or column of the text.
+        left_out: gets what folders hold besides: files that end otherwise, and links to folders.
     Raises:
         DataError: an input is not there, or nothing was found.
     """
     files: list[Path] = []
+    others: list[Path] = []
     for path in inputs:
         if path == STDIN or path.is_file() or path.is_fifo():
             files.append(path)
         elif path.is_dir():
-            files += sorted(_below(path, tuple(suffixes), set(exclude)), key=lambda file: file.parts)
+            files += sorted(
+                _below(path, tuple(suffix.lower() for suffix in suffixes), set(exclude), others),
+                key=lambda file: file.parts,
+            )
         else:
             raise DataError(f"no such input: {path}")
     if not files:
-        raise DataError(f"no files that end in {', '.join(suffixes)} below {', '.join(map(str, inputs))}: see --suffix")
+        raise DataError(
+            f"no files that end in {', '.join(suffixes)} below {', '.join(map(str, inputs))}: see --suffix"
+            f"{'; left out: ' + summary(others) if others else ''}"
+        )
+    if left_out is not None:
+        left_out += others
     if files.count(STDIN) > 1:
         raise DataError("standard input (-) can be read once only")
     return [Source(path, kind or _kind_of(path), field) for path in files]
 
 
 def _kind_of(path: Path) -> Kind:
-    return "jsonl" if path == STDIN else _KINDS.get(_plain(path).suffix, "text")
+    return "jsonl" if path == STDIN else _KINDS.get(plain(path).suffix.lower(), "text")
 
 
-def _plain(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in COMPRESSED else path
+def plain(path: Path) -> Path:
+    """The path without the ending of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
-def _below(folder: Path, suffixes: tuple[str, ...], exclude: set[str]) -> Iterator[Path]:
+def summary(paths: Sequence[Path]) -> str:
+    """How many files there are of each ending, most first, as in "12 *.md, 1 *.json"."""
+    endings = collections.Counter(f"*{path.suffix}" if path.suffix else "without ending" for path in paths)
+    most_first = sorted(endings.items(), key=lambda counted: (-counted[1], counted[0]))
+    return ", ".join(f"{count} {ending}" for ending, count in most_first[:_LISTED])
+
+
+def left_out_lines(left_out: Sequence[Path], why: str) -> list[str]:
+    """What a tool says of files that it does not read, counted and, the first of them, listed."""
+    if not left_out:
+        return []
+    first = sorted(left_out, key=lambda path: path.parts)[:_LISTED]
+    more = [f"  … and {len(left_out) - _LISTED} more"] if len(left_out) > _LISTED else []
+    return [f"{len(left_out)} files left out ({summary(left_out)}): {why}", *(f"  {path}" for path in first), *more]
+
+
+def _below(folder: Path, suffixes: tuple[str, ...], exclude: set[str], others: list[Path]) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         here = Path(place)
         if "dataset_dict.json" in names:
@@ -165,9 +220,12 @@ def _below(folder: Path, suffixes: tuple[str, ...], exclude: set[str]) -> Iterat
             folders[:] = []
             continue
         folders[:] = set(folders) - exclude  # os.walk goes into what is left in this list
+        others += (here / name for name in folders if (here / name).is_symlink())  # which os.walk does not follow
         for name in set(names) - exclude:
-            if _plain(Path(name)).name.endswith(suffixes) and (here / name).is_file():
+            if plain(Path(name)).name.lower().endswith(suffixes) and (here / name).is_file():
                 yield here / name
+            else:
+                others.append(here / name)
 
 
 def _saved_dataset(folder: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatrain.config.extras import missing
 from megatrain.data.errors import DataError
 
 _WIDTH, _PANEL, _MARGIN = 900, 260, 60
@@ -29,7 +30,7 @@ def draw_lengths(lengths: NDArray[np.integer], path: Path) -> None:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise DataError("drawing needs the package pillow (pip install pillow)") from error
+        raise DataError(missing("pillow", "drawing", error)) from error
     edges = bins_of(lengths)
     image = Image.new("RGB", (_WIDTH, 2 * (_PANEL + _MARGIN)), "white")
     draw = ImageDraw.Draw(image)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from megatrain.config.extras import missing
 from megatrain.data.errors import DataError
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def open_mpi_pool() -> Iterator[Pool | None]:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
     except ImportError as error:
-        raise DataError(f"under mpirun, mpi4py is needed: pip install mpi4py ({error})") from error
+        raise DataError(missing("mpi4py", "a run under mpirun", error)) from error
     size = MPI.COMM_WORLD.Get_size()
     if size == 1:
         yield Pool(None, 1)

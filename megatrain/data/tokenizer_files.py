@@ -5,15 +5,13 @@ import binascii
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from megatrain.data.errors import DataError
+from megatrain.data.sentencepiece_files import from_sentencepiece
 from megatrain.data.split_patterns import CL100K, GPT2, O200K
-
-_SPACE = "▁"  # how SentencePiece writes a space
 
 # name -> (pattern, {special token: id}); Llama 3's file has tiktoken's format and no name of its own
 _TIKTOKEN: dict[str, tuple[str, dict[str, int]]] = {
@@ -37,15 +35,20 @@ def load_tokenizer(path: Path) -> bytes:
     """
     if path.is_dir():
         return load_tokenizer(_in_folder(path))
+    if not path.exists():
+        raise DataError(f"no tokenizer at {path}: --tokenizer is the path of a file. {_how_to_get(path)}")
     content = path.read_bytes()
+    if not content.strip():
+        raise DataError(f"{path} is empty: no tokenizer. {_how_to_get(path)}")
     if content.lstrip()[:1] == b"{":
+        _check_json(path, content)
         return content
     if _looks_like_ranks(content):
         return _from_tiktoken(path, content)
     if path.suffix == ".txt":
         return _from_wordpiece(path)
     if path.suffix in (".model", ".spm") or content.startswith(b"\n"):
-        return _from_sentencepiece(path, content)
+        return from_sentencepiece(path, content)
     raise DataError(f"{path} is no tokenizer.json, SentencePiece model, tiktoken file or WordPiece vocab.txt")
 
 
@@ -53,7 +56,24 @@ def _in_folder(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder} holds no tokenizer.json, tokenizer.model or vocab.txt")
+    raise DataError(f"{folder} holds no tokenizer.json, tokenizer.model or vocab.txt. {_how_to_get(folder)}")
+
+
+def _how_to_get(path: Path) -> str:
+    """How a person gets a tokenizer; ``path`` may be the name under which one is published."""
+    return (
+        "data_tools/train_tokenizer.py makes one of your text; a published one is a tokenizer.json, which "
+        f'"hf download REPOSITORY tokenizer.json --local-dir FOLDER" fetches ({path.name} may be such a name)'
+    )
+
+
+def _check_json(path: Path, content: bytes) -> None:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+    if "model" not in found:
+        raise DataError(f"{path} is not a tokenizer.json: it holds {', '.join(list(found)[:5]) or 'nothing'}, no model")
 
 
 def _from_wordpiece(path: Path) -> bytes:
@@ -138,61 +158,3 @@ def _with_specials(tokenizer: Tokenizer, specials: dict[str, int]) -> bytes:
     ]
     content["model"]["vocab"] |= specials
     return json.dumps(content, ensure_ascii=False, indent=1).encode()
-
-
-def _from_sentencepiece(path: Path, content: bytes) -> bytes:
-    """A Unigram or BPE model; its control tokens become special tokens."""
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise DataError(f"{path}: reading SentencePiece needs the package sentencepiece") from error
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(content)
-    except Exception as error:  # whatever the protobuf library of the day raises
-        raise DataError(f"{path} is not a SentencePiece model: {error}") from error
-    spec, pieces = proto.trainer_spec, [(piece.piece, piece.score) for piece in proto.pieces]
-    if spec.model_type == spec.UNIGRAM:
-        model: Any = models.Unigram(pieces, spec.unk_id, spec.byte_fallback)
-    elif spec.model_type == spec.BPE:
-        vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
-        unknown = pieces[spec.unk_id][0]
-        merges = _merges(proto, vocab)
-        model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=spec.byte_fallback)
-    else:
-        raise DataError(f"{path}: SentencePiece models of words or characters can't be read, only Unigram and BPE")
-    tokenizer = Tokenizer(model)
-    _set_spaces(tokenizer, proto)
-    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    tokenizer.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)])
-    tokenizer.add_tokens([piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED])
-    return tokenizer.to_str(pretty=True).encode()
-
-
-def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, best score first."""
-    kind = proto.SentencePiece
-    found = []
-    for number, piece in enumerate(proto.pieces):
-        if piece.type not in (kind.NORMAL, kind.UNUSED):
-            continue
-        halves = [(piece.piece[:at], piece.piece[at:]) for at in range(1, len(piece.piece))]
-        known = [(vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab]
-        found += [(-piece.score, number, a, b) for *_, a, b in sorted(known)]
-    return [(a, b) for *_, a, b in sorted(found, key=lambda merge: merge[:2])]
-
-
-def _set_spaces(tokenizer: Tokenizer, proto: Any) -> None:
-    spec = proto.normalizer_spec
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])  # type: ignore[assignment]
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix:
-        undo.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(undo)  # type: ignore[assignment]

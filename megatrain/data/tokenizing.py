@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from megatrain.data.chunks import Chunk, Position, read_chunks
 from megatrain.data.encode import Encoded, EncoderSpec, encode_chunk, encoder_of
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import COMPRESSED, STDIN, Source
+from megatrain.data.inputs import STDIN, Source, plain
 from megatrain.data.manifest import MANIFEST, Manifest
 from megatrain.data.pool import Pool
 from megatrain.data.writer import BAD_RECORDS, DatasetWriter, partial_of
@@ -115,6 +115,7 @@ class TokenizeRun:
         self.manifests: list[Manifest] = []
         self.first_problems: list[str] = []
         self.num_problems = 0
+        self.text_bytes = 0  # of all documents in UTF-8, whatever the files are compressed by
         self._tokenizer_json = tokenizer_json
         self._shard_tokens = shard_tokens
         self._note_path = note_path(outputs[0].folder)
@@ -145,6 +146,7 @@ class TokenizeRun:
     def _resume(self, note: dict[str, Any]) -> Position:
         position = Position(*note["position"])
         self._problems.resume(note["problems"])
+        self.text_bytes = note["text_bytes"]
         self._read_over_stdin(position, note["stdin_sha256"])
         at = "the end"
         if position.file < len(self.sources):
@@ -175,7 +177,9 @@ class TokenizeRun:
             chunks = read_chunks(self.sources, position, encoder_of(self.spec).cutter.find_in_bytes)
             for chunk, encoded in pool.ordered(functools.partial(encode_chunk, self.spec), chunks):
                 self._add(chunk, encoded)
-                bar.update(sum(len(part.content) for part in chunk.parts if part.source.path.suffix not in COMPRESSED))
+                bar.update(
+                    sum(len(part.content) for part in chunk.parts if plain(part.source.path) == part.source.path)
+                )
                 if not chunk.ends:
                     continue
                 due = time.monotonic() > noted_at + _SECONDS_BETWEEN_NOTES
@@ -185,6 +189,7 @@ class TokenizeRun:
 
     def _add(self, chunk: Chunk, encoded: Encoded) -> None:
         self._problems.add(encoded.problems)
+        self.text_bytes += encoded.text_bytes
         for part in chunk.parts:
             if part.source.path == STDIN:
                 self._stdin_sha256.update(part.content)
@@ -223,6 +228,7 @@ class TokenizeRun:
             "position": position,
             "writers": [writer and writer.checkpoint() for writer in self._writers],
             "problems": self._problems.state(),
+            "text_bytes": self.text_bytes,
             "stdin_sha256": self._stdin_sha256.hexdigest(),
         }
         write_durably(self._note_path, json.dumps(content).encode())
@@ -260,7 +266,7 @@ class TokenizeRun:
             if writer is not None:
                 writer.close_shard()
                 if not writer.num_shards:
-                    writer.finish()  # says that there are no documents, before the other data set comes into being
+                    self._refuse_empty(writer)  # before the other data set comes into being
         self._note(Position(len(self.sources)))
         bad_records = self._problems.sha256.hexdigest() if self._problems.count else ""
         # the held-out documents first: the note and the list of bad records stand with the others
@@ -270,6 +276,14 @@ class TokenizeRun:
                 lineage = {**self.lineage, "bad_records": self._problems.count}
                 writer.finish(lineage, bad_records if number == 0 else "")
         self.manifests = [Manifest.read(output.folder) for output in self.outputs]
+
+    def _refuse_empty(self, writer: DatasetWriter) -> None:
+        try:
+            writer.finish()  # says that there are no documents
+        except DataError as error:
+            if not self.first_problems:
+                raise
+            raise DataError(f"{error}; {self.num_problems} left out, as {self.first_problems[0]}") from error
 
     def _stdin_digest(self) -> dict[str, str]:
         has_stdin = any(source.path == STDIN for source in self.sources)

@@ -164,7 +164,8 @@ class DatasetWriter:
         self.close_shard()
         if not self._shards:
             raise DataError(
-                f"no documents for {self.folder}: the input holds no text, or too little for this share of it"
+                f"no documents for {self.folder}: the inputs hold none with text, or none of them fell to this data "
+                "set (see --validation-share)"
             )
         for lengths in self.partial.glob("*.lengths"):
             lengths.unlink()

@@ -208,7 +208,7 @@ def test_a_tokenizer_of_which_nothing_is_shown_gets_texts_whole(folder, tmp_path
     with pytest.raises(DataError, match=r"a.txt: \d+ bytes without a place where .*at most 500 .* several documents"):
         ids_of_file(source, unknown, encoder)
     monkeypatch.setattr(encode, "MAX_PIECE_BYTES", 500)
-    with pytest.raises(DataError, match=r"the text 'The quick.* has \d+ bytes without a place"):
+    with pytest.raises(DataError, match=r"the text .The quick.* has \d+ bytes without a place"):
         encoder.encode([ALL * 2])
 
 

@@ -1,5 +1,6 @@
 """Every kind of input gives the same documents, and what can't be read is named."""
 
+import bz2
 import gzip
 import io
 import json
@@ -15,7 +16,7 @@ from megatrain.data import chunks, documents
 from megatrain.data.chunks import Position, read_chunks
 from megatrain.data.documents import RecordReader
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import find_sources
+from megatrain.data.inputs import find_sources, left_out_lines
 
 TEXTS = ["one", "zwei\r\nlines", "drei 🙂", " four "]
 
@@ -104,7 +105,7 @@ def test_standard_input_and_one_document_a_line(tmp_path, monkeypatch):
 def test_a_field_inside_a_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": {"b": "deep"}}\n{"a.b": "flat"}\n')
     assert texts_of(tmp_path, field="a.b") == ["deep", "flat"]
-    with pytest.raises(DataError, match=r"a.jsonl:1: no text under the key 'a'"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: no text under the key 'a': it holds an object"):
         texts_of(tmp_path, field="a")
 
 
@@ -115,9 +116,9 @@ def test_policies_count_and_name_each_record(tmp_path):
     assert [document.text for document in reader.read_all(find_sources([tmp_path]))] == ["good"]
     assert [problem.replace(f"{tmp_path}/", "") for problem in reader.problems] == [
         "a.jsonl:1: empty, left out",
-        "a.jsonl:3: no text under the key 'text', left out",
+        "a.jsonl:3: no text under the key 'text': it holds a number, left out",
         "a.jsonl:4: invalid UTF-8 at byte 11, left out",
-        "a.jsonl:6: no text under the key 'text', left out",
+        "a.jsonl:6: no text under the key 'text': the line holds no object {…}, left out",
         "b.txt: empty, left out",
     ]
     with pytest.raises(DataError, match=r"a.jsonl:1: an empty document"):
@@ -228,3 +229,57 @@ def test_a_large_text_comes_in_pieces_and_whole_again(tmp_path, monkeypatch):
     assert texts_of(tmp_path) == [text, "small"]
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff" + text.encode())
     assert texts_of(tmp_path, bad="skip") == ["small"]
+
+
+def test_files_are_taken_or_named_for_what_they_are(tmp_path):
+    (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(b"bzip2"))
+    (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress(b"capitals"))
+    (tmp_path / "c.JSONL").write_bytes(json_lines(["lines"]))
+    assert texts_of(tmp_path) == ["bzip2", "capitals", "lines"]
+    for name, content, message in (
+        ("x.txt", gzip.compress(b"text"), "x.txt is gzip data: name it .gz"),
+        ("x.jsonl", b"PK\x03\x04...", "is a zip archive"),
+        ("x.txt", b"PAR1....", "is a Parquet table: name it .parquet"),
+        ("x.txt", "text".encode("utf-16"), r"invalid UTF-8 at byte 0 \(UTF-16\? iconv"),
+        ("x.json", b' \n[{"text": "a"}]', r"x.json is one JSON array, .* jq -c '.\[\]' .*x.json > .*x.jsonl"),
+        ("x.json.gz", gzip.compress(b"[]"), r"is one JSON array"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            texts_of(tmp_path / name)
+
+
+def test_what_folders_hold_besides_is_counted_and_listed(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.txt", "b.json", "sub/c.md", "sub/d.md", "sub/out.txt"):
+        (folder / name).write_text("x")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    left_out = []
+    find_sources([folder], exclude=["out.txt"], left_out=left_out)
+    assert sorted(path.name for path in left_out) == ["b.json", "c.md", "d.md", "link"]
+    assert left_out_lines(left_out, "why")[0] == "4 files left out (2 *.md, 1 *.json, 1 without ending): why"
+    with pytest.raises(DataError, match=r"no files that end in .xyz below .*; left out: .*2 \*.md"):
+        find_sources([folder], suffixes=[".xyz"])
+
+
+def test_tables_with_odd_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array(["one", "two", "one"]).dictionary_encode()
+    nested = pyarrow.array([{"b": "x"}, None, {"b": "z"}])
+    table = pyarrow.table({"text": column, "a": nested})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert texts_of(tmp_path / name) == ["one", "two", "one"]
+        assert texts_of(tmp_path / name, field="a.b", bad="skip") == ["x", "z"]
+        with pytest.raises(DataError, match=r"'a' holds struct<b: string>, no 'a.c': choose another by --field"):
+            texts_of(tmp_path / name, field="a.c")
+    twice = pyarrow.table([column, column], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet has 2 columns named 'text'"):
+        texts_of(tmp_path / "b.parquet")

@@ -45,7 +45,7 @@ def test_pairs_from_json_lines_and_from_two_files(tmp_path, tokenizer, capsys):
     fields = ("--input", tmp_path / "in.jsonl", "--source-field", "en", "--target-field", "de")
     files = ("--source", tmp_path / "a.txt.gz", "--target", tmp_path / "b.txt")
     assert run(pack_pairs, *fields, *options, tmp_path / "x") == 2
-    assert "in.jsonl:5: no text under the key 'de'. --bad skip leaves" in capsys.readouterr().err
+    assert "in.jsonl:5: no text under the key 'de': there are en. --bad skip leaves" in capsys.readouterr().err
     assert run(pack_pairs, *fields, *options, tmp_path / "x", "--bad", "skip") == 0
     assert run(pack_pairs, *files, *options, tmp_path / "y") == 0
     kept = [pair for pair in PAIRS if len(pair[0]) < 20]
@@ -120,3 +120,58 @@ def test_trained_tokenizers(tmp_path, model):
     assert not specials.intersection(ids)
     if model != "wordpiece":
         assert encoder.tokenizer.decode(ids) == text + "<|user|> 日本 🙂"
+
+
+def test_pictures_of_16_bits_of_a_turned_camera_and_what_is_left_out(tmp_path, capsys):
+    pictures = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "in"
+    for name in ("a", "b", ".hidden", "empty"):
+        (folder / name).mkdir(parents=True)
+    deep = np.array([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
+    pictures.fromarray(deep).save(folder / "a" / "deep.png")
+    turned = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+    exif = pictures.Exif()
+    exif[0x0112] = 3  # by half a turn (Exif 2.3, tag Orientation)
+    pictures.fromarray(turned).save(folder / "b" / "turned.PNG", exif=exif)
+    pictures.fromarray(turned).save(folder / ".hidden" / "x.png")
+    pictures.fromarray(turned).save(folder / "loose.png")
+    (folder / "a" / "notes.txt").write_text("no picture")
+    assert run(pack_images, "--input", folder, "--gray", "--output", tmp_path / "x") == 0
+    dataset = TokenDataset.open(tmp_path / "x")
+    assert dataset.document(0).tolist() == [257, 0, 0, 1, 128, 255, 255, 256]
+    assert dataset.document(1).tolist() == [258, 60, 50, 40, 30, 20, 10, 256]
+    assert Manifest.read(tmp_path / "x").lineage["images"]["classes"] == ["a", "b"]
+    told = capsys.readouterr().err
+    assert "3 files left out (2 *.png, 1 *.txt)" in told
+    assert all(name in told for name in (".hidden/x.png", "loose.png", "a/notes.txt"))
+    pictures.fromarray(np.ones((2, 3), np.float32)).save(folder / "b" / "f.tiff")
+    (folder / "b" / "f.tiff").rename(folder / "b" / "f.gif")
+    assert run(pack_images, "--input", folder, "--gray", "--output", tmp_path / "y") == 2
+    assert "f.gif has samples that are fractions" in capsys.readouterr().err
+
+
+def test_pairs_from_tables_and_behind_a_byte_order_mark(tmp_path, tokenizer, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = [{"de": {"text": target}, "en": source} for source, target in PAIRS]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "t.parquet")
+    lines = [json.dumps({"en": source, "de": {"text": target}}) for source, target in PAIRS]
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    for side, texts in zip("ab", zip(*PAIRS, strict=True), strict=True):
+        (tmp_path / f"{side}.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    fields = ("--source-field", "en", "--target-field", "de.text")
+    for number, options in enumerate(
+        (
+            ("--input", tmp_path / "t.parquet", *fields),
+            ("--input", tmp_path / "t.jsonl", *fields),
+            ("--source", tmp_path / "a.txt", "--target", tmp_path / "b.txt"),
+        )
+    ):
+        output = tmp_path / str(number)
+        assert run(pack_pairs, *options, "--tokenizer", tokenizer, "--output", output) == 0
+        assert [texts_of(output / side) for side in ("source", "target")] == [list(side) for side in zip(*PAIRS)]
+    (tmp_path / "array.json").write_text(json.dumps([{"en": "a", "de": "b"}]))
+    for path, message in ((tmp_path / "array.json", "is one JSON array"), (tmp_path / "a.txt", "is neither .jsonl")):
+        assert run(pack_pairs, "--input", path, "--tokenizer", tokenizer, "--output", tmp_path / "z") == 2
+        assert message in capsys.readouterr().err

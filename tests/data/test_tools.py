@@ -135,18 +135,33 @@ def test_errors_are_one_line(tmp_path, tokenizer, capsys):
     text.write_text("text")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
+    lines, empty = tmp_path / "in.jsonl", tmp_path / "empty.txt"
+    lines.write_text('{"body": "text"}\n')
+    empty.touch()
+    (tmp_path / "none").mkdir()
     good = {"--input": text, "--tokenizer": tokenizer, "--output": tmp_path / "set"}
     cases = [
         ({"--input": tmp_path / "nowhere"}, "no such input"),
         ({"--input": tmp_path, "--suffix": ".xyz"}, "no files that end in .xyz"),
-        ({"--tokenizer": tmp_path / "nowhere"}, "No such file"),
+        (
+            {"--tokenizer": "gpt2"},
+            "no tokenizer at gpt2: --tokenizer is the path of a file. data_tools/train",
+        ),
+        ({"--tokenizer": empty}, "empty.txt is empty: no tokenizer"),
+        ({"--tokenizer": lines}, "in.jsonl is not a tokenizer.json: it holds body, no model"),
+        ({"--tokenizer": tmp_path / "none"}, "holds no tokenizer.json, tokenizer.model or vocab.txt. data_tools/train"),
+        ({"--input": lines}, "in.jsonl:1: no text under the key 'text': there are body"),
+        ({"--input": empty}, "empty.txt: empty, left out"),
         ({"--tokenizer": text}, "is no WordPiece vocabulary"),
         ({"--tokenizer": broken}, "not a tokenizer.json"),
         ({"--backend": "gigatoken", "--tokenizer": broken}, "not a tokenizer.json"),
         ({"--eod": "<end>"}, "has no token '<end>': name its end-of-document token by --eod, of ['<|endoftext|>']"),
         ({"--validation-output": tmp_path / "set"}, "are the same folder"),
         ({"--validation-output": tmp_path / "v", "--validation-share": 1.5}, "between 0 and 1"),
-        ({"--validation-output": tmp_path / "v", "--validation-share": 1e-9}, "or too little"),
+        (
+            {"--validation-output": tmp_path / "v", "--validation-share": 1e-9},
+            "none of them fell to this",
+        ),
         ({"--workers": 0}, "must be at least 1"),
         ({"--output": tmp_path}, "is not a data set"),
     ]
