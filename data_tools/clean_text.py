@@ -5,9 +5,12 @@ stays. Says for every rule how many documents and bytes it took. docs/data_forma
 """
 
 import argparse
+import bz2
 import collections
 import functools
 import gzip
+import hashlib
+import heapq
 import json
 import lzma
 import os
@@ -25,6 +28,7 @@ from megatrain.data.chunks import CHUNK_BYTES
 from megatrain.data.console import add_input_options, print_problems, reader_of, run_tool, sources_of
 from megatrain.data.documents import Document
 from megatrain.data.errors import DataError
+from megatrain.data.inputs import COMPRESSED, plain
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.data.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
 from megatrain.disk.durable import fsync_folder, write_durably
@@ -43,12 +47,48 @@ class Judged(NamedTuple):
     signature: NDArray[np.uint32] | None
 
 
+class Samples:
+    """Some documents of each rule, drawn by the hash of their text, so that another run draws the same.
+
+    Args:
+        per_rule: how many to keep; all of them are in memory.
+    """
+
+    def __init__(self, per_rule: int):
+        self._per_rule = per_rule
+        self._kept: dict[str, list[tuple[int, str, str]]] = {}
+
+    def add(self, rule: str, document: Judged) -> None:
+        """Takes a document that ``rule`` took."""
+        kept = self._kept.setdefault(rule, [])
+        number = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest())
+        heapq.heappush(kept, (-number, document.origin, document.text))
+        if len(kept) > self._per_rule:
+            heapq.heappop(kept)  # the largest hash
+
+    def lines(self) -> bytes:
+        """JSON lines with "rule", "origin" and "text"."""
+        records = [
+            {"rule": rule, "origin": origin, "text": text}
+            for rule, kept in sorted(self._kept.items())
+            for _, origin, text in sorted(kept, reverse=True)
+        ]
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_options(parser)
-    parser.add_argument("--output", type=Path, required=True, help="a .jsonl file, also as .jsonl.gz or .jsonl.xz")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="a .jsonl file, also as .jsonl.gz, .bz2, .zst or .xz",
+    )
     parser.add_argument("--report", type=Path, help="a .json file for the counts")
+    parser.add_argument("--samples", type=Path, help="a .jsonl file for samples of what each rule took")
+    parser.add_argument("--samples-per-rule", type=int, default=20, help="documents (default: %(default)s)")
     parser.add_argument(
         "--normalize", choices=["NFC", "NFKC", "none"], default="NFC", help="Unicode form (default: %(default)s)"
     )
@@ -76,8 +116,11 @@ def clean(arguments: argparse.Namespace) -> None:
         DataError: bad input or options.
         FileExistsError: another file in the way.
     """
-    for place in filter(None, (arguments.output, arguments.report)):
+    for place in filter(None, (arguments.output, arguments.report, arguments.samples)):
         require_place(place, arguments.overwrite)
+    if plain(arguments.output).suffix.lower() not in (".jsonl", ".ndjson"):
+        endings = ", ".join(f".jsonl{ending}" for ending in ("", *COMPRESSED))
+        raise DataError(f"--output is {arguments.output}: it holds JSON lines, so it must end in one of {endings}")
     if not 0 < arguments.threshold <= 1 or arguments.workers < 1:
         raise DataError("--threshold must be above 0 and at most 1, --workers at least 1")
     reader = reader_of(arguments)
@@ -87,6 +130,7 @@ def clean(arguments: argparse.Namespace) -> None:
     )
     counts: collections.Counter[str] = collections.Counter()
     num_bytes: collections.Counter[str] = collections.Counter()
+    samples = Samples(arguments.samples_per_rule if arguments.samples else 0)
     seen = _duplicates(arguments)
     partial = arguments.output.with_name(f".{arguments.output.name}.partial")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +147,14 @@ def clean(arguments: argparse.Namespace) -> None:
                     if fate == "kept":
                         record = {"text": document.text, "origin": document.origin}
                         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    else:
+                        samples.add(fate, document)
                 bar.update(sum(len(document.text) for document in batch))
     _give_name(partial, arguments.output)
     print_problems(reader.problems[:_PROBLEMS_SHOWN], len(reader.problems))
     _report(arguments, counts, num_bytes, len(reader.problems))
+    if arguments.samples:
+        write_durably(arguments.samples, samples.lines())
 
 
 def judge_batch(documents: Sequence[Document], form: Form, rules: Sequence[str], duplicates: str) -> list[Judged]:
@@ -159,9 +207,18 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _open(partial: Path, output: Path) -> IO[bytes]:
-    if output.suffix == ".gz":
+    ending = output.suffix.lower()
+    if ending == ".gz":
         return gzip.GzipFile(filename="", mode="wb", fileobj=open(partial, "wb"), mtime=0)  # type: ignore[return-value]
-    return lzma.open(partial, "wb") if output.suffix == ".xz" else open(partial, "wb")
+    if ending == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(missing("zstandard", f"writing {output}", error)) from error
+        return zstandard.open(partial, "wb")  # type: ignore[no-any-return]
+    if ending == ".bz2":
+        return bz2.open(partial, "wb")
+    return lzma.open(partial, "wb") if ending == ".xz" else open(partial, "wb")
 
 
 def _give_name(partial: Path, output: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.console import lineage_of, run_tool
+from megatrain.data.console import lineage_of, print_left_out, run_tool
 from megatrain.data.encode import Encoder
 from megatrain.data.errors import DataError
 from megatrain.data.inputs import Source, digest_of_all, digest_sources
@@ -47,6 +47,9 @@ def import_all(arguments: argparse.Namespace) -> None:
     if not arguments.overwrite:
         require_free(output / MANIFEST, "choose another --output, or replace it by --overwrite")
     stems = _stems(arguments.input)
+    taken = {stem.with_name(f"{stem.name}.{suffix}") for stem in stems for suffix in ("bin", "idx")}
+    others = [path for folder in arguments.input for path in folder.rglob("*") if path.is_file() and path not in taken]
+    print_left_out(others, "neither .idx nor its .bin, or deeper inside")
     tokenizer_json = load_tokenizer(arguments.tokenizer)
     encoder = Encoder(tokenizer_json, arguments.eod)
     files = [Source(stem.with_name(f"{stem.name}.{suffix}"), "table") for stem in stems for suffix in ("bin", "idx")]

@@ -57,6 +57,13 @@ def show(arguments: argparse.Namespace) -> None:
 
 def opened(run: Path) -> TrainingData:
     """The training data of a run, as its latest start read it."""
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "is not there"
+        place = "" if run.is_absolute() else f" (looked for from {Path.cwd()})"
+        raise DataError(f"--run {run} {what}{place}: name the folder of a run, as runs/quickstart")
+    for name in ("config.yaml", "data.json"):
+        if not (run / name).is_file():
+            raise DataError(f"{run} is not the folder of a run: it has no {name}, which a run writes at its start")
     try:
         config = from_yaml((run / "config.yaml").read_text(encoding="utf-8"))
         saved = json.loads((run / "data.json").read_text(encoding="utf-8"))
@@ -71,8 +78,12 @@ def batch_lines(data: TrainingData, step: int, rank: int) -> Iterator[str]:
     """The sequences of a rank at a step, each below a line that says where it comes from."""
     parallel = data.config.parallel
     world_size = parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
-    if step < 1 or not 0 <= rank < world_size:
-        raise DataError(f"step {step} of rank {rank}: steps count from 1, and the run has ranks 0 to {world_size - 1}")
+    last = data.config.train.steps
+    if not 1 <= step <= last or not 0 <= rank < world_size:
+        raise DataError(
+            f"step {step} of rank {rank}: steps count from 1, and the run has {last} of them and ranks 0 to "
+            f"{world_size - 1}"
+        )
     dp_rank = data_parallel_rank(parallel, rank)
     yield f"step {step}, rank {rank} (data-parallel rank {dp_rank} of {parallel.dp})"
     batch = data.loader(dp_rank, parallel.dp or 1).batch(step - 1)

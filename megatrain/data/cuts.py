@@ -14,7 +14,6 @@ encoding it after the one character that stands before it, and leaving that one'
 import functools
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ _CHECKED = 200  # characters on each side of a cut that are encoded, cut and who
 _SPACES = " \t\r\n"
 # Joins letters into one word in some pre-tokenizers; "_" is left out by its category.
 _APOSTROPHES = "'’＇"
+_LAST_PUNCTUATION = 0x20000  # the planes above it hold none (Unicode 16)
 _DOT_REPH = "\u0d4e"  # the one letter below U+10000 that Unicode joins with whatever follows
 
 _LOCAL_NORMALIZERS = {
@@ -44,7 +44,7 @@ def _places() -> re.Pattern[str]:
     """Matches the character after a possible cut."""
     punctuation = "".join(
         letter
-        for letter in map(chr, range(sys.maxunicode + 1))
+        for letter in map(chr, range(_LAST_PUNCTUATION))
         if unicodedata.category(letter) in ("Po", "Ps", "Pe", "Pd", "Pi", "Pf") and letter not in _APOSTROPHES
     )
     return re.compile(rf"(?<=[^\W_])[{_SPACES}{re.escape(punctuation)}]")

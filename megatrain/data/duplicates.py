@@ -7,6 +7,8 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
+from megatrain.data.words import words_of
+
 NUM_PERMUTATIONS = 128
 _SHINGLE_WORDS = 5
 _SCHEME = "affine32"  # datasketch's name of its permutations
@@ -18,8 +20,8 @@ def exact_key(text: str) -> bytes:
 
 
 def signature(text: str) -> NDArray[np.uint32]:
-    """The MinHash [permutations] of a text's runs of five words, lower case."""
-    words = text.lower().split()
+    """The MinHash [permutations] of a text's runs of five words, lower case; letters where a script has no spaces."""
+    words = words_of(text.lower())
     num_shingles = max(1, len(words) - _SHINGLE_WORDS + 1)
     shingles = {" ".join(words[at : at + _SHINGLE_WORDS]).encode() for at in range(num_shingles)}
     made = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=_SCHEME)

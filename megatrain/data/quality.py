@@ -1,8 +1,8 @@
 """Rules that tell prose from what only looks like text, and the normalisation of its letters.
 
 The rules are those of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1) with its thresholds, but for the
-length, which is by characters so that short documents in any script can stay. They count words by spaces: for text
-in scripts without them, leave out the rules of words.
+length, which is by characters so that short documents in any script can stay. Where a script has no spaces, each of its
+letters counts as a word, and the length of words is that of the others.
 """
 
 import re
@@ -12,11 +12,15 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
+from megatrain.data.words import is_unspaced, num_letters, words_of
+
 Form = Literal["NFC", "NFKC", "none"]
 
 _BULLETS = ("-", "*", "•", "‣", "◦", "●", "·")
 _ELLIPSES = ("...", "…")
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+# what ends a line or a page (Unicode 16, section 5.8), and the information separators
+_LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # control characters but tab and newline, and marks that show nothing
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 
@@ -26,7 +30,7 @@ def normalize(text: str, form: Form = "NFC") -> str:
     of line, and no more than two ends of line together."""
     if form != "none":
         text = unicodedata.normalize(form, text)
-    text = _INVISIBLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _INVISIBLE.sub("", _LINE_END.sub("\n", text).replace("\x1f", " "))
     text = re.sub(r"[ \t]+\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
@@ -40,7 +44,10 @@ def _too_many_words(text: str, words: Sequence[str], lines: Sequence[str]) -> bo
 
 
 def _word_length(text: str, words: Sequence[str], lines: Sequence[str]) -> bool:
-    return not 3 <= sum(map(len, words)) / len(words) <= 10
+    spaced = [word for word in words if not is_unspaced(word)]
+    if 2 * len(spaced) < len(words):
+        return False
+    return not 3 <= sum(map(num_letters, spaced)) / len(spaced) <= 10
 
 
 def _symbols(text: str, words: Sequence[str], lines: Sequence[str]) -> bool:
@@ -93,7 +100,7 @@ DEFAULT_RULES = tuple(name for name in RULES if name != "stop-words")
 
 def broken_rule(text: str, rules: Sequence[str]) -> str | None:
     """The first of ``rules`` that a document breaks; "empty" where it has no word."""
-    words = text.split()
+    words = words_of(text)
     if not words:
         return "empty"
     lines = [line for line in text.split("\n") if line.strip()]

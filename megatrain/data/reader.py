@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatrain.data.errors import DataError
 from megatrain.data.format import Index, read_index
+from megatrain.data.inputs import DEFAULT_SUFFIXES, plain, summary
 from megatrain.data.manifest import MANIFEST, TOKENIZER, Manifest, Shard, digest_of
 from megatrain.data.shards import TokenFile, allow_open_files, bytes_of
 
@@ -56,7 +57,7 @@ class TokenDataset:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise DataError(f"no data set at {folder}: no such folder. data_tools/tokenize_text.py makes one")
+            raise DataError(_no_folder(folder))
         if not (folder / MANIFEST).is_file():
             return cls(folder, _megatron_shards(folder), None, vocab_size)
         manifest = Manifest.read(folder)
@@ -256,9 +257,28 @@ def _open_shard(stem: Path, listed: Shard | None = None, dtype: str | None = Non
     return files
 
 
+def _no_folder(path: Path) -> str:
+    """What to say where a data set is no folder."""
+    if path.exists():
+        return f"{path} is a file, not a data set, which is a folder of token shards. {_how_to_make(path)}"
+    place = "" if path.is_absolute() else f" (looked for from {Path.cwd()})"
+    return f"no data set at {path}: no such folder{place}. data_tools/tokenize_text.py makes one"
+
+
+def _how_to_make(path: Path) -> str:
+    command = f"python data_tools/tokenize_text.py --input {path} --tokenizer TOKENIZER --output FOLDER"
+    return f"Make one by {command}, and name that FOLDER"
+
+
 def _megatron_shards(folder: Path) -> list[_ShardFiles]:
     stems = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
     if not stems:
+        texts = [path for path in folder.rglob("*") if plain(path).suffix.lower() in DEFAULT_SUFFIXES]
+        if texts:
+            raise DataError(
+                f"{folder} holds {summary(texts)}, not a data set, which is a folder of token shards. "
+                f"{_how_to_make(folder)}"
+            )
         raise DataError(
             f"no data set at {folder}: neither {MANIFEST} nor .bin/.idx files. An interrupted data_tools/"
             "tokenize_text.py leaves none: run it again"

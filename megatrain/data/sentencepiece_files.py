@@ -75,7 +75,8 @@ def _compare(path: Path, theirs: Any, ours: Tokenizer, symbols: Sequence[str]) -
         if found != wanted:
             cure = "take the tokenizer.json that its publisher gives"
             if symbols:
-                cure = f"train it without its user-defined symbols ({', '.join(symbols[:5])}, …), or {cure}"
+                named = ", ".join(symbols[:5]) + ", …" * (len(symbols) > 5)
+                cure = f"train it without its user-defined symbols ({named}), or {cure}"
             raise DataError(
                 f"{path}: no tokenizer.json does what this model does. sentencepiece encodes {text!r} as {wanted}, "
                 f"the tokenizer.json as {found}: {cure}"

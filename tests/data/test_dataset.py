@@ -105,10 +105,24 @@ def test_a_wrong_manifest_is_refused(tmp_path, change, message):
 
 
 def test_no_data_set(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    made = r"Make one by python data_tools/tokenize_text.py --input {} --tokenizer TOKENIZER --output FOLDER"
+    for path, message in (
+        (tmp_path / "texts", r"texts holds 1 \*.txt, not a data set, .*" + made.format(tmp_path / "texts")),
+        (
+            tmp_path / "texts" / "a.txt",
+            "a.txt is a file, not a data set, .*" + made.format(tmp_path / "texts" / "a.txt"),
+        ),
+        (Path("data/elsewhere"), rf"no such folder \(looked for from {Path.cwd()}\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            TokenDataset.open(path)
     with pytest.raises(DataError, match="no such folder"):
         TokenDataset.open(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"neither manifest.json nor .bin/.idx files"):
-        TokenDataset.open(tmp_path)
+        TokenDataset.open(tmp_path / "nothing")
 
 
 def test_an_index_of_something_else_is_refused(tmp_path):

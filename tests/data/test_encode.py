@@ -66,6 +66,20 @@ def test_a_sentencepiece_model_gives_its_own_tokens(tmp_path):
         spelled = ids_of(ours, TEXTS[-1])  # cut where a control token's name begins, which SentencePiece need not do
         assert not [number for number in set(spelled) if theirs.is_control(number) or theirs.is_unknown(number)]
         assert theirs.decode(spelled).replace("  ", " ") == TEXTS[-1]
+    for options, message in (
+        ({"treat_whitespace_as_suffix": True}, r"spaces at the ends of words \(treat_whitespace_as_suffix\)"),
+        ({"user_defined_symbols": ["<sep>", "fox"]}, r"sentencepiece encodes .* as .*symbols \(<sep>, fox\)"),
+    ):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "in.txt"),
+            model_prefix=str(tmp_path / "other"),
+            model_type="bpe",
+            vocab_size=140,
+            minloglevel=2,
+            **options,
+        )
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(tmp_path / "other.model")
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         (tmp_path / "bpe.model").write_bytes(b"\nnonsense")
         load_tokenizer(tmp_path / "bpe.model")

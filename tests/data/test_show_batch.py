@@ -80,7 +80,9 @@ def test_it_tells_who_read_a_document(run, capsys):
 def test_what_is_not_there_is_one_message(run, capsys, tmp_path):
     folder, *_ = run
     for arguments, message in (
-        (["--run", str(tmp_path), "--step", "1"], "is not the folder of a run"),
+        (["--run", str(tmp_path), "--step", "1"], "is not the folder of a run: it has no config.yaml"),
+        (["--run", "nowhere", "--step", "1"], "--run nowhere is not there (looked for from "),
+        (["--run", str(folder), "--step", "13"], "steps count from 1, and the run has 12 of them"),
         (["--run", str(folder), "--step", "0"], "steps count from 1"),
         (["--run", str(folder), "--step", "1", "--rank", "4"], "ranks 0 to 3"),
         (["--run", str(folder), "--document", "odd:999"], "no document odd:999: there are even:0 to 59, odd:0 to 59"),
