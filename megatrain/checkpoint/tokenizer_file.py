@@ -1,7 +1,7 @@
 """The tokenizer that a checkpoint carries, so that its folder alone tells what its token ids mean.
 
 step-00001000/tokenizer.json   as the data set holds it
-manifest.json                  state.tokenizer: its SHA-256 and the end-of-document id
+manifest.json                  state.tokenizer: its SHA-256, the end-of-document id, the token that begins documents
 """
 
 import hashlib
@@ -22,10 +22,11 @@ MAX_BYTES = 2**26
 
 @dataclass(frozen=True)
 class CarriedTokenizer:
-    """``content``: of the tokenizer.json; ``eod_id``: ends documents, None where nobody says so."""
+    """``content``: of the tokenizer.json; ``eod_id`` ends documents, None where nobody says so; ``bos`` begins them."""
 
     content: bytes
     eod_id: int | None
+    bos: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -34,7 +35,7 @@ class CarriedTokenizer:
 
     def state(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        return {"sha256": self.sha256, "eod_id": self.eod_id}
+        return {"sha256": self.sha256, "eod_id": self.eod_id, "bos": self.bos}
 
     def write(self, folder: Path) -> None:
         """Writes the file into the folder of a checkpoint that is being saved.
@@ -47,7 +48,7 @@ class CarriedTokenizer:
 
 
 def tokenizer_to_carry(
-    path: Path | None, sha256: str | None, eod_id: int | None
+    path: Path | None, sha256: str | None, eod_id: int | None, bos: str | None = None
 ) -> tuple[CarriedTokenizer | None, str]:
     """(what checkpoints will carry, or else why they carry none).
 
@@ -63,7 +64,7 @@ def tokenizer_to_carry(
         content = path.read_bytes()
     except OSError as error:
         return None, f"{path} can't be read: {error.strerror}"
-    found = CarriedTokenizer(content, eod_id)
+    found = CarriedTokenizer(content, eod_id, bos)
     if sha256 is not None and found.sha256 != sha256:
         return None, f"{path} is not the one that the data set was written with"
     return found, ""
@@ -79,14 +80,15 @@ def tokenizer_of(reader: CheckpointReader) -> CarriedTokenizer | None:
     if said is None:
         return None
     path = f"{reader.path}/{NAME}"
-    if not isinstance(said, dict) or not isinstance(said.get("eod_id"), int | None):
+    known = isinstance(said, dict) and isinstance(said.get("eod_id"), int | None)
+    if not known or not isinstance(said.get("bos"), str | None):
         raise CheckpointError(
             f"{reader.path}: the manifest's state.tokenizer is {said!r:.100}, which is no tokenizer's"
         )
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} is missing, which belongs to the checkpoint: copy its folder again")
     with explained(f"read {path}"):
-        found = CarriedTokenizer(Tree(reader.path).content(NAME, MAX_BYTES), said.get("eod_id"))
+        found = CarriedTokenizer(Tree(reader.path).content(NAME, MAX_BYTES), said.get("eod_id"), said.get("bos"))
     if found.sha256 != said.get("sha256"):
         raise CheckpointError(f"{path} is damaged: it is not what was saved here")
     return found

@@ -74,14 +74,15 @@ class TrainingData:
         manifests = {name: self.datasets[name].manifest for name in self.names}
         return {name: manifest.tokenizer_sha256 if manifest else None for name, manifest in manifests.items()}
 
-    def tokenizer_file(self) -> tuple[Path | None, str | None, int | None]:
-        """(path of the tokenizer.json, its SHA-256, end-of-document id) of all sources, as far as they name them."""
+    def tokenizer_file(self) -> tuple[Path | None, str | None, int | None, str | None]:
+        """(path of the tokenizer.json, its SHA-256, the id that ends documents, the token that begins them) of all
+        sources, as far as they name them."""
         first = next((one for one in self.datasets.values() if one.manifest is not None), None)
         given = self.config.data.tokenizer
         if first is None or first.manifest is None:
-            return (None if given is None else Path(given)), None, None
+            return (None if given is None else Path(given)), None, None, None
         path = first.tokenizer_path if given is None else Path(given)
-        return path, first.manifest.tokenizer_sha256, first.eod_id
+        return path, first.manifest.tokenizer_sha256, first.eod_id, first.manifest.made_from.get("bos")
 
     def state(self, step: int) -> dict[str, Any]:
         """What ``resume`` needs to go on after ``step`` steps; plain JSON."""

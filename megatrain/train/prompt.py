@@ -41,7 +41,7 @@ class Speech:
             raise CheckpointError(f"the tokenizer of {reader.path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a document that begins so; an empty one begins behind the end of another.
+        """Token ids of a document that begins so; an empty one begins as all do, or else behind the end of another.
 
         Raises:
             CheckpointError: the text is none, or nobody knows how documents end.
@@ -51,8 +51,9 @@ class Speech:
         except UnicodeEncodeError as error:
             raise CheckpointError(f"--prompt is not text in UTF-8: {error}") from error
         (ids,) = self.encoder.encode([text])
-        if len(ids):
-            return [int(number) for number in ids]
+        begin = [] if self.encoder.bos_id is None else [self.encoder.bos_id]
+        if len(ids) or begin:
+            return [*begin, *(int(number) for number in ids)]
         if self.eod_id is None:
             raise CheckpointError(
                 f"--prompt {text!r} is no tokens, and what ends documents is not known: give some text to go on with"
@@ -68,7 +69,7 @@ class Speech:
 
 def _given(reader: CheckpointReader, path: Path, carried: CarriedTokenizer | None) -> CarriedTokenizer:
     try:
-        found = CarriedTokenizer(load_tokenizer(path), carried.eod_id if carried else None)
+        found = CarriedTokenizer(load_tokenizer(path), *((carried.eod_id, carried.bos) if carried else (None, None)))
     except DataError as error:
         raise CheckpointError(f"--tokenizer {path}: {error}") from error
     except OSError as error:
@@ -95,11 +96,11 @@ def _encoder(found: CarriedTokenizer) -> Encoder:
     from tokenizers import Tokenizer
 
     if found.eod_id is None:
-        return Encoder(found.content)
+        return Encoder(found.content, bos=found.bos)
     try:
         eod = Tokenizer.from_buffer(found.content).id_to_token(found.eod_id)
     except Exception as error:  # the library raises this class itself
         raise DataError(f"not a tokenizer.json: {error}") from error
     if eod is None:
         raise DataError(f"it has no token {found.eod_id}, which ends documents")
-    return Encoder(found.content, eod)
+    return Encoder(found.content, eod, bos=found.bos)
