@@ -7,17 +7,34 @@
 
 set -euo pipefail
 
-# The first Python on PATH that setup.py's python_requires allows.
+# The interpreter that PYTHON names; else the first on PATH that setup.py's python_requires allows.
 find_python() {
-    local python
-    for python in "${PYTHON:-python3}" python3.12 python3.11; do
-        if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+    local python version found="" candidates=(python3 python3.13 python3.12 python3.11)
+    [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
+    for python in "${candidates[@]}"; do
+        version="$(version_of "$python")" || continue
+        case "$version" in
+        3.11 | 3.12 | 3.13)
             echo "$python"
             return
-        fi
+            ;;
+        esac
+        found+="; $python is Python $version"
     done
-    echo "megatrain needs Python 3.11 or 3.12, and found none on PATH (PYTHON=/path/to/python names one)" >&2
-    return 1
+    if [[ -n "${PYTHON:-}" ]]; then
+        found="PYTHON=$PYTHON can't be taken: ${found#*is }"
+        [[ "$found" != *": " ]] || found+="no such program runs here"
+        found+=". "
+    else
+        found="found none on PATH$found. "
+    fi
+    echo "megatrain needs Python 3.11, 3.12 or 3.13: ${found}PYTHON=/path/to/python names one" \
+        "(for 3.14, megatron-core has no wheel yet)" >&2
+    return 2
+}
+
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
 # Changes whenever the environment must be installed anew.
@@ -34,6 +51,11 @@ install_megatrain() {
     wanted="$(fingerprint "$root" "$python")"
     if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
         return
+    fi
+    if [[ -x "$venv/bin/python" && "$(version_of "$venv/bin/python")" != "$(version_of "$python")" ]]; then
+        echo "$venv is an environment of Python $(version_of "$venv/bin/python"), and $python is" \
+            "$(version_of "$python"): delete that folder, or name another by MEGATRAIN_VENV" >&2
+        return 2
     fi
     echo "Installing megatrain into $venv ..."
     rm -f "$stamp"

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError
 from megatrain.config.schema import RunConfig
+from megatrain.engine.place import let_idle_threads_sleep
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +57,7 @@ def layout_config(files: list[Path], overrides: list[str], layout: str) -> RunCo
 
 def report(ours: RunConfig, reference: RunConfig, everything: bool) -> int:
     """Runs both, prints what differs; returns the exit code."""
+    let_idle_threads_sleep()
     from megatrain.train.parity_run import compare_layouts  # imports torch: after the config's mistakes
 
     result = compare_layouts(ours, reference)

@@ -23,7 +23,8 @@ from megatrain.config.problems import ConfigError
 from megatrain.config.rules import check_ready_to_train
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
-from megatrain.train.environment import rank_from_environment, world_size_from_environment
+from megatrain.engine.errors import LauncherError
+from megatrain.engine.place import let_idle_threads_sleep, place_from_environment, require_address
 from megatrain.train.errors import EXPECTED, STOPPED, exit_code
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = resolved_config(options.config, overrides, options.print_config)
         if config is not None:
+            let_idle_threads_sleep()
             gc.disable()  # looks through all that the imports make, again and again: a fifth of the start
             from megatrain.train.run import run  # imports torch: after the config's mistakes
 
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
         if options.debug:
             traceback.print_exc()
         else:
-            report(error, rank_from_environment())
+            report(error, 0 if isinstance(error, LauncherError) else place_from_environment().rank)
         return exit_code(error)
     except (SystemExit, KeyboardInterrupt) as stop:  # a signal's second time
         leave_at_once(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
@@ -80,15 +82,16 @@ def report(error: Exception, rank: int) -> None:
 
 def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> RunConfig | None:
     """The config of the run for the ranks that were started, or None when it was only to be shown."""
-    world_size = world_size_from_environment()
-    resolved = load_config(files, overrides, world_size).with_derived(world_size)
-    if rank_from_environment() == 0:
+    place = place_from_environment()
+    resolved = load_config(files, overrides, place.world_size).with_derived(place.world_size)
+    if place.rank == 0:
         for note in resolved.notes:
             print(f"# {note}" if print_only else f"NOTE: {note}", flush=True)
     if print_only:
-        if rank_from_environment() == 0:
+        if place.rank == 0:
             print(format_config(resolved), end="")
         return None
+    require_address(place)
     problems = check_ready_to_train(resolved.config)
     if problems:
         raise ConfigError(resolved.with_origins(problems))

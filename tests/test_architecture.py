@@ -25,7 +25,7 @@ CONTRACT: dict[str, dict[str, set[str] | None]] = {
     "train": dict.fromkeys(
         ("config", "disk", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan"), ALL
     ),
-    "launch": dict.fromkeys(("train", "plan", "checkpoint", "config", "disk"), ALL),
+    "launch": {**dict.fromkeys(("train", "plan", "checkpoint", "config", "disk"), ALL), "engine": {"place", "errors"}},
     "data_tools": dict.fromkeys(("data", "config", "disk"), ALL),
     "benchmarks": dict.fromkeys(
         ("config", "parallel", "models", "data", "optim", "engine", "checkpoint", "plan", "train"), ALL

@@ -11,3 +11,7 @@ class NonFiniteError(RuntimeError):
 
 class OperatorLockError(RuntimeError):
     """A lock says that an operator of DeepSpeed is being compiled, and nobody seems to do it."""
+
+
+class LauncherError(RuntimeError):
+    """The launcher's variables in the environment don't say where this rank is, or the ranks can't meet there."""

@@ -3,11 +3,12 @@
 from megatrain.checkpoint.errors import CheckpointError, StorageError
 from megatrain.config.problems import ConfigError
 from megatrain.data.errors import DataError
-from megatrain.engine.errors import LossScaleError, NonFiniteError, OperatorLockError
+from megatrain.engine.errors import LauncherError, LossScaleError, NonFiniteError, OperatorLockError
 from megatrain.train.run_folder import RunFolderError
 
 EXPECTED = (
     ConfigError,
+    LauncherError,
     DataError,
     CheckpointError,
     RunFolderError,

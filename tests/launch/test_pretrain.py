@@ -148,7 +148,8 @@ def test_damaged_data_gets_one_message_from_one_rank(
 
 
 def test_a_rank_alone_with_a_mistake_says_where(arguments: list[str]) -> None:
-    result = alone(*arguments, "--data.train", "nowhere", RANK="1", WORLD_SIZE="2")
+    lonely = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    result = alone(*arguments, "--data.train", "nowhere", **lonely)
     assert result.returncode == 2
     assert f"error: rank 1 on {socket.gethostname()}: no data set at nowhere" in result.stderr
 
