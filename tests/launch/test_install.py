@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[2]
 # answers as an interpreter of another version, and makes no environments
 FAKE = """#!/bin/bash
