@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatrain.config.arguments import options_and_overrides
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError
 from megatrain.config.schema import RunConfig
@@ -28,16 +29,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--against", default="tp=1", metavar="FIELD=VALUE,…", help="the layout to trust")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     parser.add_argument("--all", action="store_true", help="print all that differs, not only the first")
-    options, overrides = parser.parse_known_args(arguments)
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
+        options, overrides = options_and_overrides(parser, arguments)
         ours, reference = (
             layout_config(options.config, overrides, layout) for layout in (options.layout, options.against)
         )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return report(ours, reference, options.all)
 
 

@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatrain.config.arguments import options_and_overrides
 from megatrain.config.combine import read_features, refusals_of, shown
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError, Problem
@@ -31,10 +32,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
     parser.add_argument("--overwrite", action="store_true", help="replace an older picture")
     parser.add_argument("--compat", metavar="A=X,B=Y", help="whether these features go together, and why not")
-    options, overrides = parser.parse_known_args(arguments)
-    if options.schedule == (options.compat is not None):
-        parser.error("give one of --schedule and --compat")
     try:
+        options, overrides = options_and_overrides(parser, arguments)
+        if options.schedule == (options.compat is not None):
+            parser.error(
+                "give one of --schedule, which draws what the pipeline of a config does, and --compat A=X,B=Y, which "
+                "says whether features go together; `launch/pretrain.py --config … --print-config` shows a config"
+            )
+        if (options.png is not None and not options.schedule) or (options.overwrite and options.png is None):
+            parser.error("--png FILE goes with --schedule, and --overwrite with --png FILE")
         if options.compat is not None:
             return answer_compatibility(options.compat, overrides)
         if options.png is not None:

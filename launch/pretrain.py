@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatrain.config.arguments import options_and_overrides
 from megatrain.config.load import load_config
 from megatrain.config.problems import ConfigError
 from megatrain.config.rules import check_ready_to_train
@@ -39,8 +40,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="make one step and one evaluation, and write nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    options, overrides = parser.parse_known_args(arguments)
+    debug = "--debug" in arguments
     try:
+        options, overrides = options_and_overrides(parser, arguments)
         config = resolved_config(options.config, overrides, options.print_config)
         if config is not None:
             let_idle_threads_sleep()
@@ -51,7 +53,7 @@ def main(arguments: list[str]) -> int:
                 return STOPPED
         return 0
     except EXPECTED as error:
-        if options.debug:
+        if debug:
             traceback.print_exc()
         else:
             report(error, 0 if isinstance(error, LauncherError) else place_from_environment().rank)
@@ -92,7 +94,7 @@ def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -
             print(format_config(resolved), end="")
         return None
     require_address(place)
-    problems = check_ready_to_train(resolved.config)
+    problems = check_ready_to_train(resolved.config, bool(files))
     if problems:
         raise ConfigError(resolved.with_origins(problems))
     return resolved.config

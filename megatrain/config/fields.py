@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatrain.config.schema import RunConfig
+from megatrain.config.section import PATTERNS
 
 _KINDS = {
     "integer": "a whole number",
@@ -27,13 +28,16 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Field:
-    """A key that a user may set. ``allowed``: its values in words; ``kind``: the JSON schema's type."""
+    """A key that a user may set. ``allowed``: its values in words; ``kind``: the JSON schema's type; ``choices``: all
+    values, where they are a few; ``pattern``: of text that has one."""
 
     key: str
     kind: str
     allowed: str
     default: Any
     description: str
+    choices: tuple[Any, ...] = ()
+    pattern: str = ""
 
 
 @functools.cache
@@ -119,7 +123,8 @@ def _field(key: str, entry: dict[str, Any]) -> Field:
         words.append("null")
     main = next(kind for kind in kinds if kind.get("type") != "null")
     default = entry.get("default", [] if main["type"] == "array" else {})
-    return Field(key, main["type"], ", or ".join(words), default, entry["description"])
+    choices, pattern = tuple(main.get("enum", ())), main.get("pattern", "")
+    return Field(key, main["type"], ", or ".join(words), default, entry["description"], choices, pattern)
 
 
 def _allowed(entry: dict[str, Any]) -> str:
@@ -130,7 +135,7 @@ def _allowed(entry: dict[str, Any]) -> str:
     if entry["type"] == "object":
         return "a section of keys" if entry.get("additionalProperties") is True else "names, each with its value"
     if "pattern" in entry:
-        return f"text that matches `{entry['pattern']}`"
+        return PATTERNS[entry["pattern"]]
     bounds = [words.format(_short(entry[name])) for name, words in _BOUNDS.items() if name in entry]
     return ", ".join([_KINDS[entry["type"]], " and ".join(bounds)] if bounds else [_KINDS[entry["type"]]])
 

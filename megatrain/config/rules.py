@@ -152,14 +152,20 @@ def _of_ramp(rules: Iterable[Rule], config: RunConfig, world_size: int | None) -
                 yield replace(problem, key=f"train.ramp.{number}.{problem.key.rpartition('.')[2]}")
 
 
-def check_ready_to_train(config: RunConfig) -> list[Problem]:
-    """What a training run needs beyond a valid config; planning and printing do without."""
-    return list(_has_data(config))
+def check_ready_to_train(config: RunConfig, has_file: bool) -> list[Problem]:
+    """What a training run needs beyond a valid config; planning and printing do without.
+
+    Args:
+        has_file: a config file was given.
+    """
+    return list(_has_data(config, has_file))
 
 
-def _has_data(config: RunConfig) -> Iterator[Problem]:
+def _has_data(config: RunConfig, has_file: bool) -> Iterator[Problem]:
     if not config.data.train:
         cure = "make a data set with data_tools/tokenize_text.py and set data.train to its folder"
+        if not has_file:
+            cure = f"name the run's file by `--config FILE`: none was given; or {cure}"
         yield Problem("data.train", "", "names no data set to train on", "a folder", cure)
 
 

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatrain.config.schema_optimizer import OffloadConfig, OptimizerConfig, ScheduleConfig
-from megatrain.config.section import Natural, Positive, PositiveFloat, Probability, Section, Weight
+from megatrain.config.section import (
+    Name,
+    Natural,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Probability,
+    RunName,
+    Section,
+    Weight,
+)
 
 __all__ = ["OffloadConfig", "OptimizerConfig", "ScheduleConfig"]
 
@@ -202,13 +212,12 @@ def _validation_sets(value: Any) -> Any:
 
 
 SourceWeight = Annotated[str, BeforeValidator(_weight, json_schema_input_type=int | float | str)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class SourceConfig(Section):
     """One of several training data sets."""
 
-    path: str = Field(min_length=1, description="Folder of the data set.")
+    path: PathText = Field(min_length=1, description="Folder of the data set.")
     weight: SourceWeight = Field("1", description="Share of the samples, relative to the other sources: 3, 0.3 or 3/7.")
     max_epochs: PositiveFloat | None = Field(
         None, description="The source gives no more samples after so many epochs; the others take its share."
@@ -237,7 +246,7 @@ class DataConfig(Section):
         description="Folder of the training data set, or several, `NAME: folder` or `NAME: {path, weight, …}`.",
     )
     validation: Annotated[
-        dict[Name, str], BeforeValidator(_validation_sets, json_schema_input_type=str | dict[Name, str] | None)
+        dict[Name, PathText], BeforeValidator(_validation_sets, json_schema_input_type=str | dict[Name, str] | None)
     ] = Field(
         default_factory=dict,
         description="Folder of the validation data set, or several, `NAME: folder`, each evaluated for itself; "
@@ -264,7 +273,7 @@ class DataConfig(Section):
         description="Whether the first token of a document has a loss as the label of the end of the one before; "
         "default: only in concatenate. Not for whole documents, whose end never has a loss.",
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="tokenizer.json for generated samples; default: the one named in the data set's manifest."
     )
     seq_len: Positive = Field(256, description="Tokens S in a training sequence.")
@@ -350,7 +359,7 @@ class CheckpointConfig(Section):
         description="auto: go on from the newest whole checkpoint of the run folder. never: refuse one that has any. "
         "restart: set what is there aside and begin at step 0 (for the command line: each start would do it again).",
     )
-    load: str | None = Field(
+    load: PathText | None = Field(
         None, description="A checkpoint folder (step-…) of another run to start from when the run folder has none."
     )
     load_what: Literal["weights", "weights_and_optimizer", "all"] = Field(
@@ -364,8 +373,8 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """The whole file."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Name of the run.")
-    folder: str = Field("runs", description="Where run folders are made; this run's is folder/name.")
+    name: RunName = Field("run", description="Name of the run.")
+    folder: PathText = Field("runs", description="Where run folders are made; this run's is folder/name.")
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()

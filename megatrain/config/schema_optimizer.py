@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatrain.config.section import Natural, Positive, PositiveFloat, Probability, Section
+from megatrain.config.section import Natural, PathText, Positive, PositiveFloat, Probability, Section
 
 
 class OptimizerRule(Section):
@@ -55,7 +55,7 @@ class OffloadConfig(Section):
     parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where ZeRO 3's weights lie between their uses."
     )
-    nvme_path: str | None = Field(None, description="Folder on a local disk, for nvme.")
+    nvme_path: PathText | None = Field(None, description="Folder on a local disk, for nvme.")
 
 
 class ScheduleConfig(Section):

@@ -1,6 +1,7 @@
 """Where values come from: YAML files and overrides, read into trees that know their origin."""
 
 import errno
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatrain.config.yaml_text import Loader
 
 COMMAND_LINE = "command line"
 _MAX_BYTES = 2**22
+_ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")  # as other programs set a field
 _MAX_DEPTH = 16  # of mappings; an alias to an enclosing mapping has no end
 
 
@@ -93,6 +95,8 @@ def read_file(path: Path) -> Node:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         cure = "give the path of a file that is there, from the folder you are in"
+        if isinstance(error, FileNotFoundError) and _ASSIGNMENT.match(str(path)):
+            cure = f"a field is set by `--{path}`, after the config files"
         raise ConfigError(
             [Problem("config file", str(path), f"cannot be read: {reason}", "a YAML file", cure)]
         ) from None
@@ -123,6 +127,10 @@ def read_overrides(arguments: Sequence[str]) -> Node:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not key:
             cure = "write `--section.key value`, such as `--model.num_layers 4`"
+            if argument.endswith((".yaml", ".yml")):
+                cure = f"config files follow --config: write `--config {argument}`"
+            elif _ASSIGNMENT.match(argument):
+                cure = f"write `--{argument}`"
             message = "is neither an override nor the value of one"
             problems.append(Problem("argument", argument, message, "--section.key value", cure, COMMAND_LINE))
             continue

@@ -1,6 +1,9 @@
 """From a tree of values to a typed config, and from pydantic's errors to problems with a cure."""
 
 import difflib
+import re
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,6 +12,7 @@ from pydantic_core import ErrorDetails
 from megatrain.config.fields import Field, all_fields, all_sections, field_of, item_fields, nearest_keys
 from megatrain.config.problems import Problem
 from megatrain.config.schema import RunConfig
+from megatrain.config.section import PATTERNS
 from megatrain.config.source import Node
 from megatrain.config.yaml_text import one_line
 
@@ -21,7 +25,15 @@ _MESSAGES = {
     "string_pattern": "has characters that are not allowed",
     "string_too_short": "is empty",
     "missing": "is not set",
-    "value_error": "is not a weight",
+    "value_error": "is no weight",
+}
+_MOST = 2**63 - 1  # what torch, NumPy and files hold
+_WEIGHTS = "numbers of 0 or more, and fractions: 3, 0.3 or 3/7"
+# what others call a choice, in small letters, where its letters do not tell
+_MEANT = {
+    "precision.dtype": {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"},
+    "model.family": {"mistral": "llama", "gpt2": "gpt", "gpt-2": "gpt"},
+    "optimizer.name": {"adam": "adamw"},
 }
 
 
@@ -32,11 +44,17 @@ def validate(tree: Node) -> tuple[RunConfig, list[Problem], set[str]]:
     meant to be is unusable as well: its value is not what the user wanted.
     """
     values = _without_empty_sections(tree.plain())
+    problems, unusable = [], set()
+    for path, value in _huge_integers(values):
+        unusable.add(".".join(path))
+        cure = "write fewer digits"
+        text, allowed = "is too large", f"whole numbers from {-_MOST - 1} to {_MOST} (2^63 - 1)"
+        problems.append(Problem(".".join(path), value, text, allowed, cure, tree.origin_of(path)))
+        _remove(values, path)
     try:
-        return RunConfig.model_validate(values), [], set()
+        return RunConfig.model_validate(values), problems, unusable
     except ValidationError as error:
         details = error.errors(include_url=False)
-    problems, unusable = [], set()
     for detail in details:
         path = [str(part) for part in detail["loc"] if part != "[key]"]
         key = ".".join(path)
@@ -44,6 +62,8 @@ def validate(tree: Node) -> tuple[RunConfig, list[Problem], set[str]]:
         if detail["type"] == "extra_forbidden":
             problem = _unknown_key(key, detail["input"])
             unusable.update(nearest_keys(key, all_fields())[:1])
+        elif detail["loc"][-1] == "[key]":
+            problem = _wrong_name(detail)
         else:
             problem = _wrong_value(key, detail)
         problems.append(Problem(key, detail["input"], *problem, tree.origin_of(path)))
@@ -104,12 +124,42 @@ def _wrong_value(key: str, detail: ErrorDetails) -> tuple[str, str, str]:
         return "is a section and not a value", f"keys: {keys}", f"put `key: value` lines below `{key}:`"
     field = field_of(key)
     message = next((text for start, text in _MESSAGES.items() if kind.startswith(start)), "has the wrong type")
-    return message, field.allowed, _cure_of_value(field, value)
+    if kind == "value_error":
+        reason = str(detail["ctx"]["error"])
+        return f"{message}: it is {reason}", _WEIGHTS, f"set {key} to 0 (no samples) or more, such as 1"
+    return message, field.allowed, _cure_of_value(key, field, value)
 
 
-def _cure_of_value(field: Field, value: Any) -> str:
-    if field.allowed.startswith("one of "):
-        return f"choose {field.allowed}"
+def _wrong_name(detail: ErrorDetails) -> tuple[str, str, str]:
+    """(message, allowed, cure) of a key that is a name, such as that of a data set."""
+    pattern = detail["ctx"]["pattern"]
+    return "is a name with characters that are not allowed", PATTERNS[pattern], _cure_of_name(pattern, detail["input"])
+
+
+def _cure_of_name(pattern: str, value: str) -> str:
+    """The nearest name that is allowed: accents go, and what else is not allowed becomes a hyphen."""
+    letters = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+    allowed = "[^A-Za-z0-9._-]+" if "." in pattern else "[^A-Za-z0-9_-]+"
+    near = re.sub(allowed, "-", letters).strip("-.")
+    return f"write it as {near}" if re.fullmatch(pattern, near) else "write it in these characters, such as run-1"
+
+
+def _huge_integers(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], int]]:
+    """(path, value) of each whole number that 64 bits do not hold."""
+    if isinstance(values, dict | list):
+        for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
+            yield from _huge_integers(value, (*path, str(key)))
+    elif isinstance(values, int) and not -_MOST - 1 <= values <= _MOST:
+        yield list(path), values
+
+
+def _cure_of_value(key: str, field: Field, value: Any) -> str:
+    if field.choices:
+        word, choices = str(value).lower(), [str(choice) for choice in field.choices]
+        meant = _MEANT.get(key, {}).get(word) or next(iter(difflib.get_close_matches(word, choices, 1)), None)
+        return (f"did you mean {meant}? " if meant else "") + f"choose {field.allowed}"
+    if field.pattern and isinstance(value, str):
+        return _cure_of_name(field.pattern, value)
     if field.kind == "string" and value is not None and not isinstance(value, str | dict | list):
         return f'put it in quotes: "{one_line(value)}" (on a command line: \'"{one_line(value)}"\')'
     if field.kind == "boolean":
@@ -117,4 +167,4 @@ def _cure_of_value(field: Field, value: Any) -> str:
     if field.kind == "integer" and isinstance(value, float) and value.is_integer():
         return f"write it without point and exponent: {int(value)}"
     example = f", such as {one_line(field.default)}" if field.default not in (None, "", {}) else ""
-    return f"set {field.key} to {field.allowed}{example}"
+    return f"set {key} to {field.allowed}{example}"

@@ -39,6 +39,16 @@ def compiled_operators(config: RunConfig) -> list[str]:
     return names + (["async_io"] if "nvme" in places else [])
 
 
+def announce_compilations(config: RunConfig, say: Callable[[str], None] = print) -> None:
+    """Says which operators this host compiles now, as nothing else is heard of it for minutes."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    for name in compiled_operators(config):
+        folder = Path(_get_build_directory(name, False))
+        if not (folder / f"{name}.so").exists():
+            say(f"compiling DeepSpeed's operator {name} into {folder}: takes some minutes, once on this host")
+
+
 def free_lock(lock: Path, say: Callable[[str], None] = print, patience: float = _PATIENCE) -> None:
     """Removes ``lock`` if its owner is certainly gone: no process has it open, no other host or user made it.
 

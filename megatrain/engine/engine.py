@@ -13,7 +13,7 @@ from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.base_optimizer import build_base_optimizer
-from megatrain.engine.compiled_operators import free_locked_operators
+from megatrain.engine.compiled_operators import announce_compilations, free_locked_operators
 from megatrain.engine.cpu_fp16 import allow_fp16_on_cpus
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.experts import is_spread, mark_dense_copies, mark_experts
@@ -117,6 +117,8 @@ class Engine:
         else:
             mark_dense_copies((p for _, p in self.parameters), mesh)
         free_locked_operators(config)
+        if mesh.rank == 0:
+            announce_compilations(config)
         if config.precision.dtype == "fp16":
             allow_fp16_on_cpus()
         base = build_base_optimizer(self.parameters, config, mesh)

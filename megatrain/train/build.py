@@ -54,6 +54,8 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
         config.precision,
     )
     _require_rules_that_fit(config, parts)
+    if config.train.compile and mesh.rank == 0:
+        print("compiling the blocks (train.compile): the first step may take minutes", flush=True)
     for part in parts:
         apply_recompute(part, config.train)
         problem = compile_blocks(part) if config.train.compile else None
@@ -85,7 +87,8 @@ def _require_rules_that_fit(config: RunConfig, parts: Sequence[nn.Module]) -> No
 def _require_kernel(document_attention: str, device: torch.device) -> None:
     if document_attention in ("flex", "varlen") and device.type != "cuda":
         cure = "set it to per_document or dense"
-        problem = Problem("model.document_attention", document_attention, "trains on GPUs only", "dense", cure)
+        allowed = "on CPUs per_document or dense"
+        problem = Problem("model.document_attention", document_attention, "trains on GPUs only", allowed, cure)
         raise ConfigError([problem])
 
 

@@ -118,9 +118,9 @@ def test_bad_input_names_both_fields_and_what_is_allowed(overrides: str, first: 
 
 
 def test_a_run_without_data_is_valid_but_not_ready() -> None:
-    (problem,) = check_ready_to_train(RunConfig())
+    (problem,) = check_ready_to_train(RunConfig(), has_file=True)
     assert problem.key == "data.train" and "tokenize_text.py" in problem.cure
-    assert check_ready_to_train(RunConfig.model_validate({"data": {"train": "data/x"}})) == []
+    assert check_ready_to_train(RunConfig.model_validate({"data": {"train": "data/x"}}), has_file=False) == []
 
 
 class Watched:

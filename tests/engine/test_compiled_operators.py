@@ -9,7 +9,7 @@ import pytest
 
 from megatrain.config.load import load_config
 from megatrain.engine import compiled_operators
-from megatrain.engine.compiled_operators import free_lock, free_locked_operators
+from megatrain.engine.compiled_operators import announce_compilations, free_lock, free_locked_operators
 from megatrain.engine.errors import OperatorLockError
 
 # compiles like torch does: holds the baton, says so, and waits
@@ -64,3 +64,15 @@ def test_where_other_hosts_may_compile_an_old_lock_is_named(lock: Path, monkeypa
     with pytest.raises(OperatorLockError, match=r"cpu_adam/lock says .* 15 minutes, .* delete the file"):
         free_lock(lock)
     assert lock.exists(), "it may be another host's"
+
+
+def test_a_compilation_is_announced_once(lock: Path) -> None:
+    config = load_config([], ["--optimizer.name", "cpu_adamw", "--offload.optimizer", "cpu"], 1).config
+    (lock.parent.parent / "pin_memory" / "pin_memory.so").parent.mkdir(exist_ok=True)
+    (lock.parent.parent / "pin_memory" / "pin_memory.so").touch()
+    said: list[str] = []
+    announce_compilations(config, said.append)
+    assert len(said) == 1 and said[0].startswith(f"compiling DeepSpeed's operator cpu_adam into {lock.parent}")
+    (lock.parent / "cpu_adam.so").touch()
+    announce_compilations(config, said.append)
+    assert len(said) == 1

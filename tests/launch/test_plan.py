@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from launch.plan import main
+
 ROOT = Path(__file__).parents[2]
 PIPELINE = ["--parallel.pp", "2", "--train.global_batch_size", "4"]
 
@@ -42,3 +46,14 @@ def test_compatibility_is_told_with_the_exit_status() -> None:
     both = plan("--compat", "pp=2", "--parallel.pp", "2")
     assert both.returncode == 2 and "write features after --compat" in both.stderr
     assert "Traceback" not in unknown.stderr + both.stderr
+
+
+def test_what_is_not_asked_is_told_what_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--config", "configs/run/quickstart.yaml"], "give one of --schedule, which draws"),
+        (["--schedule", *PIPELINE, "--overwrite"], "--overwrite with --png FILE"),
+        (["--compat", "tp=2", "--png", "a.png"], "--png FILE goes with --schedule"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
