@@ -68,7 +68,7 @@ def test_weights(key: str, override: list[str]) -> None:
     assert problem.cure == f"set {key} to 0 (no samples) or more, such as 1"
 
 
-@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
 @pytest.mark.parametrize(
     ("key", "text"),
     [
