@@ -10,7 +10,7 @@ setup(
     packages=find_packages(include=["megatrain", "megatrain.*"]),
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "torch>=2.11,<2.16",
+        "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the last for Python 3.11,
         "pydantic>=2.7,<3",

@@ -160,7 +160,8 @@ def _mark(module: nn.Module, **partition_dims: int) -> nn.Module:
     """Marks split parameters the way megatron-core and DeepSpeed recognise them."""
     for name, dim in partition_dims.items():
         parameter = getattr(module, name)
-        if parameter is not None:
+        # from 0.18 on megatron-core has marked its own embeddings and linears, and refuses to mark them twice
+        if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return module
 

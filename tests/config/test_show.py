@@ -43,7 +43,9 @@ awkward = st.sampled_from(
 
 @settings(max_examples=200, deadline=None)
 @given(
-    folder=awkward | st.text(st.characters(exclude_categories=["Cs"])), lr=st.floats(1e-12, 1e12), steps=st.integers(1, 2**63 - 1)
+    folder=awkward | st.text(st.characters(exclude_categories=["Cs"])),
+    lr=st.floats(1e-12, 1e12),
+    steps=st.integers(1, 2**63 - 1),
 )
 def test_what_is_written_is_read_back(folder: str, lr: float, steps: int) -> None:
     values: dict[str, Any] = {"folder": folder, "optimizer": {"lr": lr}, "train": {"steps": steps}}
