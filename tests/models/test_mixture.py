@@ -114,6 +114,13 @@ def test_limited_groups() -> None:
     assert torch.equal(experts // 2, best[..., None].expand(-1, -1, 2))
 
 
+def test_limited_groups_hold_where_biases_make_scores_negative() -> None:
+    made = router(router_score="sigmoid", router_groups=3, router_groups_per_token=1)
+    made.state.bias_E = torch.full((E,), -3.0)
+    experts, _ = made.eval()(tokens())
+    assert torch.equal(experts[..., 0] // 2, experts[..., 1] // 2), "both of one group"
+
+
 def test_capacity_drops_what_comes_late_in_each_sequence() -> None:
     free, limited, x = router(), router(expert_capacity=0.75), tokens()
     capacity = math.ceil(0.75 * 2 * S / E)
