@@ -160,6 +160,9 @@ def test_a_weight_schedule_and_caps(sources):
     schedule = [{"from_sample": 240, "weights": {"a": 0, "c": 2}}]
     data = training_data(sources, weight_schedule=schedule)
     assert data.blend.counts(240)[0] == data.blend.counts(2400)[0] > 100
+    again = training_data(sources, weight_schedule=[*schedule, {"from_sample": 480, "weights": {"b": 5}}])
+    last = again.state(0)["plan"]["changes"][-1]
+    assert last == [480, {"a": "0", "b": "5", "c": "2"}], "what a change does not name stays as the one before left it"
     capped = {name: {**source, "max_epochs": 1.5} for name, source in sources.items()}
     data = training_data(capped)
     assert data.blend.num_samples == sum(int(1.5 * s.num_samples) for s in data.samples.values())

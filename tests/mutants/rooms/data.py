@@ -307,7 +307,7 @@ MUTANTS = [
     _m("blend", "cap is None or count < cap for cap", "cap is None or count <= cap for cap", "off by one", "blend"),
     _m("blend", "left = cap - segment.counts[source]", "left = cap", "dropped term", "blend"),
     # what a run reads
-    _m("training", 'f"{data.seed} {name} {dataset.digest}"', 'f"{name} {dataset.digest}"', "ignored seed", *_TRAIN),
+    _m("training", 'f"{data.seed} {name} {dataset.digest}"', 'f"{name} {dataset.digest}"', "ignored seed", "reference"),
     _m(
         "training",
         'f"{data.seed} {name} {dataset.digest}"',
