@@ -23,7 +23,7 @@ BASH_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README_COMMAND = re.compile(r"^    (bash .+)$", re.MULTILINE)
 OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|\.ci)/")
 INTERPRETERS = {"bash", "source", "python", "python3", "deepspeed", "torchrun"}
-SHELL = re.compile(r"[|<>;&$]")
+SHELL = re.compile(r"[|<>;&$*?]")  # what only a shell does for a program
 OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 
 # what a page prints and no test can run, with the reason; the names in it are checked all the same
