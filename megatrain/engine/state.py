@@ -101,7 +101,10 @@ def finish_import(engine: Engine) -> None:
     optimizer = engine.optimizer
     if engine.config.parallel.zero_stage < 3:
         optimizer.update_lp_params()
-    elif persistent := optimizer.persistent_parameters:  # small weights that ZeRO 3 keeps whole
+        return
+    # an evaluation may have left weights whole, which would go on to be used as they were
+    optimizer.parameter_offload.partition_all_parameters()
+    if persistent := optimizer.persistent_parameters:  # small weights that ZeRO 3 keeps whole
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 

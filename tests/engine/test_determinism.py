@@ -127,6 +127,7 @@ def digests(ranks_of_hosts: list[int], *arguments: str) -> list[str]:
         values = (rank, local_rank, local_size, len(places), port, rank + len(ranks_of_hosts))
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | dict(zip(names, map(str, values), strict=True))
         environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # these threads are more than there are cores
+        environment.pop("OMP_NUM_THREADS", None)  # it would be what decides
         command = [sys.executable, "-m", "tests.engine.determinism_run", *arguments]
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
