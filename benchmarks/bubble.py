@@ -4,7 +4,7 @@
 
 Each rank is a process; a stage sleeps for a forward, an input gradient and a weight gradient and computes next to
 nothing, so what is lost is the schedule's own. Theory is the time of the same actions with messages that take none
-(megatrain/plan/schedule.py); printed is what the measured step takes beyond it, as a share.
+(megatrain/plan/pipeline.py); printed is what the measured step takes beyond it, as a share.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatrain.config.schema import ParallelConfig
 from megatrain.config.stages import SCHEDULES, num_stages, own_stages
-from megatrain.plan.schedule import timeline
+from megatrain.plan.pipeline import timeline
 
 UNIT = 0.02  # seconds of each F, I and W, unless --unit says otherwise
 

@@ -32,9 +32,9 @@ from megatrain.checkpoint.load import load_checkpoint
 from megatrain.checkpoint.save import Saver
 from megatrain.config.load import load_config
 from megatrain.engine.engine import Engine
-from megatrain.engine.kinds import KINDS
 from megatrain.engine.start import start_distributed
 from megatrain.engine.state import finish_import, local_fragments
+from megatrain.spec.kinds import KINDS
 from megatrain.train.build import build_engine
 
 Tensors = dict[str, torch.Tensor]

@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.paired import describe_machine
-from megatrain.checkpoint.convert.families.llama import LLAMA
-from megatrain.checkpoint.convert.hf_config import config_from_model
-from megatrain.checkpoint.convert.huggingface import CONFIG
-from megatrain.checkpoint.convert.safetensors_files import SafetensorsWriter
-from megatrain.checkpoint.convert.table import their_shapes
 from megatrain.config.derive import block_parameters, num_parameters, resolve_model
 from megatrain.config.schema import ModelConfig
+from megatrain.convert.families.llama import LLAMA
+from megatrain.convert.huggingface.config import config_from_model
+from megatrain.convert.huggingface.model import CONFIG
+from megatrain.convert.huggingface.safetensors_files import SafetensorsWriter
+from megatrain.convert.table import their_shapes
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = "import torch; from transformers import LlamaForCausalLM; import megatrain.checkpoint.convert.run"
+IMPORTS = "import torch; from transformers import LlamaForCausalLM; import megatrain.convert.run"
 
 
 def make_model(folder: Path, layers: int, width: int, vocabulary: int) -> ModelConfig:

@@ -22,9 +22,9 @@ from awscrt.checksums import crc32c
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio
 from megatrain.config.schema import RunConfig
-from megatrain.data.format import BLOCK_SIZE, crc_bytes, index_bytes
-from megatrain.data.manifest import Manifest, Shard
-from megatrain.data.training import TrainingData
+from megatrain.data.feed.training import TrainingData
+from megatrain.data.shards.format import BLOCK_SIZE, crc_bytes, index_bytes
+from megatrain.data.shards.manifest import Manifest, Shard
 
 SEQ_LEN, BATCH, VOCAB_SIZE, EOD_ID = 2048, 8, 50_257, 0
 

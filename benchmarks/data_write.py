@@ -53,7 +53,7 @@ class Job(NamedTuple):
 def ours(job: Job, backend: str) -> int:
     """data_tools/tokenize_text.py as it is."""
     from data_tools import tokenize_text
-    from megatrain.data.manifest import Manifest
+    from megatrain.data.shards.manifest import Manifest
 
     words = ["--input", job.input, "--tokenizer", job.tokenizer, "--output", job.output]
     words += ["--workers", str(job.workers)] if job.workers else []

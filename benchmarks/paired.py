@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatrain.config.schema import RunConfig
-from megatrain.data.rows import Batch
+from megatrain.data.feed.rows import Batch
 
 
 def interleaved(

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from benchmarks.paired import describe_machine, median_ratio
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.writer import DatasetWriter
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE, SEQ_LEN = 4096, 128

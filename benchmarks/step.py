@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.paired import describe_machine, interleaved, median_ratio, random_batch
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
-from megatrain.data.rows import Batch
+from megatrain.data.feed.rows import Batch
 from megatrain.engine.start import start_distributed
 from megatrain.models.build import build_model
 from megatrain.train.build import build_engine

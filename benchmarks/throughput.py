@@ -22,8 +22,8 @@ from megatrain.config.derive import flops_per_token
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
 from megatrain.engine.start import start_distributed
+from megatrain.record.throughput import Hardware, peak_flops
 from megatrain.train.build import build_engine
-from megatrain.train.throughput import Hardware, peak_flops
 
 SEQ_LEN = 1024
 MODEL = ["--model.family=gpt", "--model.num_layers=12", "--model.hidden_size=768", "--model.num_heads=12"]

@@ -6,7 +6,7 @@
 
 ``--axes`` runs each axis alone on four processes of this machine; ``--worlds`` counts one rank of larger layouts, whose
 other ranks are not started; ``--peers`` counts torch, DeepSpeed and megatron-core by themselves. The second step is
-counted, as the first also agrees on shapes. Formulas: benchmarks/wire_formulas.py, docs/benchmarks.md.
+counted, as the first also agrees on shapes. Formulas: megatrain/plan/traffic.py, docs/benchmarks.md.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.paired import describe_machine, random_batch
 from benchmarks.traffic import Traffic, start_fake_world
-from benchmarks.wire_formulas import expected_bytes
 from benchmarks.wire_peers import PEERS, Peer
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
+from megatrain.plan.traffic import expected_bytes
 
 RANKS, MICRO_BATCHES = 4, 2
 CONTROL = 64 * 1024  # bytes of counts, norms and flags that a step may add to its formula

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.config.extras import missing
-from megatrain.data.chunks import CHUNK_BYTES
-from megatrain.data.console import add_input_options, print_problems, reader_of, run_tool, sources_of
-from megatrain.data.documents import Document
+from megatrain.data.corpus.chunks import CHUNK_BYTES
+from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, run_tool, sources_of
+from megatrain.data.corpus.documents import Document
+from megatrain.data.corpus.inputs import COMPRESSED, plain
+from megatrain.data.corpus.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import COMPRESSED, plain
 from megatrain.data.pool import num_cores, open_pool
-from megatrain.data.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
 from megatrain.disk.durable import fsync_folder, write_durably
 from megatrain.disk.target import require_place
 
@@ -165,7 +165,7 @@ def judge_batch(documents: Sequence[Document], form: Form, rules: Sequence[str],
         rule = broken_rule(text, rules)
         key, values = b"", None
         if rule is None and duplicates != "keep":
-            from megatrain.data.duplicates import exact_key, signature
+            from megatrain.data.corpus.duplicates import exact_key, signature
 
             key = exact_key(text)
             values = signature(text) if duplicates == "near" else None
@@ -177,7 +177,7 @@ def _duplicates(arguments: argparse.Namespace) -> Any:
     if arguments.duplicates == "keep":
         return None
     try:
-        from megatrain.data.duplicates import Duplicates
+        from megatrain.data.corpus.duplicates import Duplicates
     except ImportError as error:
         raise DataError(missing("datasketch", "finding duplicates", error)) from error
     return Duplicates(arguments.threshold)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.console import lineage_of, print_left_out, run_tool
-from megatrain.data.encode import Encoder
+from megatrain.data.corpus.console import lineage_of, print_left_out, run_tool
+from megatrain.data.corpus.encode import Encoder
+from megatrain.data.corpus.inputs import Source, digest_of_all, digest_sources
+from megatrain.data.corpus.tokenizer_files import load_tokenizer
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import Source, digest_of_all, digest_sources
-from megatrain.data.manifest import MANIFEST
-from megatrain.data.scan import Block, read_blocks
-from megatrain.data.tokenizer_files import load_tokenizer
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.manifest import MANIFEST
+from megatrain.data.shards.scan import Block, read_blocks
+from megatrain.data.shards.writer import DatasetWriter
 from megatrain.disk.target import require_free
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatrain.data.console import run_tool
+from megatrain.data.corpus.console import run_tool
+from megatrain.data.corpus.length_chart import draw_lengths
 from megatrain.data.errors import DataError
-from megatrain.data.format import read_index
-from megatrain.data.length_chart import draw_lengths
 from megatrain.data.pool import open_pool
-from megatrain.data.reader import TokenDataset
-from megatrain.data.scan import document_lengths, read_blocks
-from megatrain.data.verify import find_problems
+from megatrain.data.shards.format import read_index
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.scan import document_lengths, read_blocks
+from megatrain.data.shards.verify import find_problems
 from megatrain.disk.target import require_place
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.console import lineage_of, run_tool
+from megatrain.data.corpus.console import lineage_of, run_tool
+from megatrain.data.corpus.inputs import InputDigest
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import InputDigest
-from megatrain.data.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
-from megatrain.data.shuffle import shuffle_documents
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.manifest import MANIFEST, TOKENIZER, Manifest, digest_of
+from megatrain.data.shards.shuffle import shuffle_documents
+from megatrain.data.shards.writer import DatasetWriter
 from megatrain.disk.target import require_free
 
 

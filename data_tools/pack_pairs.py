@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatrain.data.chunks import refuse_array
-from megatrain.data.console import lineage_of, run_tool
-from megatrain.data.documents import BYTE_ORDER_MARK, BadRecord, parse_json, text_under
-from megatrain.data.encode import Encoder
+from megatrain.data.corpus.chunks import refuse_array
+from megatrain.data.corpus.console import lineage_of, run_tool
+from megatrain.data.corpus.documents import BYTE_ORDER_MARK, BadRecord, parse_json, text_under
+from megatrain.data.corpus.encode import Encoder
+from megatrain.data.corpus.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, find_sources, read_errors
+from megatrain.data.corpus.tables import read_rows
+from megatrain.data.corpus.tokenizer_files import load_tokenizer
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, find_sources, read_errors
-from megatrain.data.tables import read_rows
-from megatrain.data.tokenizer_files import load_tokenizer
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.writer import DatasetWriter
 from megatrain.disk.durable import write_durably
 from megatrain.disk.target import require_free
 

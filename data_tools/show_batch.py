@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 
 from megatrain.config.derive import data_parallel_rank, num_tokens
 from megatrain.config.load import from_yaml
-from megatrain.config.problems import ConfigError
-from megatrain.data.console import run_tool
+from megatrain.config.reading.problems import ConfigError
+from megatrain.data.corpus.console import run_tool
 from megatrain.data.errors import DataError
-from megatrain.data.loader import SAMPLE_BITS
-from megatrain.data.reader import TokenDataset
-from megatrain.data.training import TrainingData
+from megatrain.data.feed.loader import SAMPLE_BITS
+from megatrain.data.feed.training import TrainingData
+from megatrain.data.shards.reader import TokenDataset
 
 _MOST_DOCUMENTS = 20  # that --find reports
 

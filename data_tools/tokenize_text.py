@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.console import add_input_options, lineage_of, print_problems, run_tool, sources_of
-from megatrain.data.encode import EncoderSpec, encoder_of
+from megatrain.data.corpus.console import add_input_options, lineage_of, print_problems, run_tool, sources_of
+from megatrain.data.corpus.encode import EncoderSpec, encoder_of
+from megatrain.data.corpus.inputs import STDIN, InputDigest, Source, digest_of_all, digest_sources
+from megatrain.data.corpus.tokenizer_files import load_tokenizer
+from megatrain.data.corpus.tokenizing import Output, TokenizeRun, note_path
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import STDIN, InputDigest, Source, digest_of_all, digest_sources
-from megatrain.data.manifest import MANIFEST, Manifest
 from megatrain.data.pool import Pool, num_cores, open_mpi_pool, open_pool, runs_under_mpi
-from megatrain.data.shuffle import shuffle_documents
-from megatrain.data.tokenizer_files import load_tokenizer
-from megatrain.data.tokenizing import Output, TokenizeRun, note_path
+from megatrain.data.shards.manifest import MANIFEST, Manifest
+from megatrain.data.shards.shuffle import shuffle_documents
 
 # with less input than this, a worker costs more time than it saves
 _BYTES_PER_WORKER = {"tokenizers": 1 << 20, "gigatoken": 32 << 20}

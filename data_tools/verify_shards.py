@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.console import run_tool
+from megatrain.data.corpus.console import run_tool
 from megatrain.data.pool import num_cores, open_pool
-from megatrain.data.verify import find_problems
+from megatrain.data.shards.verify import find_problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,14 +12,20 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from megatrain.checkpoint import inspect
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import checkpoint_at, checkpoint_remains, list_checkpoints, run_checkpoints, step_of
-from megatrain.checkpoint.lock import FolderLock
-from megatrain.checkpoint.merge import average_factors, decay_of, ema_factors, merge
-from megatrain.checkpoint.rebuild import rebuild_manifest
-from megatrain.checkpoint.retention import Retention, prune, surplus_checkpoints
-from megatrain.checkpoint.store import CheckpointReader, problem_of
+from megatrain.checkpoint.store.arrays import CheckpointReader, problem_of
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import (
+    checkpoint_at,
+    checkpoint_remains,
+    list_checkpoints,
+    run_checkpoints,
+    step_of,
+)
+from megatrain.checkpoint.store.lock import FolderLock
+from megatrain.checkpoint.store.retention import Retention, prune, surplus_checkpoints
+from megatrain.checkpoint.tools import inspect
+from megatrain.checkpoint.tools.merge import average_factors, decay_of, ema_factors, merge
+from megatrain.checkpoint.tools.rebuild import rebuild_manifest
 
 
 def main(arguments: list[str]) -> int:

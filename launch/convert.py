@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.config.extras import EXTRA_OF, missing
 
 
@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> int:
 
 def converted(options: argparse.Namespace) -> str:
     """Converts; returns what to tell."""
-    from megatrain.checkpoint.convert.formats import Choices
-    from megatrain.checkpoint.convert.run import Request, convert
-    from megatrain.checkpoint.convert.safetensors_files import DTYPES
+    from megatrain.convert.formats import Choices
+    from megatrain.convert.huggingface.safetensors_files import DTYPES
+    from megatrain.convert.run import Request, convert
 
     choices = Choices(
         dtype=DTYPES[options.dtype],

@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.store.errors import CheckpointError
 
 
 def main(arguments: list[str]) -> int:
@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> int:
 
 def continued(options: argparse.Namespace) -> str:
     """The prompt and what the model makes of it."""
-    from megatrain.checkpoint.folder import checkpoint_at
-    from megatrain.checkpoint.store import CheckpointReader
-    from megatrain.train.generate import generate, load_model, require_room
-    from megatrain.train.prompt import Speech
+    from megatrain.checkpoint.store.arrays import CheckpointReader
+    from megatrain.checkpoint.store.folder import checkpoint_at
+    from megatrain.inference.generate import generate, load_model, require_room
+    from megatrain.inference.prompt import Speech
 
     checkpoint = checkpoint_at(options.checkpoint or options.run)
     reader = CheckpointReader(checkpoint)

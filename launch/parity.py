@@ -14,11 +14,11 @@ import os
 import sys
 from pathlib import Path
 
-from megatrain.config.arguments import options_and_overrides
+from megatrain.cluster.place import let_idle_threads_sleep
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.arguments import options_and_overrides
+from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import RunConfig
-from megatrain.engine.place import let_idle_threads_sleep
 
 
 def main(arguments: list[str]) -> int:
@@ -59,7 +59,7 @@ def layout_config(files: list[Path], overrides: list[str], layout: str) -> RunCo
 def report(ours: RunConfig, reference: RunConfig, everything: bool) -> int:
     """Runs both, prints what differs; returns the exit code."""
     let_idle_threads_sleep()
-    from megatrain.train.parity_run import compare_layouts  # imports torch: after the config's mistakes
+    from megatrain.parity.run import compare_layouts  # imports torch: after the config's mistakes
 
     result = compare_layouts(ours, reference)
     if not result.differences:

@@ -15,10 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatrain.config.arguments import options_and_overrides
-from megatrain.config.combine import read_features, refusals_of, shown
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.reading.arguments import options_and_overrides
+from megatrain.config.reading.problems import ConfigError, Problem
+from megatrain.config.rules.combine import read_features, refusals_of, shown
 from megatrain.config.schema import RunConfig
 from megatrain.disk.target import require_place
 
@@ -80,7 +80,7 @@ def print_schedule(config: RunConfig, png: Path | None) -> None:
         raise ConfigError([Problem("parallel.pp", 1, "makes no pipeline: there is no schedule to draw", "2…", cure)])
     from megatrain.config.derive import grad_accum_steps
     from megatrain.plan.draw import as_png, as_text  # imports torch: after the config's mistakes
-    from megatrain.plan.schedule import timeline
+    from megatrain.plan.pipeline import timeline
 
     drawn = timeline(config.parallel, grad_accum_steps(config))
     print(as_text(drawn))

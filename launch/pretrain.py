@@ -18,14 +18,14 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatrain.config.arguments import options_and_overrides
+from megatrain.cluster.place import let_idle_threads_sleep, place_from_environment, require_address
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError
-from megatrain.config.rules import check_ready_to_train
+from megatrain.config.reading.arguments import options_and_overrides
+from megatrain.config.reading.problems import ConfigError
+from megatrain.config.rules.check import check_ready_to_train
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
 from megatrain.engine.errors import LauncherError
-from megatrain.engine.place import let_idle_threads_sleep, place_from_environment, require_address
 from megatrain.train.errors import EXPECTED, STOPPED, exit_code
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from itertools import combinations, product
 from typing import Any
 
-from megatrain.config.combine import values_left
-from megatrain.config.compatibility import AXES
+from megatrain.config.rules.combine import values_left
+from megatrain.config.rules.compatibility import AXES
 
 Feature = tuple[str, str]
 Case = dict[str, str]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatrain.config.rules import check
+from megatrain.config.rules.check import check
 from megatrain.config.schema import RunConfig
 
 SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, LEARNING_RATE = 16, 64, 16, 1e-2

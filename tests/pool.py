@@ -81,7 +81,7 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["megatrain.train.preload"])
+        context.set_forkserver_preload(["megatrain.parity.preload"])
         while len(self._workers) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -122,7 +122,7 @@ def with_fresh_world(rank: int, world_size: int, store: str) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
-    from megatrain.engine.leftovers import clear_leftovers
+    from megatrain.engine.zero.leftovers import clear_leftovers
 
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -27,7 +27,7 @@ def run_program(
     """
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["megatrain.train.preload"])
+    context.set_forkserver_preload(["megatrain.parity.preload"])
     with tempfile.TemporaryDirectory(prefix="megatrain-program-") as place:
         printed = [Path(place) / name for name in ("stdout", "stderr")]
         arguments = list(words), folder, {**inherited, **(environment or {})}, printed

@@ -179,7 +179,7 @@ def test_a_forbidden_import_is_seen(room: str, source: str) -> None:
         ("parallel", "from torch.distributed.pipelining import PipelineStage"),
         ("engine", "import deepspeed, torch.distributed as dist"),
         ("models", "from megatrain.parallel.layers import Layers"),
-        ("models", "from megatrain.models.loss import sum_of_token_losses"),
+        ("models", "from megatrain.models.parts.loss import sum_of_token_losses"),
         ("launch", "from megatrain.train.loop import train"),
     ],
 )

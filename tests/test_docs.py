@@ -29,7 +29,7 @@ OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 # what a page prints and no test can run, with the reason; the names in it are checked all the same
 NOT_RUN = {
     "bash launch/test.sh": "is what runs this",
-    "python -m megatrain.config.reference": "writes into the checkout; tests/config/test_configs.py checks its output",
+    "python -m megatrain.config.pages.reference": "writes into the checkout; tests/config checks its output",
     "deepspeed --hostfile": "needs several hosts",
     "srun": "needs a Slurm cluster",
     "mpirun": "needs an MPI; tests/data/test_tokenize.py runs it where there is one",

@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.errors import CheckpointError, UnfitError
-from megatrain.checkpoint.parts import ReadPart, Rows, rows_of, unproved
 from megatrain.checkpoint.placement import place
 from megatrain.checkpoint.state import require_state
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
+from megatrain.checkpoint.store.parts import ReadPart, Rows, rows_of, unproved
 from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
-from megatrain.engine.kinds import WEIGHT
 from megatrain.engine.state import (
     Fragment,
     factors,
@@ -30,6 +29,7 @@ from megatrain.engine.state import (
     prepare_import,
     set_optimizer_step_count,
 )
+from megatrain.spec.kinds import WEIGHT
 
 _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
 

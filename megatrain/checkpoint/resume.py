@@ -6,14 +6,20 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError, StorageError, UnfitError, explained
-from megatrain.checkpoint.folder import candidates, checkpoint_at, checkpoint_remains, list_checkpoints, move_aside
 from megatrain.checkpoint.load import ResumeData, What, load_checkpoint
 from megatrain.checkpoint.state import require_state
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError, StorageError, UnfitError, explained
+from megatrain.checkpoint.store.folder import (
+    candidates,
+    checkpoint_at,
+    checkpoint_remains,
+    list_checkpoints,
+    move_aside,
+)
 from megatrain.engine.engine import Engine
-from megatrain.engine.kinds import WEIGHT
 from megatrain.engine.state import factors
+from megatrain.spec.kinds import WEIGHT
 
 Mode = Literal["auto", "never", "restart"]
 

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.errors import PAUSES, CheckpointError, TransientError
-from megatrain.checkpoint.folder import checkpoint_name, require_free_space
-from megatrain.checkpoint.lock import FolderLock
-from megatrain.checkpoint.retention import Retention, prune
 from megatrain.checkpoint.snapshot import PieceKey, Shares, Staging, sizes, write_shares
-from megatrain.checkpoint.store import CheckpointWriter
-from megatrain.checkpoint.tokenizer_file import CarriedTokenizer
+from megatrain.checkpoint.store.arrays import CheckpointWriter
+from megatrain.checkpoint.store.errors import PAUSES, CheckpointError, TransientError
+from megatrain.checkpoint.store.folder import checkpoint_name, require_free_space
+from megatrain.checkpoint.store.lock import FolderLock
+from megatrain.checkpoint.store.retention import Retention, prune
+from megatrain.checkpoint.store.tokenizer_file import CarriedTokenizer
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import optimizer_step_count
 from megatrain.parallel.mesh import group_of

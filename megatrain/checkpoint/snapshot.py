@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.placement import Placement, place, saves, sharing_ranks
 from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
-from megatrain.checkpoint.store import CheckpointWriter
+from megatrain.checkpoint.store.arrays import CheckpointWriter
+from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.engine.engine import Engine
-from megatrain.engine.kinds import FACTORS, KINDS
 from megatrain.engine.state import Fragment, factors, kinds_of, local_fragments
+from megatrain.spec.kinds import FACTORS, KINDS
 
 PieceKey = tuple[str, str, int]  # kind, name, first element
 _BYTES = 4  # of an element: all state is FP32

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from megatrain.checkpoint.errors import CheckpointError, UnfitError
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
-from megatrain.engine.kinds import WEIGHT
 from megatrain.models.build import build_empty_model
+from megatrain.spec.kinds import WEIGHT
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatrain.config.reading.yaml_text import one_line
 from megatrain.config.schema import RunConfig
-from megatrain.config.yaml_text import one_line
 
 _NO_NUMBERS = (
     *("name", "folder", "parallel.", "offload.", "checkpoint.", "deepspeed.", "data.validation", "data.tokenizer"),

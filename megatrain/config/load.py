@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatrain.config.clip import clipped
 from megatrain.config.derive import resolve
-from megatrain.config.fields import all_fields, value_at
-from megatrain.config.problems import ConfigError, Problem
-from megatrain.config.rules import check
+from megatrain.config.reading.fields import all_fields, value_at
+from megatrain.config.reading.problems import ConfigError, Problem
+from megatrain.config.reading.source import Node, merge, read_file, read_overrides, read_text
+from megatrain.config.reading.typed import validate
+from megatrain.config.rules.check import check
 from megatrain.config.schema import RunConfig
-from megatrain.config.source import Node, merge, read_file, read_overrides, read_text
-from megatrain.config.typed import validate
 
 DEFAULT, DERIVED = "default", "derived"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatrain.config.schema_optimizer import OffloadConfig, OptimizerConfig, ScheduleConfig
-from megatrain.config.section import (
+from megatrain.spec.section import (
     Name,
     Natural,
     PathText,

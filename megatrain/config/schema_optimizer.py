@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatrain.config.section import Natural, PathText, Positive, PositiveFloat, Probability, Section
+from megatrain.spec.section import Natural, PathText, Positive, PositiveFloat, Probability, Section
 
 
 class OptimizerRule(Section):

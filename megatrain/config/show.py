@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatrain.config.load import DEFAULT, Resolved
+from megatrain.config.reading.yaml_text import many_lines, one_line
 from megatrain.config.schema import RunConfig
-from megatrain.config.yaml_text import many_lines, one_line
 
 _WIDEST_COLUMN = 60  # one long path should not push all comments out of sight
 

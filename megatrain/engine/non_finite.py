@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.engine.engine import Engine, RankBatch
-from megatrain.engine.gradients import accumulated_gradient
 from megatrain.engine.state import factors, kinds_of, local_fragments
+from megatrain.engine.zero.gradients import accumulated_gradient
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 
+from megatrain.cluster.place import place_from_environment, require_address
 from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.determinism import make_deterministic, num_cpu_threads
 from megatrain.engine.errors import LauncherError
-from megatrain.engine.place import place_from_environment, require_address
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 

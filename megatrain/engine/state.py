@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.engine.engine import Engine
-from megatrain.engine.kinds import FACTORS, MOMENTS, WEIGHT
 from megatrain.engine.start import import_deepspeed
+from megatrain.spec.kinds import FACTORS, MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True)

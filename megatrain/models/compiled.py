@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from megatrain.models.decoder import Block, Decoder
-from megatrain.models.experts import GeluExperts
-from megatrain.models.mixture import MixtureOfExperts, Router
+from megatrain.models.parts.experts import GeluExperts
+from megatrain.models.parts.mixture import MixtureOfExperts, Router
 
 
 def compile_blocks(model: nn.Module) -> str | None:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens
 from megatrain.config.schema import ModelConfig, PrecisionConfig
-from megatrain.models.attention import Attention
-from megatrain.models.document_attention import KERNELS
-from megatrain.models.documents import Documents, documents_of, own_positions
-from megatrain.models.experts import GeluExperts, SwiGluExperts
-from megatrain.models.feed_forward import GeluFeedForward, SwiGluFeedForward
-from megatrain.models.loss import sequence_losses
-from megatrain.models.mixture import MixtureOfExperts
-from megatrain.models.norm import LayerNorm, RMSNorm
-from megatrain.models.rotary import Rotary, Turns
+from megatrain.models.parts.attention import Attention
+from megatrain.models.parts.document_attention import KERNELS
+from megatrain.models.parts.documents import Documents, documents_of, own_positions
+from megatrain.models.parts.experts import GeluExperts, SwiGluExperts
+from megatrain.models.parts.feed_forward import GeluFeedForward, SwiGluFeedForward
+from megatrain.models.parts.loss import sequence_losses
+from megatrain.models.parts.mixture import MixtureOfExperts
+from megatrain.models.parts.norm import LayerNorm, RMSNorm
+from megatrain.models.parts.rotary import Rotary, Turns
 from megatrain.parallel.layers import Layers
 
 

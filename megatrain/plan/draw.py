@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatrain.plan.schedule import Span, Timeline
+from megatrain.plan.pipeline import Span, Timeline
 
 LEGEND = "F forward, I input gradient, W weight gradient, B both gradients, . idle; then the micro-batch"
 _COLOURS = {"F": (90, 140, 220), "I": (60, 170, 150), "W": (120, 190, 90), "B": (235, 160, 70)}

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks
 from megatrain.engine.engine import Engine

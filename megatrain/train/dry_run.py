@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from megatrain.config.schema import RunConfig
-from megatrain.data.loader import Loader
-from megatrain.data.training import TrainingData
+from megatrain.data.feed.loader import Loader
+from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
-from megatrain.train.run_folder import require_steps_left
+from megatrain.record.run_folder import require_steps_left
 from megatrain.train.saving import restore
 
 _GIB = 2.0**30

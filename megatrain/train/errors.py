@@ -1,10 +1,10 @@
 """Mistakes of the user and of the world around: told in one message, without a traceback."""
 
-from megatrain.checkpoint.errors import CheckpointError, StorageError
-from megatrain.config.problems import ConfigError
+from megatrain.checkpoint.store.errors import CheckpointError, StorageError
+from megatrain.config.reading.problems import ConfigError
 from megatrain.data.errors import DataError
 from megatrain.engine.errors import LauncherError, LossScaleError, NonFiniteError, OperatorLockError
-from megatrain.train.run_folder import RunFolderError
+from megatrain.record.run_folder import RunFolderError
 
 EXPECTED = (
     ConfigError,

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed
+from megatrain.checkpoint.store.lock import FolderLock
+from megatrain.cluster.signals import StopRequest
 from megatrain.config.schema import RunConfig
-from megatrain.data.loader import Loader
-from megatrain.data.training import TrainingData
-from megatrain.data.validation import num_batches
+from megatrain.data.feed.loader import Loader
+from megatrain.data.feed.training import TrainingData
+from megatrain.data.feed.validation import num_batches
 from megatrain.disk.durable import write_durably
 from megatrain.engine.engine import Engine, StepResult
+from megatrain.record.ledger import Ledger
+from megatrain.record.metrics import MetricsLog, StepRecord
+from megatrain.record.run_folder import RunFolder, require_steps_left
+from megatrain.record.throughput import Hardware, Work, peak_flops
 from megatrain.train.health import Health
-from megatrain.train.ledger import Ledger
-from megatrain.train.metrics import MetricsLog, StepRecord
-from megatrain.train.run_folder import RunFolder, require_steps_left
 from megatrain.train.saving import Saving, report_resume, restore
-from megatrain.train.signals import StopRequest
-from megatrain.train.throughput import Hardware, Work, peak_flops
 
 
 class Trainer:

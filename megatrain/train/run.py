@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megatrain.checkpoint.errors import CheckpointError, StorageError
-from megatrain.checkpoint.folder import newest_checkpoint, require_free_space, step_of
-from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import set_aside
+from megatrain.checkpoint.store.errors import CheckpointError, StorageError
+from megatrain.checkpoint.store.folder import newest_checkpoint, require_free_space, step_of
+from megatrain.checkpoint.store.lock import FolderLock
 from megatrain.config.derive import num_parameters, num_tokens
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import RunConfig
-from megatrain.data.training import TrainingData
-from megatrain.data.validation import validation_loader, validation_sets
+from megatrain.data.feed.training import TrainingData
+from megatrain.data.feed.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
+from megatrain.record.run_folder import RunFolder, RunFolderError, require_steps_left
 from megatrain.train.build import build_engine
 from megatrain.train.dry_run import dry_run
 from megatrain.train.loop import Trainer
-from megatrain.train.run_folder import RunFolder, RunFolderError, require_steps_left
 
 
 def run(config: RunConfig, dry: bool = False) -> bool:

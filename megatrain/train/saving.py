@@ -4,20 +4,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.errors import StorageError, UnfitError
-from megatrain.checkpoint.folder import step_of
-from megatrain.checkpoint.lock import FolderLock
 from megatrain.checkpoint.resume import Resumed, resume
-from megatrain.checkpoint.retention import Retention
 from megatrain.checkpoint.save import Outcome, Saver
-from megatrain.checkpoint.tokenizer_file import tokenizer_to_carry
+from megatrain.checkpoint.store.errors import StorageError, UnfitError
+from megatrain.checkpoint.store.folder import step_of
+from megatrain.checkpoint.store.lock import FolderLock
+from megatrain.checkpoint.store.retention import Retention
+from megatrain.checkpoint.store.tokenizer_file import tokenizer_to_carry
 from megatrain.config.changes import Change, changes, table
 from megatrain.config.schema import RunConfig
 from megatrain.data.errors import DataError
-from megatrain.data.training import TrainingData
+from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
+from megatrain.record.run_folder import RunFolder, other_versions, versions
 from megatrain.train.health import Health
-from megatrain.train.run_folder import RunFolder, other_versions, versions
 
 
 def restore(config: RunConfig, engine: Engine, data: TrainingData) -> Resumed | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"__init__", "paired", "traffic", "wire_formulas", "wire_peers"}
+SHARED = {"__init__", "paired", "traffic", "wire_peers"}
 SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "conversion": ["--layers", "2", "--width", "64", "--vocabulary", "128", "--proof-tokens", "32"],

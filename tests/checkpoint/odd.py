@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatrain.checkpoint.store import CheckpointWriter
+from megatrain.checkpoint.store.arrays import CheckpointWriter
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_empty_model

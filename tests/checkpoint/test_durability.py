@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.checkpoint import files
-from megatrain.checkpoint.files import Files
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store import files
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.files import Files
 from tests.checkpoint.test_store import sample, save
 
 ARRAYS = {f"layers.{i}.weight": (sample(4, 6), (2, 6)) for i in range(3)}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoint import main
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import LATEST, newest_checkpoint
-from megatrain.checkpoint.lock import LOCK, FolderLock
-from megatrain.checkpoint.rebuild import rebuild_manifest
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import LATEST, newest_checkpoint
+from megatrain.checkpoint.store.lock import LOCK, FolderLock
+from megatrain.checkpoint.tools.rebuild import rebuild_manifest
 from tests.checkpoint.payload import Payload
 from tests.checkpoint.test_store import small_save
 from tests.checkpoint.test_store_damage import CHUNK, NAME, load_all

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatrain.checkpoint.folder import clean_stumps, newest_checkpoint
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.folder import clean_stumps, newest_checkpoint
 from tests.checkpoint.test_mutations import ARRAYS, KINDS, load, save_model
 from tests.checkpoint.test_store import sample
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.checkpoint import lock as lock_module
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.lock import LOCK, FolderLock
-from megatrain.checkpoint.owner import Owner
+from megatrain.checkpoint.store import lock as lock_module
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.lock import LOCK, FolderLock
+from megatrain.checkpoint.store.owner import Owner
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def fast_heart(monkeypatch: pytest.MonkeyPatch) -> None:
 def other_process(folder: Path, then: str, *before: str) -> subprocess.Popen[str]:
     """A process that takes the folder, says so, and then does ``then``; ``before``: words before its command."""
     program = (
-        "import os, sys, pathlib; from megatrain.checkpoint.lock import FolderLock;"
+        "import os, sys, pathlib; from megatrain.checkpoint.store.lock import FolderLock;"
         f"lock = FolderLock(pathlib.Path({str(folder)!r})); lock.take(); print('taken', flush=True); {then}"
     )
     root = Path(__file__).parents[2]
@@ -176,8 +176,8 @@ def test_a_forked_process_does_not_keep_its_dead_parents_folder(tmp_path: Path) 
 
 STARTS = """
 import multiprocessing, os, pathlib, random, sys, time
-from megatrain.checkpoint import lock as module
-from megatrain.checkpoint.errors import CheckpointError
+from megatrain.checkpoint.store import lock as module
+from megatrain.checkpoint.store.errors import CheckpointError
 
 def slowed(action):
     def slow(*words, **named):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.errors import CheckpointError
 from tests.checkpoint.test_store import VERSIONS, sample, write_array
 
 COUNT = 1200

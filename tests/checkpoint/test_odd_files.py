@@ -16,10 +16,10 @@ import pytest
 
 from launch.checkpoint import main
 from launch.generate import main as generate
-from megatrain.checkpoint.convert.formats import FORMATS, Choices, detect
-from megatrain.checkpoint.errors import CheckpointError
 from megatrain.checkpoint.resume import _candidates, _looked_at
-from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.convert.formats import FORMATS, Choices, detect
 from tests.checkpoint.odd import ODD, put, save_run
 
 ARRAY = "tensors/weight/layers.0.attention.output.weight"

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.files import crc32c
-from megatrain.checkpoint.parts import ReadPart, digest, rows_of, unproved
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.files import crc32c
+from megatrain.checkpoint.store.parts import ReadPart, digest, rows_of, unproved
 from tests.checkpoint.test_resume import engine_of
 from tests.layouts import Layout, train_steps
 from tests.pool import Pool
@@ -54,8 +54,8 @@ def load_damaged(path: str, kind: str, name: str) -> dict[str, Any]:
     """What a rank of two that split tensors reads, and what it hears after each byte that is flipped."""
     import torch.distributed as dist
 
-    from megatrain.checkpoint import tree
     from megatrain.checkpoint.load import load_checkpoint
+    from megatrain.checkpoint.store import tree
 
     engine = engine_of("llama", Layout(tp=2, zero_stage=0))
     file = Path(path) / "tensors" / kind / name / "c.0.0"

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.errors import UnfitError
-from megatrain.checkpoint.folder import newest_checkpoint
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import UnfitError
+from megatrain.checkpoint.store.folder import newest_checkpoint
 from tests.layouts import Layout, Trained, build_engine, global_batch, run_config, train_steps
 from tests.pool import Pool
 

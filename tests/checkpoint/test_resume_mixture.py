@@ -39,8 +39,8 @@ def resume_and_train(layout: Layout, folder: str) -> tuple[Trained, list[list[fl
 
 
 def biases_of_generation(folder: str) -> list[list[float]]:
-    from megatrain.models.mixture import Router
-    from megatrain.train.generate import load_model
+    from megatrain.inference.generate import load_model
+    from megatrain.models.parts.mixture import Router
 
     model = load_model(Path(folder) / "step-00000003")
     return [m.state.bias_E.tolist() for m in model.modules() if isinstance(m, Router)]

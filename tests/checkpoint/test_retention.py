@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.checkpoint.retention import Retention, prune
+from megatrain.checkpoint.store.folder import list_checkpoints
+from megatrain.checkpoint.store.retention import Retention, prune
 from tests.checkpoint.test_store import small_save
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from launch import pretrain
-from megatrain.checkpoint import errors, store, tree
-from megatrain.checkpoint.errors import CheckpointError, StorageError, TransientError, persistently
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store import arrays as store
+from megatrain.checkpoint.store import errors, tree
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError, StorageError, TransientError, persistently
+from megatrain.checkpoint.store.folder import list_checkpoints
 from tests.checkpoint.test_resume import engine_of
 from tests.checkpoint.test_save import TWO_RANKS, begin, global_share, saver_of
 from tests.checkpoint.test_store import sample, small_save
@@ -94,7 +95,7 @@ def test_a_look_at_the_files_waits_once_for_a_disk_that_is_gone(
     reader = CheckpointReader(small_save(tmp_path))
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)
-    monkeypatch.setattr("megatrain.checkpoint.tree.os.lstat", failing(None, errno.EIO, 10**6))
+    monkeypatch.setattr("megatrain.checkpoint.store.tree.os.lstat", failing(None, errno.EIO, 10**6))
     with pytest.raises(TransientError, match=r"c\.0\.0: Input/output error \(EIO\); tried 3 times"):
         reader.require_files()
     assert pauses == list(errors.PAUSES)

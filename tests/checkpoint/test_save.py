@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import list_checkpoints, newest_checkpoint
 from tests.checkpoint.test_resume import engine_of
 from tests.layouts import Layout, train_steps
 from tests.pool import Pool
@@ -32,7 +32,7 @@ def begin(saver: Any, step: int) -> None:
 
 def train_during_a_save(folder: str, layout: Layout) -> dict[str, Any]:
     """The same step saved before training goes on, and again while it does."""
-    from megatrain.checkpoint.files import Files
+    from megatrain.checkpoint.store.files import Files
 
     engine = engine_of("llama", layout)
     original, gate = Files._write, threading.Event()
@@ -86,13 +86,13 @@ def test_training_goes_on_during_a_save(pool: Pool, memory_path: Path, layout: L
 
 def fail_on_one_rank(folder: str, failing_rank: int) -> list[Any]:
     """A good save, one whose disk is full on one rank, and a good one after it."""
-    from megatrain.checkpoint.files import Files
+    from megatrain.checkpoint.store.files import Files
 
     engine = engine_of("llama", TWO_RANKS)
     original = Files._write
 
     def full(self: Any, path: Path, label: str, *rest: Any) -> Any:
-        from megatrain.checkpoint.errors import explained
+        from megatrain.checkpoint.store.errors import explained
 
         if engine.mesh.rank == failing_rank and label.startswith("exp_avg of"):
             with explained(f"write {label} to {path}"):
@@ -127,7 +127,7 @@ def test_a_failed_save_is_everyones_and_harms_nothing(pool: Pool, memory_path: P
 
 
 def save_on_a_small_disk(folder: str, told_free: int | None) -> list[Any]:
-    from megatrain.checkpoint import folder as layout
+    from megatrain.checkpoint.store import folder as layout
 
     engine = engine_of("llama", TWO_RANKS)
     usage = layout.shutil.disk_usage
@@ -219,7 +219,7 @@ def test_a_folder_that_is_removed_during_the_run(pool: Pool, memory_path: Path) 
 
 
 def retain(folder: str) -> list[Any]:
-    from megatrain.checkpoint.retention import Retention
+    from megatrain.checkpoint.store.retention import Retention
 
     engine = engine_of("llama", Layout())
     saver = saver_of(engine, folder, retention=Retention(keep_last=2, keep_every=3))
@@ -241,7 +241,7 @@ def test_retention_after_each_save(pool: Pool, memory_path: Path) -> None:
 
 def lose_the_lock(folder: str, during: bool) -> Any:
     """Another takes the folder before a save looks, or after it has."""
-    from megatrain.checkpoint.lock import FolderLock
+    from megatrain.checkpoint.store.lock import FolderLock
 
     engine = engine_of("llama", Layout())
     lock = FolderLock(Path(folder))

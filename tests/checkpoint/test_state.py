@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.state import require_state, saved_model
-from megatrain.checkpoint.store import CheckpointReader
-from megatrain.train.generate import load_model
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
+from megatrain.inference.generate import load_model
 from tests.checkpoint.odd import MODEL, model_state, save_run
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.checkpoint import folder as layout
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import list_checkpoints, newest_checkpoint, remove_checkpoint, require_free_space
-from megatrain.checkpoint.retention import Retention, prune
-from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store import folder as layout
+from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import list_checkpoints, newest_checkpoint, remove_checkpoint, require_free_space
+from megatrain.checkpoint.store.retention import Retention, prune
 
 VERSIONS = {"python": "3"}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from awscrt.checksums import crc32c
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError
 from tests.checkpoint.payload import Payload
 from tests.checkpoint.test_store import sample, save, small_save
 

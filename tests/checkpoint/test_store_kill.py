@@ -6,10 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import clean_stumps, list_checkpoints, newest_checkpoint, publish, remove_checkpoint
-from megatrain.checkpoint.rebuild import rebuild_manifest
-from megatrain.checkpoint.store import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import (
+    clean_stumps,
+    list_checkpoints,
+    newest_checkpoint,
+    publish,
+    remove_checkpoint,
+)
+from megatrain.checkpoint.tools.rebuild import rebuild_manifest
 from tests.checkpoint.test_store import VERSIONS, sample, small_save, write_array
 
 OLD, NEW = 1, 2  # seeds of the data

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from launch.checkpoint import main
-from megatrain.checkpoint.convert.formats import detect
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.checkpoint.lock import FolderLock
-from megatrain.checkpoint.merge import ema_factors
-from megatrain.checkpoint.rebuild import rebuild_manifest
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import list_checkpoints
+from megatrain.checkpoint.store.lock import FolderLock
+from megatrain.checkpoint.tools.merge import ema_factors
+from megatrain.checkpoint.tools.rebuild import rebuild_manifest
+from megatrain.convert.formats import detect
 from tests.checkpoint.test_store import sample, save, small_save
 from tests.checkpoint.test_store_damage import flip
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from megatrain.config import compatibility_page
-from megatrain.config.combine import keys_of, read_features, refusal_of, refusals_of, values_left
-from megatrain.config.compatibility import AXES, CLASSES, REFUSALS, Axis
-from megatrain.config.deepspeed_keys import ALLOWED
-from megatrain.config.fields import all_fields, value_at
-from megatrain.config.problems import ConfigError, Problem
-from megatrain.config.rules import REFUSED_PAIRS, check
+from megatrain.config.pages import compatibility_page
+from megatrain.config.reading.fields import all_fields, value_at
+from megatrain.config.reading.problems import ConfigError, Problem
+from megatrain.config.rules.check import REFUSED_PAIRS, check
+from megatrain.config.rules.combine import keys_of, read_features, refusal_of, refusals_of, values_left
+from megatrain.config.rules.compatibility import AXES, CLASSES, REFUSALS, Axis
+from megatrain.config.rules.deepspeed_keys import ALLOWED
 from megatrain.config.schema import RunConfig
 from tests.config.test_rules import Watched
 from tests.covering import Feature, allowed_pairs, in_use, is_allowed, pairs, raw, sections
@@ -133,7 +133,7 @@ def test_all_refusals_of_a_question_are_told() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     page = (ROOT / compatibility_page.PAGE).read_text(encoding="utf-8")
-    assert page == compatibility_page.with_tables(page), "renew it: python -m megatrain.config.reference"
+    assert page == compatibility_page.with_tables(page), "renew it: python -m megatrain.config.pages.reference"
     for refusal in REFUSALS:
         assert refusal.reason in page
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.config import reference
 from megatrain.config.derive import num_parameters
-from megatrain.config.fields import all_fields, nearest_keys
 from megatrain.config.load import load_config
+from megatrain.config.pages import reference
+from megatrain.config.reading.fields import all_fields, nearest_keys
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -96,13 +96,13 @@ def test_a_mixture_states_what_works_on_a_token(name: str, number: int, active: 
 
 
 def test_the_schema_for_editors_is_up_to_date() -> None:
-    renew = "renew it: python -m megatrain.config.reference"
+    renew = "renew it: python -m megatrain.config.pages.reference"
     assert json.loads((ROOT / reference.SCHEMA_FILE).read_text(encoding="utf-8")) == reference.json_schema(), renew
 
 
 def test_the_table_of_keys_is_up_to_date() -> None:
     page = (ROOT / reference.PAGE).read_text(encoding="utf-8")
-    assert page == reference.with_table(page), "renew it: python -m megatrain.config.reference"
+    assert page == reference.with_table(page), "renew it: python -m megatrain.config.pages.reference"
     assert all(f"`{key}`" in page for key in all_fields() if key != "deepspeed")
 
 

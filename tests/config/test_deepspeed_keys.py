@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from megatrain.config.compatibility import AXES
 from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
-from megatrain.config.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
 from megatrain.config.derive import num_parameters
-from megatrain.config.problems import Problem
+from megatrain.config.reading.problems import Problem
+from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
 from megatrain.config.schema import ParallelConfig, RunConfig
 
 PRINTING = (

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.config.fields import all_fields, all_sections
 from megatrain.config.load import load_config, value_at
-from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.reading.fields import all_fields, all_sections
+from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from launch import parity, pretrain
 from megatrain import __main__ as package
-from megatrain.config.arguments import options_and_overrides
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError, Problem
+from megatrain.config.reading.arguments import options_and_overrides
+from megatrain.config.reading.problems import ConfigError, Problem
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError, Problem
-from megatrain.config.rules import RULES, check, check_ready_to_train
+from megatrain.config.reading.problems import ConfigError, Problem
+from megatrain.config.rules.check import RULES, check, check_ready_to_train
 from megatrain.config.schema import RunConfig
 from tests.config.rule_cases import CASES
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatrain.config.rules_effect import COUNTS_WITH
+from megatrain.config.rules.effect import COUNTS_WITH
 from tests.config.test_rules import problems_of
 
 MIXTURE = "model.num_experts=4"

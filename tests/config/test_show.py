@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.config.fields import all_fields
 from megatrain.config.load import Resolved, from_yaml, load_config
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.fields import all_fields
+from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config, to_yaml
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.config.problems import ConfigError
-from megatrain.config.source import Node, merge, read_file, read_overrides, read_text
+from megatrain.config.reading.problems import ConfigError
+from megatrain.config.reading.source import Node, merge, read_file, read_overrides, read_text
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.checkpoint.convert.errors import ConversionError
-from megatrain.checkpoint.convert.model_file import read_model
 from megatrain.config.load import load_config
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.problems import ConfigError
+from megatrain.convert.errors import ConversionError
+from megatrain.convert.model_file import read_model
 
 
 def doubled(first: str, following: str, count: int) -> str:

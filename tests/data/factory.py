@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatrain.data.reader import TokenDataset
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.writer import DatasetWriter
 
 EOD_ID = 0
 

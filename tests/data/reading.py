@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config.schema import RunConfig
-from megatrain.data.training import TrainingData
+from megatrain.data.feed.training import TrainingData
 from tests.data.factory import make_dataset
 
 SEQ = 16

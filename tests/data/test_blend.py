@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.blend import Blend, Segment, planned_segments
 from megatrain.data.errors import DataError
+from megatrain.data.feed.blend import Blend, Segment, planned_segments
 
 NAMES = ["a", "b", "c", "d"]
 weights_of_some = st.lists(st.fractions(0, 10, max_denominator=50), min_size=2, max_size=4).filter(

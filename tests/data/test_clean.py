@@ -7,9 +7,9 @@ import random
 import pytest
 
 from data_tools import clean_text
-from megatrain.data.documents import RecordReader
-from megatrain.data.inputs import find_sources
-from megatrain.data.quality import DEFAULT_RULES, RULES, broken_rule, normalize
+from megatrain.data.corpus.documents import RecordReader
+from megatrain.data.corpus.inputs import find_sources
+from megatrain.data.corpus.quality import DEFAULT_RULES, RULES, broken_rule, normalize
 
 WORDS = ["the", "of", "and", "to", "language", "model", "reads", "many", "pages", "with", "care", "because", "data"]
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megatrain.data import chunks, encode
-from megatrain.data.chunks import read_chunks
-from megatrain.data.encode import Encoder, EncoderSpec, encode_chunk
+from megatrain.data.corpus import chunks, encode
+from megatrain.data.corpus.chunks import read_chunks
+from megatrain.data.corpus.encode import Encoder, EncoderSpec, encode_chunk
+from megatrain.data.corpus.inputs import Source, find_sources
+from megatrain.data.corpus.tokenizer_files import load_tokenizer
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import Source, find_sources
-from megatrain.data.tokenizer_files import load_tokenizer
 
 SCRIPTS = {
     "latin": "The quick, brown fox's jump: it ISN'T 12,345.67 o'clock (yet) -- x_y=z; naïve café!\n",

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatrain.data.errors import DataError
-from megatrain.data.format import token_dtype
 from megatrain.data.pool import Pool
-from megatrain.data.reader import TokenDataset
-from megatrain.data.verify import find_problems
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.format import token_dtype
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.verify import find_problems
+from megatrain.data.shards.writer import DatasetWriter
 from tests.data.factory import byte_tokenizer, make_dataset, random_documents, write_documents
 
 ROOT = Path(__file__).parents[2]

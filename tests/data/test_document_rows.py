@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.document_rows import DocumentRows, ShuffledDocuments, best_fit
-from megatrain.data.reader import TokenDataset
-from megatrain.data.rows import IGNORE
-from megatrain.data.validation import num_batches, validation_loader
+from megatrain.data.feed.document_rows import DocumentRows, ShuffledDocuments, best_fit
+from megatrain.data.feed.rows import IGNORE
+from megatrain.data.feed.validation import num_batches, validation_loader
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import write_documents
 from tests.data.reading import SEQ, make_sources, run_config, training_data
 
@@ -47,7 +47,7 @@ def numbered(lengths):
     epoch=st.integers(0, 3),
 )
 def test_an_epoch_has_every_token_once_and_cuts_no_document_that_fits(lengths, pack, epoch):
-    from megatrain.data.rows import Rows
+    from megatrain.data.feed.rows import Rows
 
     samples = ShuffledDocuments(DocumentRows(numbered(lengths), SEQ, pack), "key")
     rows = Rows(samples.num_samples, SEQ, SEQ, documents=True, pin=False)

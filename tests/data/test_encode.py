@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatrain.data import encode
-from megatrain.data.encode import BackendMismatch, Encoder
+from megatrain.data.corpus import encode
+from megatrain.data.corpus.encode import BackendMismatch, Encoder
+from megatrain.data.corpus.tokenizer_files import load_tokenizer
 from megatrain.data.errors import DataError
-from megatrain.data.tokenizer_files import load_tokenizer
 from tests.data.factory import byte_tokenizer
 
 TEXTS = [
@@ -112,7 +112,7 @@ class Encoding:
 
     @staticmethod
     def letters() -> dict[int, str]:
-        from megatrain.data.tokenizer_files import _byte_letters
+        from megatrain.data.corpus.tokenizer_files import _byte_letters
 
         letters = _byte_letters()
         assert sorted(letters.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -121,7 +121,7 @@ class Encoding:
 
     @staticmethod
     def pattern(name: str) -> str:
-        from megatrain.data.tokenizer_files import _TIKTOKEN
+        from megatrain.data.corpus.tokenizer_files import _TIKTOKEN
 
         return _TIKTOKEN[name][0]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatrain.data.document_rows import _GROUP, DocumentRows, ShuffledDocuments
+from megatrain.data.feed.document_rows import _GROUP, DocumentRows, ShuffledDocuments
 from tests.data.factory import make_dataset
 from tests.data.reading import training_data
 from tests.data.test_document_rows import numbered

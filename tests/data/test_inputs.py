@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data import chunks, documents
-from megatrain.data.chunks import Position, read_chunks
-from megatrain.data.documents import RecordReader
+from megatrain.data.corpus import chunks, documents
+from megatrain.data.corpus.chunks import Position, read_chunks
+from megatrain.data.corpus.documents import RecordReader
+from megatrain.data.corpus.inputs import find_sources, left_out_lines
 from megatrain.data.errors import DataError
-from megatrain.data.inputs import find_sources, left_out_lines
 
 TEXTS = ["one", "zwei\r\nlines", "drei 🙂", " four "]
 

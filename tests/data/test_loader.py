@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatrain.data.errors import DataError
-from megatrain.data.prefetch import prefetch
-from megatrain.data.reader import TokenDataset
-from megatrain.data.rows import IGNORE
-from megatrain.data.validation import num_batches, validation_loader
+from megatrain.data.feed.prefetch import prefetch
+from megatrain.data.feed.rows import IGNORE
+from megatrain.data.feed.validation import num_batches, validation_loader
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import EOD_ID, make_dataset, open_dataset
 from tests.data.mutations import mutated_copies
 from tests.data.reading import SEQ, make_sources, run_config, training_data

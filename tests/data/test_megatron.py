@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.data.reader import TokenDataset
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import random_documents, write_documents
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.data import chunks
-from megatrain.data.reader import TokenDataset
+from megatrain.data.corpus import chunks
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,8 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
 MEASURED = """
 import sys
 from data_tools import tokenize_text
-from megatrain.data import chunks, encode
+from megatrain.data.corpus import chunks
+from megatrain.data.corpus import encode
 chunks.CHUNK_BYTES = chunks.PIECE_BYTES = encode.PIECE_BYTES = int(sys.argv[1])
 for words in sys.argv[2], sys.argv[3]:
     assert tokenize_text.main(words.split("|")) == 0

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.order import Epochs, Permutation
+from megatrain.data.feed.order import Epochs, Permutation
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_tools import pack_images, pack_pairs, train_tokenizer
-from megatrain.data.encode import Encoder
-from megatrain.data.manifest import Manifest
+from megatrain.data.corpus.encode import Encoder
 from megatrain.data.pool import Pool
-from megatrain.data.reader import TokenDataset
-from megatrain.data.verify import find_problems
+from megatrain.data.shards.manifest import Manifest
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.verify import find_problems
 from tests.data.factory import byte_tokenizer
 
 PAIRS = [("one", "eins"), ("two words", "zwei Wörter"), ("x" * 50, "lang"), ("last", "letztes")]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatrain.data.errors import DataError
-from megatrain.data.format import BLOCK_SIZE
-from megatrain.data.reader import TokenDataset
+from megatrain.data.shards.format import BLOCK_SIZE
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import write_documents
 
 PER_BLOCK = BLOCK_SIZE // 2  # tokens

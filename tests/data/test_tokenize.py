@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from data_tools import tokenize_text
-from megatrain.data import chunks, shuffle
+from megatrain.data.corpus import chunks
 from megatrain.data.errors import DataError
-from megatrain.data.manifest import Manifest
 from megatrain.data.pool import Pool
-from megatrain.data.reader import TokenDataset
-from megatrain.data.verify import find_problems
-from megatrain.data.writer import BAD_RECORDS, DatasetWriter
+from megatrain.data.shards import shuffle
+from megatrain.data.shards.manifest import Manifest
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.verify import find_problems
+from megatrain.data.shards.writer import BAD_RECORDS, DatasetWriter
 from tests.data.factory import byte_tokenizer, make_dataset
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from data_tools import inspect_shards, tokenize_text, train_tokenizer
-from megatrain.data import chunks
+from megatrain.data.corpus import chunks
 from megatrain.data.errors import DataError
-from megatrain.data.reader import TokenDataset
+from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import byte_tokenizer, make_dataset
 
 ROOT = Path(__file__).parents[2]

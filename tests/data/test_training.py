@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatrain.config.load import load_config
 from megatrain.data.errors import DataError
-from megatrain.data.manifest import Manifest
-from megatrain.data.validation import validation_sets
+from megatrain.data.feed.validation import validation_sets
+from megatrain.data.shards.manifest import Manifest
 from tests.data.factory import make_dataset, random_documents, write_documents
 from tests.data.reading import SEQ, make_sources, run_config, training_data
 

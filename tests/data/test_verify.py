@@ -9,12 +9,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_tools import import_megatron, inspect_shards, merge_shards, verify_shards
-from megatrain.data import length_chart
-from megatrain.data.manifest import MANIFEST, Manifest
+from megatrain.data.corpus import length_chart
 from megatrain.data.pool import Pool
-from megatrain.data.reader import TokenDataset
-from megatrain.data.verify import find_problems
-from megatrain.data.writer import DatasetWriter
+from megatrain.data.shards.manifest import MANIFEST, Manifest
+from megatrain.data.shards.reader import TokenDataset
+from megatrain.data.shards.verify import find_problems
+from megatrain.data.shards.writer import DatasetWriter
 from tests.data.factory import byte_tokenizer, make_dataset, random_documents, write_documents
 from tests.data.mutations import mutated_copies
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatrain.engine.base_optimizer import build_base_optimizer
+from megatrain.engine.zero.base_optimizer import build_base_optimizer
 from tests.layouts import ONE_PROCESS, run_config
 
 

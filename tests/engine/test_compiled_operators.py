@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatrain.config.load import load_config
-from megatrain.engine import compiled_operators
-from megatrain.engine.compiled_operators import announce_compilations, free_lock, free_locked_operators
 from megatrain.engine.errors import OperatorLockError
+from megatrain.engine.zero import compiled_operators
+from megatrain.engine.zero.compiled_operators import announce_compilations, free_lock, free_locked_operators
 
 # compiles like torch does: holds the baton, says so, and waits
 BUILDER = """

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.checkpoint.manifest import ArraySpec
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.manifest import ArraySpec
 from tests.layouts import (
     ONE_PROCESS,
     Layout,

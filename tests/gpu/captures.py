@@ -43,8 +43,8 @@ def capture_all(device_type: str) -> dict[str, Any]:
     import torch
 
     from megatrain.engine.start import start_distributed
-    from megatrain.train.parity import capture_steps
-    from megatrain.train.parity_run import DRAWS
+    from megatrain.parity.capture import capture_steps
+    from megatrain.parity.run import DRAWS
 
     device = start_distributed()
     assert device.type == device_type

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
-from megatrain.models.document_attention import KERNELS
-from megatrain.models.documents import documents_of, visible_pairs
-from megatrain.models.experts import grouped_matmul
+from megatrain.models.parts.document_attention import KERNELS
+from megatrain.models.parts.documents import documents_of, visible_pairs
+from megatrain.models.parts.experts import grouped_matmul
 from megatrain.models.recompute import apply_recompute
 from megatrain.optim.muon import orthogonalize
 from megatrain.parallel.dropout import dropout_keys
-from megatrain.train.parity_bands import Bands
-from megatrain.train.parity_compare import compare
+from megatrain.parity.bands import Bands
+from megatrain.parity.compare import compare
 from tests.gpu.captures import configs
 from tests.layouts import ONE_PROCESS, global_batch, random_positions, run_config
 from tests.models.test_recompute import MODES

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatrain.checkpoint.folder import list_checkpoints
+from megatrain.checkpoint.store.folder import list_checkpoints
 from tests.data.factory import make_dataset
 from tests.launch.test_pretrain import deepspeed, launcher, start
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
+from megatrain.checkpoint.store.folder import list_checkpoints
 from tests.launch.test_pretrain import arguments, run, start
 
 __all__ = ["arguments"]  # a fixture
@@ -19,7 +19,7 @@ __all__ = ["arguments"]  # a fixture
 # the program, whose saves of step 4 get nowhere while there is the file that its first argument names
 PROGRAM = """
 import pathlib, sys, time
-from megatrain.checkpoint.files import Files
+from megatrain.checkpoint.store.files import Files
 from launch.pretrain import main
 
 gate, write = pathlib.Path(sys.argv[1]), Files._write

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.problems import ConfigError
 from megatrain.models.build import build_model
-from megatrain.models.document_attention import KERNELS
-from megatrain.models.documents import documents_of, visible_pairs
+from megatrain.models.parts.document_attention import KERNELS
+from megatrain.models.parts.documents import documents_of, visible_pairs
 from megatrain.train.build import build_engine
 from tests.layouts import ONE_PROCESS, run_config
 

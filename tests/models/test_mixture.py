@@ -11,8 +11,8 @@ from torch import Tensor
 from megatrain.config.derive import mixture_layers, num_parameters, resolve_model
 from megatrain.config.schema import ModelConfig, TrainConfig
 from megatrain.models.build import build_model
-from megatrain.models.experts import grouped_matmul
-from megatrain.models.mixture import MixtureOfExperts, Router
+from megatrain.models.parts.experts import grouped_matmul
+from megatrain.models.parts.mixture import MixtureOfExperts, Router
 from megatrain.parallel.layers import Layers
 
 S, B, D, E = 12, 3, 16, 6

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatrain.models.norm import LayerNorm, RMSNorm
+from megatrain.models.parts.norm import LayerNorm, RMSNorm
 
 
 def test_norms_are_their_formulas() -> None:

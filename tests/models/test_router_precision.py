@@ -5,7 +5,7 @@ from torch import nn
 
 from megatrain.config.derive import resolve_model
 from megatrain.config.schema import ModelConfig
-from megatrain.models.mixture import Router
+from megatrain.models.parts.mixture import Router
 from megatrain.parallel.layers import Layers
 
 

@@ -186,7 +186,7 @@ def _fork_workers_from_here() -> None:
     """The workers of tests/pool.py: forked from this process instead of one that imports all anew."""
     import multiprocessing
 
-    import megatrain.train.preload  # noqa: F401 - the mistake, if it ends the import, is seen here
+    import megatrain.parity.preload  # noqa: F401 - the mistake, if it ends the import, is seen here
     import tests.pool
 
     fork = multiprocessing.get_context("fork")

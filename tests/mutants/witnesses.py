@@ -19,7 +19,7 @@ WITNESSES: dict[str, list[str]] = {
     "mixture": ["tests/models/test_mixture.py", "--deselect", f"{_COMPILED}"],
     "documents": ["tests/models/test_documents.py", "tests/models/test_document_attention.py"],
     "recompute": ["tests/models/test_recompute.py"],
-    "huggingface": ["tests/checkpoint/convert/test_huggingface.py::test_there_and_back_is_bit_equal"],
+    "huggingface": ["tests/convert/test_huggingface.py::test_there_and_back_is_bit_equal"],
     # layouts against one process
     "tp": [f"{_LAYOUTS}[gpt-tp2-pp1-dp1-zero0]", f"{_LAYOUTS}[llama-tp2-pp1-dp1-zero0]"],
     "sp": [f"{_LAYOUTS}[gpt-tp2-pp1-dp1-sp-zero0]", f"{_LAYOUTS}[qwen3-tp2-pp2-dp2-sp-zero1]"],
@@ -107,8 +107,8 @@ WITNESSES: dict[str, list[str]] = {
         "tests/config/test_stages.py",
         "tests/config/test_configs.py",
     ],
-    "metrics": ["tests/train/test_metrics.py"],
-    "plan": ["tests/plan/test_schedule.py"],
+    "metrics": ["tests/record/test_metrics.py"],
+    "plan": ["tests/plan/test_pipeline.py"],
     "topology": ["tests/parallel/test_topology.py"],
 }
 

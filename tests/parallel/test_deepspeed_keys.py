@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.config.compatibility import AXES
-from megatrain.config.deepspeed_keys import ALLOWED
+from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.deepspeed_keys import ALLOWED
 from tests.config.test_deepspeed_keys import GOOD, PRINTING
 from tests.covering import raw
 from tests.layouts import (

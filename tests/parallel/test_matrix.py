@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain.config.compatibility import AXES
-from megatrain.config.rules import check
+from megatrain.config.rules.check import check
+from megatrain.config.rules.compatibility import AXES
 from tests.covering import (
     GPU_ONLY,
     IN_SAMPLE,

@@ -50,12 +50,12 @@ def train(world: None, memory_path: Path) -> Run:
 def _start(sections: dict[str, Any]) -> Path:
     """One start of a run, as train/run.py makes it, in a process group that is there already."""
     from megatrain.config.derive import num_tokens, resolve
-    from megatrain.config.rules import check
+    from megatrain.config.rules.check import check
     from megatrain.config.schema import RunConfig
-    from megatrain.data.training import TrainingData
-    from megatrain.data.validation import validation_loader, validation_sets
+    from megatrain.data.feed.training import TrainingData
+    from megatrain.data.feed.validation import validation_loader, validation_sets
+    from megatrain.record.run_folder import RunFolder
     from megatrain.train.loop import Trainer
-    from megatrain.train.run_folder import RunFolder
     from tests.layouts import build_engine
 
     asked = RunConfig.model_validate(sections)

@@ -7,8 +7,8 @@ import pytest
 
 from megatrain.config.derive import resolve
 from megatrain.config.schema import RunConfig
-from megatrain.data.training import TrainingData
-from megatrain.data.validation import num_batches, validation_loader, validation_sets
+from megatrain.data.feed.training import TrainingData
+from megatrain.data.feed.validation import num_batches, validation_loader, validation_sets
 from tests.data.factory import random_documents, write_documents
 from tests.reference.trainer import Trainer
 

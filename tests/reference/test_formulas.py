@@ -9,7 +9,7 @@ from torch import nn
 
 from megatrain.config.derive import resolve
 from megatrain.config.schema import ModelConfig, RunConfig
-from megatrain.models.rotary import Rotary, turn
+from megatrain.models.parts.rotary import Rotary, turn
 from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
 from tests.reference.optimizers import State, update_of

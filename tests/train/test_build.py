@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from megatrain.config.problems import ConfigError
+from megatrain.config.reading.problems import ConfigError
 from tests.layouts import Layout, build_engine, run_config
 
 

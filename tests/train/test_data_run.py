@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatrain.checkpoint.store import CheckpointReader
+from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.config.schema import RunConfig
 from tests.data.factory import byte_tokenizer, write_documents
 from tests.layouts import Layout, build_engine, run_config
@@ -54,10 +54,10 @@ def run_steps(config: RunConfig) -> None:
     """What train/run.py does, in the test pool's world."""
     import torch.distributed as dist
 
-    from megatrain.data.training import TrainingData
-    from megatrain.data.validation import validation_loader, validation_sets
+    from megatrain.data.feed.training import TrainingData
+    from megatrain.data.feed.validation import validation_loader, validation_sets
+    from megatrain.record.run_folder import RunFolder
     from megatrain.train.loop import Trainer
-    from megatrain.train.run_folder import RunFolder
 
     if dist.get_rank() == 0:
         RunFolder.of(config).prepare(config)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.checkpoint.folder import list_checkpoints
+from megatrain.checkpoint.store.folder import list_checkpoints
 from megatrain.config.schema import RunConfig
 from tests.data.factory import make_dataset
 from tests.layouts import Layout, Trained, build_engine, global_batch, run_config, train_steps
@@ -116,7 +116,7 @@ def run_until_it_ends(config: RunConfig, bad_steps: list[int], loss_of: dict[int
     """A whole run whose gradients are NaN in some steps, and whose losses are said to be others in some."""
     from dataclasses import replace
 
-    from megatrain.data.training import TrainingData
+    from megatrain.data.feed.training import TrainingData
     from megatrain.engine.errors import NonFiniteError
     from megatrain.train.loop import Trainer
     from megatrain.train.run import _claimed_folder

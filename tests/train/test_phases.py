@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.config.problems import ConfigError
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import list_checkpoints
+from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import RunConfig
 from tests.data.factory import make_dataset
 from tests.layouts import Layout, build_engine, run_config
@@ -31,8 +31,8 @@ def config_of(folder: Path, name: str = "first", steps: int = 4, **sections: dic
 
 def start(config: RunConfig, dry: bool = False) -> str:
     """One start of a run on this rank, as train/run.py makes it; an error's text."""
-    from megatrain.data.training import TrainingData
-    from megatrain.data.validation import validation_loader, validation_sets
+    from megatrain.data.feed.training import TrainingData
+    from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.train.dry_run import dry_run
     from megatrain.train.loop import Trainer
     from megatrain.train.run import _claimed_folder

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatrain.checkpoint.errors import CheckpointError
-from megatrain.checkpoint.folder import list_checkpoints
-from megatrain.checkpoint.rebuild import rebuild_manifest
+from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.checkpoint.store.folder import list_checkpoints
+from megatrain.checkpoint.tools.rebuild import rebuild_manifest
 from megatrain.config.schema import RunConfig
 from tests.checkpoint.test_store_damage import flip
 from tests.data.factory import make_dataset
@@ -31,7 +31,7 @@ def config_of(folder: Path, steps: int, **checkpoint: Any) -> RunConfig:
 def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
     """A whole run on this rank; the saves of ``failing_saves`` find no room. Returns an error's text."""
     from megatrain.checkpoint.save import Saver
-    from megatrain.data.training import TrainingData
+    from megatrain.data.feed.training import TrainingData
     from megatrain.train.loop import Trainer
     from megatrain.train.run import _claimed_folder
 

@@ -80,14 +80,14 @@ MUTANTS = [
     ),
     _m(
         "replicated weights counted tp times in the gradient norm (TransformerEngine 715)",
-        "engine/mpu",
+        "engine/zero/mpu",
         'return self._mesh.coordinate("tp")',
         "return 0",
         "tp",
     ),
     _m(
         "split weights without their mark, left out of the norm (Megatron-LM 7452, finding 8; 5916)",
-        "engine/mpu",
+        "engine/zero/mpu",
         "self._mesh.model_group if self._sharded else self._mesh.expert_model_group",
         "self._mesh.pp_group",
         "tp",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     _m(
         "experts left out of the norm of ranks that hold others (Megatron-LM 5916)",
-        "engine/mpu",
+        "engine/zero/mpu",
         "self._sharded else self._mesh.expert_model_group",
         "self._sharded else self._mesh.model_group",
         "ep",
@@ -145,7 +145,7 @@ MUTANTS = [
     ),
     _m(
         "experts' gradients divided by the size of the expert axis",
-        "engine/experts",
+        "engine/zero/experts",
         "        parameter.group_name = name  # type: ignore[attr-defined]\n",
         "        parameter.group_name = name  # type: ignore[attr-defined]\n"
         "        parameter.register_hook(lambda gradient: gradient / mesh.topology.ep)\n",
@@ -153,7 +153,7 @@ MUTANTS = [
     ),
     _m(
         "experts' gradients summed over ranks that hold others",
-        "engine/experts",
+        "engine/zero/experts",
         "groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group",
         "groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.data_group",
         "ep",
@@ -196,7 +196,7 @@ MUTANTS = [
     ),
     _m(
         "an overflow that ranks of one model do not share: other loss scales (fairseq2 1374)",
-        "engine/mpu",
+        "engine/zero/mpu",
         "return self._mesh.model_group if self._sharded else self._mesh.expert_model_group",
         "return self._mesh.self_group",
         "16-bit",

@@ -10,7 +10,7 @@ def _m(file: str, old: str, new: str, kind: str, *see: str) -> Mutant:
 _DERIVE, _LOOP, _PLAN = ("derive",), ("reference", "data-run"), ("derive", "plan")
 
 MUTANTS = [
-    _m("train/throughput", "(self.num_devices * self.peak_flops)", "self.peak_flops", "missing factor", "metrics"),
+    _m("record/throughput", "(self.num_devices * self.peak_flops)", "self.peak_flops", "missing factor", "metrics"),
     _m(
         "train/loop",
         "self.engine.train_step(batch, self.step + 1)",
@@ -61,19 +61,21 @@ MUTANTS = [
         "all ranks read the same",
         *_LOOP,
     ),
-    _m("train/metrics", "math.exp(loss)", "2**loss", "another function", *_LOOP),
-    _m("train/ledger", "losses[i] / counts[i] if", "losses[i] / (counts[i] + 1) if", "off by one", "data-run"),
-    _m("train/ledger", "== 0\n", ">= 0\n", "counted cp times", "data-run"),
+    _m("record/metrics", "math.exp(loss)", "2**loss", "another function", *_LOOP),
+    _m("record/ledger", "losses[i] / counts[i] if", "losses[i] / (counts[i] + 1) if", "off by one", "data-run"),
+    _m("record/ledger", "== 0\n", ">= 0\n", "counted cp times", "data-run"),
     _m(
-        "train/ledger",
+        "record/ledger",
         "        self._sums = self._nothing()\n        consumed",
         "        consumed",
         "stale sums",
         "data-run",
     ),
-    _m("train/ledger", "(batch.labels != IGNORE).sum(1)", "(batch.labels != IGNORE).sum(0)", "wrong dim", "data-run"),
-    _m("train/throughput", "return peak_tflops * 1e12", "return peak_tflops * 1e9", "wrong unit", "metrics"),
-    _m("train/metrics", "return self.tokens / self.seconds", "return self.seconds / self.tokens", "inverse", "metrics"),
+    _m("record/ledger", "(batch.labels != IGNORE).sum(1)", "(batch.labels != IGNORE).sum(0)", "wrong dim", "data-run"),
+    _m("record/throughput", "return peak_tflops * 1e12", "return peak_tflops * 1e9", "wrong unit", "metrics"),
+    _m(
+        "record/metrics", "return self.tokens / self.seconds", "return self.seconds / self.tokens", "inverse", "metrics"
+    ),
     _m(
         "config/derive",
         "math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE))",
@@ -123,15 +125,15 @@ MUTANTS = [
     ),
     _m("config/stages", "plan = (max(slowest, cost),", "plan = (slowest + cost,", "wrong operator", *_DERIVE),
     _m(
-        "plan/schedule",
+        "plan/pipeline",
         '"1f1b": F + I + W,\n        "interleaved_1f1b"',
         '"1f1b": F + I,\n        "interleaved_1f1b"',
         "dropped term",
         "plan",
     ),
-    _m("plan/schedule", "(parallel.pp - 1) * lost", "parallel.pp * lost", "off by one", "plan"),
+    _m("plan/pipeline", "(parallel.pp - 1) * lost", "parallel.pp * lost", "off by one", "plan"),
     _m(
-        "plan/schedule",
+        "plan/pipeline",
         "stage - 1, micro_batch) if stage > 0",
         "stage - 1, micro_batch) if stage > 1",
         "off by one",

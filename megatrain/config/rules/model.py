@@ -1,0 +1,131 @@
+"""Rules of the model's shape."""
+
+import math
+from collections.abc import Iterator
+
+from megatrain.config.derive import head_width
+from megatrain.config.reading.problems import Problem
+from megatrain.config.schema import RunConfig
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def listed(numbers: list[int]) -> str:
+    """``numbers`` in words; the middle of a long list is left out."""
+    if len(numbers) > 12:
+        return ", ".join([*map(str, numbers[:9]), "…", *map(str, numbers[-2:])])
+    return ", ".join(map(str, numbers))
+
+
+def heads_divide_width(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each head takes an equal slice of the stream."""
+    model = config.model
+    if model.head_width is None and model.hidden_size % model.num_heads:
+        yield Problem(
+            "model.num_heads",
+            model.num_heads,
+            f"does not divide model.hidden_size = {model.hidden_size}",
+            listed(divisors(model.hidden_size)),
+            f"choose one of these, make model.hidden_size a multiple of {model.num_heads}, or set model.head_width",
+        )
+
+
+def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Rotary positions turn pairs of a head's numbers."""
+    model = config.model
+    if model.family == "gpt":
+        return
+    if model.head_width is not None and model.head_width % 2:
+        yield Problem(
+            "model.head_width",
+            model.head_width,
+            "is odd; rotary positions turn pairs",
+            "even numbers",
+            f"set model.head_width to {model.head_width + 1}",
+        )
+    elif model.head_width is None and model.hidden_size % model.num_heads == 0 and head_width(model) % 2:
+        good = [heads for heads in divisors(model.hidden_size) if (model.hidden_size // heads) % 2 == 0]
+        yield Problem(
+            "model.num_heads",
+            model.num_heads,
+            f"makes heads of width {head_width(model)} (model.hidden_size = {model.hidden_size} / num_heads); "
+            "rotary positions turn pairs, so the width must be even",
+            listed(good) if good else f"none for model.hidden_size = {model.hidden_size}, which is odd",
+            "choose one of these" if good else "choose an even model.hidden_size",
+        )
+
+
+def groups_divide_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each key/value head serves equally many query heads."""
+    model = config.model
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        yield Problem(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"does not divide model.num_heads = {model.num_heads}",
+            listed(divisors(model.num_heads)),
+            "choose one of these; leave it out for plain multi-head attention",
+        )
+
+
+def padding_leaves_tokens(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Some row of the embedding stands for a token."""
+    padding, rows = config.model.vocab_padding, config.model.vocab_size
+    if padding >= rows:
+        yield Problem(
+            "model.vocab_padding",
+            padding,
+            f"leaves no token of model.vocab_size = {rows} rows",
+            f"0 to {rows - 1}",
+            "count the rows that no token uses; vocab_size counts them too",
+        )
+
+
+def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The two ends of the transition between stretched and unstretched frequencies."""
+    model = config.model
+    ends = {
+        "llama3": ("rope_high_freq_factor", "rope_low_freq_factor"),
+        "yarn": ("rope_beta_fast", "rope_beta_slow"),
+    }
+    high, low = ends.get(model.rope_scaling, ("rope_beta_fast", "rope_beta_slow"))
+    if model.rope_scaling in ends and getattr(model, high) <= getattr(model, low):
+        yield Problem(
+            f"model.{high}",
+            getattr(model, high),
+            f"is not more than model.{low} = {getattr(model, low)}",
+            f"above {getattr(model, low)}",
+            f"raise model.{high}, or lower model.{low}",
+        )
+
+
+def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """One stretch for each frequency."""
+    model = config.model
+    for name in ("rope_short_factors", "rope_long_factors"):
+        given, wanted = getattr(model, name), head_width(model) // 2
+        if model.rope_scaling == "longrope" and len(given or []) != wanted:
+            yield Problem(
+                f"model.{name}",
+                given,
+                f"is not {wanted} numbers, which longrope needs for heads of width {head_width(model)}",
+                f"a list of {wanted} positive numbers",
+                f"set model.{name}, or choose another model.rope_scaling",
+            )
+
+
+def sequence_fits_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A model has positions for so many tokens only."""
+    seq_len, longest = config.data.seq_len, config.model.max_seq_len
+    if seq_len > longest:
+        yield Problem(
+            "data.seq_len",
+            seq_len,
+            f"is more than model.max_seq_len = {longest}",
+            f"1 to {longest}",
+            f"set data.seq_len to {longest} or less, or model.max_seq_len to {seq_len} or more",
+        )

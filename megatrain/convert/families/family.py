@@ -1,0 +1,41 @@
+"""What there is to know about a family of models on Hugging Face's hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatrain.convert.table import Line
+
+
+@dataclass(frozen=True)
+class Family:
+    """One literal table of names, one of config fields.
+
+    Attributes:
+        model_type, architecture: as in ``config.json``.
+        ours: the value of ``model.family``.
+        lines: which tensors are which.
+        prefix: what the names of a file without a head lack.
+        blocks: the module that lists the blocks.
+        fields: field of ``config.json`` -> (field of ``ModelConfig``, what holds where the file leaves it out).
+        fixed: fields that change the arithmetic, with the values that are computed here; the first is written.
+        aliases: other spellings of fields.
+        modules: the same in the names of the modules of transformers 5, where they are others than the files'.
+        dense_blocks: field that lists blocks without experts.
+        experts: whether its blocks are mixtures of experts.
+        rope_theta: what holds where the file leaves it out.
+    """
+
+    model_type: str
+    architecture: str
+    ours: str
+    lines: tuple[Line, ...]
+    prefix: str
+    blocks: str
+    fields: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[Line, ...] | None = None
+    dense_blocks: str | None = None
+    experts: bool = False
+    rope_theta: float = 10000.0

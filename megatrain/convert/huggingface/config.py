@@ -1,0 +1,184 @@
+"""``config.json`` of a Hugging Face model to and from the model's config here."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens, original_length
+from megatrain.config.schema import ModelConfig
+from megatrain.convert.errors import ConversionError
+from megatrain.convert.families.family import Family
+from megatrain.convert.families.gpt2 import GPT2
+from megatrain.convert.families.llama import LLAMA
+from megatrain.convert.families.mixtral import MIXTRAL
+from megatrain.convert.families.qwen3 import QWEN3
+from megatrain.convert.families.qwen3_moe import QWEN3_MOE
+from megatrain.convert.huggingface.rope import ROPE, rope_from_config, rope_to_config
+from megatrain.convert.model_check import resolved, said
+
+FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
+
+# what says how a model is trained, stored or computed, and not what it computes
+NOT_COMPARED = (
+    "dropout",
+    "attention_dropout",
+    "document_attention",
+    "vocab_size",
+    "vocab_padding",
+    "router_balance_loss",
+    "router_z_loss",
+)
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that a ``config.json`` names.
+
+    Raises:
+        ConversionError: it is not known here.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ConversionError(f"config.json: model_type {model_type!r:.100} is not known; these are: {known}")
+
+
+def family_of_model(model: ModelConfig) -> Family:
+    """The family elsewhere of a model here.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for family in FAMILIES:
+        if family.ours == model.family and family.experts == bool(model.num_experts):
+            return family
+    raise ConversionError(f"no family elsewhere is a mixture of experts of the family {model.family}")
+
+
+def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> ModelConfig:
+    """The resolved model config of a ``config.json``.
+
+    Args:
+        vocab_multiple: the vocabulary is padded to a multiple of it.
+    Raises:
+        ConversionError: a setting that is not computed here (all are named), or that is none at all.
+    """
+    family = family_of_config(config)
+    _require_computed(family, config)
+    values = {ours: _value(family, config, theirs) for theirs, (ours, _) in family.fields.items()}
+    for name in ("vocab_size", "max_seq_len", "num_layers"):
+        if type(values[name]) is not int or not 1 <= values[name] < 2**40:
+            theirs = next(field for field, (ours, _) in family.fields.items() if ours == name)
+            raise ConversionError(f"config.json: {theirs} = {values[name]!r:.100} is not a positive whole number")
+    if family.ours != "gpt":
+        values |= rope_from_config(config, family.rope_theta, values["max_seq_len"])
+    dense = _dense_blocks(family, config, values["num_layers"])
+    if dense:
+        values["num_dense_layers"] = max(dense) + 1
+    values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
+    values["vocab_size"] += values["vocab_padding"]
+    try:
+        model = ModelConfig(family=family.ours, **values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConversionError(f"config.json: {said(error, _their_names(family))}") from error
+    model = resolved(model, "config.json")
+    if family.dense_blocks is not None:
+        _require_computed_blocks(family.dense_blocks, dense, model)
+    return model
+
+
+def config_from_model(model: ModelConfig) -> dict[str, Any]:
+    """The ``config.json`` of a resolved model, in the spelling that transformers 4 and 5 both read.
+
+    Raises:
+        ConversionError: the family elsewhere has no such model; every field in the way is named.
+    """
+    family, model = family_of_model(model), _with_expert_size(model)
+    config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    config |= {theirs: getattr(model, ours) for theirs, (ours, _) in family.fields.items()}
+    config["vocab_size"] = num_tokens(model)
+    config |= {name: values[0] for name, values in family.fixed.items()}
+    if family.dense_blocks is not None:
+        config[family.dense_blocks] = list(range(model.num_dense_layers))
+    if family.ours != "gpt":
+        config |= {"rope_theta": model.rope_theta, "rope_scaling": rope_to_config(model)}
+    if model.rope_scaling == "dynamic":
+        config["max_position_embeddings"] = original_length(model)
+    if different := list(differences(model, model_from_config(config))):
+        raise ConversionError(f"{family.architecture} cannot be this model: " + "; ".join(different))
+    return config
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
+    """Fields in which two models compute differently; padding and dropout are not part of that."""
+    one, other = _with_expert_size(one), _with_expert_size(other)
+    if num_tokens(one) != num_tokens(other):
+        yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
+    unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
+    unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
+    if one.rope_scaling == "dynamic":
+        unused.remove("rope_original_max_seq_len")
+    if len(mixture_layers(one)) == one.num_layers:
+        unused.add("ffn_hidden_size")
+    for name, value in one.model_dump().items():
+        if name not in (*NOT_COMPARED, *unused) and value != getattr(other, name):
+            yield f"{name}: {value!r} and {getattr(other, name)!r}"
+
+
+def _require_computed(family: Family, config: Mapping[str, Any]) -> None:
+    """Checks the fields that change the arithmetic, or what the weights mean.
+
+    Raises:
+        ConversionError: names all whose values are not computed here.
+    """
+    problems = [
+        f"{name} = {config[name]!r:.100} is not computed here; this is: {allowed[0]!r}"
+        for name, allowed in family.fixed.items()
+        if not any(config.get(name, allowed[0]) is one or config.get(name, allowed[0]) == one for one in allowed)
+    ]
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        problems.append(f"layer_types = {kinds!r:.100} is not computed here; this is: 'full_attention' in every block")
+    if config.get("quantization_config"):
+        problems.append("quantization_config: the weights are quantized, and are not read: dequantize the model first")
+    if problems:
+        raise ConversionError("config.json: " + "; ".join(problems))
+
+
+def _value(family: Family, config: Mapping[str, Any], theirs: str) -> Any:
+    return config.get(theirs, config.get(family.aliases.get(theirs, theirs), family.fields[theirs][1]))
+
+
+def _their_names(family: Family) -> dict[str, str]:
+    return {ours: theirs for theirs, (ours, _) in family.fields.items()} | {
+        ours: theirs for kind in ROPE.values() for theirs, (ours, _) in kind.items()
+    }
+
+
+def _dense_blocks(family: Family, config: Mapping[str, Any], num_layers: int) -> list[int]:
+    """Numbers of the blocks that the config names as dense ones.
+
+    Raises:
+        ConversionError: they are no numbers of blocks.
+    """
+    dense = (config.get(family.dense_blocks) if family.dense_blocks else None) or []
+    if not isinstance(dense, list) or not all(type(block) is int and 0 <= block < num_layers for block in dense):
+        raise ConversionError(f"config.json: {family.dense_blocks} = {dense!r:.100} does not list numbers of blocks")
+    return dense
+
+
+def _require_computed_blocks(field: str, dense: list[int], model: ModelConfig) -> None:
+    """Dense blocks are the first ones here, and those between the blocks of an interval."""
+    wanted = {i for i in range(model.num_layers) if i not in dense and (i + 1) % model.expert_interval == 0}
+    if not wanted or wanted != set(mixture_layers(model)):
+        raise ConversionError(
+            f"config.json: {field} = {dense!r:.100}: blocks without experts are computed here where they are the first "
+            f"ones, or all but every {model.expert_interval}. (decoder_sparse_step)"
+        )
+
+
+def _with_expert_size(model: ModelConfig) -> ModelConfig:
+    size = expert_hidden_size(model) if model.num_experts else None
+    return model.model_copy(update={"expert_hidden_size": size})

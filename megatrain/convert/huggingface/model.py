@@ -1,0 +1,154 @@
+"""Models in Hugging Face's folders: config.json, safetensors, generation_config.json, tokenizer."""
+
+import functools
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.store.tokenizer_file import CarriedTokenizer
+from megatrain.config.derive import num_tokens
+from megatrain.config.schema import ModelConfig
+from megatrain.convert.errors import ConversionError
+from megatrain.convert.huggingface import bin_files, safetensors_files
+from megatrain.convert.huggingface.bin_files import BinReader
+from megatrain.convert.huggingface.config import (
+    config_from_model,
+    family_of_config,
+    family_of_model,
+    model_from_config,
+)
+from megatrain.convert.huggingface.safetensors_files import SafetensorsReader, SafetensorsWriter
+from megatrain.convert.huggingface.tokenizer import (
+    CONFIG,
+    IDS,
+    read_json,
+    special_ids,
+    with_end,
+    write_generation,
+    write_json,
+    write_tokenizer,
+)
+from megatrain.convert.model_check import require_plausible, require_tied
+from megatrain.convert.pickles import require_trust
+from megatrain.spec.kinds import WEIGHT
+
+ADAPTER, HEAD = "adapter_config.json", "lm_head.weight"
+# masks and frequencies that older files hold beside the weights
+_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+class HuggingFaceReader:
+    """A folder with ``config.json`` and safetensors, or ``pytorch_model.bin`` where there are none.
+
+    Args:
+        trust: open the latter, a pickle.
+    Raises:
+        ConversionError: a file is missing or damaged, or the model is none that is computed here.
+    """
+
+    kinds: tuple[str, ...] = (WEIGHT,)
+    step = 0
+
+    def __init__(self, folder: Path, vocab_multiple: int = 1, trust: bool = False):
+        self.path = folder
+        if (folder / ADAPTER).is_file():
+            raise ConversionError(f"{folder / ADAPTER}: the folder holds an adapter: merge it into its model first")
+        self.config = read_json(folder / CONFIG)
+        self.family = family_of_config(self.config)
+        try:
+            self.model, self.table = model_from_config(self.config, vocab_multiple), self.family.lines
+        except RecursionError as error:
+            raise ConversionError(f"{folder / CONFIG}: nested too deeply") from error
+        self._tensors = _tensors(folder, trust)
+        there = self._tensors.names()
+        require_plausible(self.model, there, folder)
+        if (self.model.num_experts or 0) > len(there):
+            raise ConversionError(f"{folder}: {len(there)} tensors are not those of {self.model.num_experts} experts")
+        self._prefix = "" if any(name.startswith(self.family.prefix) for name in there) else self.family.prefix
+        self._require_one_head()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest type that holds every weight as it stands in the files."""
+        return functools.reduce(torch.promote_types, map(self._tensors.dtype_of, self._tensors.names()))
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A weight, in the type of the file."""
+        return self._tensors.read(name.removeprefix(self._prefix))
+
+    def names(self) -> Collection[str]:
+        """Of the weights; a tied head that was stored all the same does not count."""
+        tied = {HEAD} if self.model.tie_embeddings else set()
+        there = {name for name in self._tensors.names() if not _BUFFERS.search(name)} - tied
+        return {name if name == HEAD else self._prefix + name for name in there}
+
+    def _require_one_head(self) -> None:
+        """Checks that a head which the config ties is the word embedding.
+
+        Raises:
+            ConversionError: it is another, which programs take or leave as they like.
+        """
+        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
+        here = {HEAD, word.removeprefix(self._prefix)}
+        if self.model.tie_embeddings and here <= set(self._tensors.names()):
+            require_tied(self._tensors.read(HEAD), self.read(WEIGHT, word), f"{self.path}: {HEAD}")
+
+
+def _tensors(folder: Path, trust: bool) -> SafetensorsReader | BinReader:
+    pickles = [folder / name for name in (bin_files.INDEX, bin_files.SINGLE) if (folder / name).is_file()]
+    if not pickles or any((folder / name).is_file() for name in (safetensors_files.SINGLE, safetensors_files.INDEX)):
+        return SafetensorsReader(folder)
+    require_trust(pickles[0], trust)
+    return BinReader(folder)
+
+
+class HuggingFaceWriter:
+    """Writes a folder that ``from_pretrained`` and serving engines take as it is.
+
+    Args:
+        extras: a folder with a tokenizer and perhaps ``generation_config.json``, or a tokenizer.json; None: none.
+        eod_id: what ends the documents that the model was trained on.
+    """
+
+    kinds: tuple[str, ...] = (WEIGHT,)
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        shard_bytes: int,
+        extras: Path | CarriedTokenizer | None,
+        eod_id: int | None,
+    ):
+        self.folder, self.model, self.dtype = folder, model, dtype
+        self.family = family_of_model(model)
+        self.table = self.family.lines
+        self._shard_bytes, self._extras, self._eod_id = shard_bytes, extras, eod_id
+        self._config = config_from_model(model)
+
+    def begin(self, shapes: dict[str, torch.Size]) -> None:
+        """Writes all but the weights."""
+        self._tensors = SafetensorsWriter(self.folder, self.dtype, shapes, self._shard_bytes)
+        place = self._extras if isinstance(self._extras, Path) and self._extras.is_dir() else None
+        ids = dict.fromkeys(IDS) if place is None else special_ids(place, num_tokens(self.model))
+        ids["eos_token_id"] = with_end(ids["eos_token_id"], self._eod_id)
+        if place is None:
+            ids["bos_token_id"] = self._eod_id
+        if self._extras is not None:
+            write_tokenizer(self._extras, self.folder, ids)
+        # with null where there is none: what is left out, transformers takes from the family
+        config = self._config | ids | {"dtype": str(self.dtype).removeprefix("torch.")}
+        write_json(self.folder / CONFIG, config | {"torch_dtype": config["dtype"]})
+        write_generation(place, self.folder, ids, self._eod_id)
+
+    def write(self, kind: str, name: str, tensor: Tensor) -> None:
+        """The next weight."""
+        self._tensors.write(name, tensor)
+
+    def finish(self) -> None:
+        """Completes the files."""
+        self._tensors.finish()

@@ -1,0 +1,41 @@
+"""Sequences that hold several documents: which tokens see each other, and where each stands in its own document.
+
+Shapes: S positions that this rank holds, T all positions of the sequence, B micro-batch.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatrain.models.parts.document_attention import DocumentKernel
+
+
+class Documents(NamedTuple):
+    """``positions_BT``: places of the tokens in their documents, from 0; ``numbers_BT``: of the documents.
+
+    ``plan``: what the model's kernel knows of them; None: it takes the dense mask of ``visible_pairs``.
+    """
+
+    positions_BT: Tensor
+    numbers_BT: Tensor
+    plan: Any
+
+
+def documents_of(positions_BT: Tensor, kernel: DocumentKernel | None) -> Documents:
+    """A token of position 0 begins a document."""
+    return Documents(positions_BT, (positions_BT == 0).cumsum(1), kernel.plan(positions_BT) if kernel else None)
+
+
+def own_positions(own_S: Tensor, documents: Documents | None) -> Tensor:
+    """Positions [S, B or 1] for the model, of the tokens at the places ``own_S`` of the sequence."""
+    return own_S[:, None] if documents is None else documents.positions_BT[:, own_S].transpose(0, 1)
+
+
+def visible_pairs(documents: Documents, rows: int, cols: int) -> Tensor:
+    """[B, 1, rows, cols]: whether a query, of the last ``rows`` of the first ``cols`` positions, sees a key.
+
+    Attention is causal inside a document and never crosses it.
+    """
+    numbers = documents.numbers_BT[:, :cols]
+    same = numbers[:, cols - rows :, None] == numbers[:, None, :]
+    return same.tril(cols - rows).unsqueeze(1)

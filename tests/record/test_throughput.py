@@ -1,0 +1,66 @@
+"""The model's own operations, against those that torch counts in a real forward and backward pass."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatrain.config.derive import flops_per_token, resolve_model
+from megatrain.config.schema import ModelConfig
+from megatrain.data.feed.rows import Batch
+from megatrain.models.build import build_model
+from megatrain.record.throughput import Work, tokens_and_pairs
+
+B, S = 2, 12
+SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "vocab_size": 40, "max_seq_len": 32}
+MIXTURE: dict[str, Any] = {"num_experts": 5, "experts_per_token": 2, "expert_hidden_size": 7}  # odd: one by one
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {"family": "gpt"},
+    "gpt-untied": {"family": "gpt", "tie_embeddings": False},
+    "llama-grouped": {"num_kv_heads": 2, "ffn_hidden_size": 24},
+    "llama-tied": {"tie_embeddings": True, "head_width": 6, "attention_bias": True},
+    "qwen3": {"family": "qwen3", "num_kv_heads": 1, "head_width": 10, "vocab_padding": 8},
+    "mixture": {**MIXTURE, "num_shared_experts": 2, "num_dense_layers": 1, "router_score": "sigmoid"},
+    "gpt-mixture": {**MIXTURE, "family": "gpt", "expert_interval": 2, "router_balance_loss": 0.1},
+}
+
+
+def counted(model: ModelConfig, positions: torch.Tensor | None = None) -> int:
+    """What torch counts of a step, with attention as plain products: fused kernels compute scores twice."""
+    made = build_model(model, seed=1)
+    tokens = torch.randint(0, 32, (B, S), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        made(tokens, tokens, None, positions).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_operations_are_those_that_torch_counts(fields: dict[str, Any]) -> None:
+    model = resolve_model(ModelConfig.model_validate({**SIZES, **fields}))
+    assert flops_per_token(model, S) * B * S == counted(model)
+
+
+def test_masked_documents_count_by_their_lengths() -> None:
+    model = resolve_model(ModelConfig.model_validate({**SIZES, "document_attention": "per_document"}))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    batch = Batch(positions, positions, torch.arange(B), positions, torch.zeros(B, dtype=torch.int64))
+    assert tokens_and_pairs(batch) == (24, 25 + 49 + 1 + 4 + 81)
+    work = Work(model, torch.device("cpu"), counts=True)
+    work.add(batch)
+    assert work.read(lambda own: own) == counted(model, positions)
+    work.add(batch._replace(tokens=positions[:, :8], positions=positions[:, :8]))  # a step of a ramp
+    one, head_and_blocks = 12 * 3 * 16, 6 * (3 * (4 * 16 * 16 + 3 * 16 * 64) + 40 * 16)
+    assert work.read(lambda own: 2 * own) == 2 * (16 * head_and_blocks + one * (25 + 9 + 1 + 4 + 25))
+    assert work.read(lambda own: own) == 0, "the count starts anew"
+
+
+def test_padding_is_no_work() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
+    lengths, sources = torch.tensor([5, 8, 0]), torch.zeros(3, dtype=torch.int64)
+    packed = Batch(positions, positions, torch.arange(3), positions, sources, lengths)
+    assert tokens_and_pairs(packed) == (13, 9 + 4 + 64)
+    one_document = packed._replace(positions=None)
+    assert tokens_and_pairs(one_document) == (13, 25 + 64)
+    assert tokens_and_pairs(one_document._replace(lengths=None)) == (24, 3 * 64)
