@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.paired import describe_machine
-from megatrain.config.derive import block_parameters, num_parameters, resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.families.llama import LLAMA
 from megatrain.convert.huggingface.config import config_from_model
 from megatrain.convert.huggingface.model import CONFIG
 from megatrain.convert.huggingface.safetensors_files import SafetensorsWriter
 from megatrain.convert.table import their_shapes
+from megatrain.spec.counts import block_parameters, num_parameters
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = "import torch; from transformers import LlamaForCausalLM; import megatrain.convert.run"

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.paired import describe_machine, random_batch
 from benchmarks.traffic import Traffic, start_fake_world
 from benchmarks.wire import layout_config
-from megatrain.config.schema import ModelConfig, TrainConfig
+from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
 from megatrain.models.recompute import apply_recompute
+from megatrain.spec.schema import ModelConfig
 
 RANKS = 8
 BUCKET = 1 << 18  # elements of DeepSpeed's buckets here

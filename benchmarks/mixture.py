@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio, quick_engine, random_batch, wait
-from megatrain.config.derive import num_parameters
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
 from megatrain.engine.engine import Engine
 from megatrain.engine.start import start_distributed
+from megatrain.spec.counts import num_parameters
 
 SIZES = {
     False: {"num_layers": 4, "hidden_size": 2048, "num_heads": 16, "ffn_hidden_size": 8192, "vocab_size": 32768},

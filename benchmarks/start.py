@@ -33,7 +33,7 @@ BARE = """
 import sys
 from pathlib import Path
 import torch, deepspeed
-from megatrain.config.derive import resolve_model
+from megatrain.spec.derive import resolve_model
 from megatrain.config.load import load_config
 from megatrain.models.build import build_model
 config = load_config([Path(sys.argv[1])]).config

@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio, random_batch, wait
-from megatrain.config.derive import flops_per_token
 from megatrain.config.load import load_config
 from megatrain.config.schema import RunConfig
 from megatrain.engine.start import start_distributed
 from megatrain.record.throughput import Hardware, peak_flops
+from megatrain.spec.counts import flops_per_token
 from megatrain.train.build import build_engine
 
 SEQ_LEN = 1024

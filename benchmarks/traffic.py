@@ -187,7 +187,7 @@ def start_fake_world(size: int, rank: int = 0) -> None:
     from torch.distributed.pipelining import PipelineStage
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatrain.engine.start import import_deepspeed
+    from megatrain.engine.zero.import_once import import_deepspeed
 
     deepspeed = import_deepspeed()
     if dist.is_initialized():

@@ -27,9 +27,9 @@ from megatrain.config.extras import missing
 from megatrain.data.corpus.chunks import CHUNK_BYTES
 from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, run_tool, sources_of
 from megatrain.data.corpus.documents import Document
-from megatrain.data.corpus.inputs import COMPRESSED, plain
 from megatrain.data.corpus.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import COMPRESSED, plain
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.disk.durable import fsync_folder, write_durably
 from megatrain.disk.target import require_place

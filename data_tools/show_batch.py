@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatrain.config.derive import data_parallel_rank, num_tokens
+from megatrain.config.derive import data_parallel_rank
 from megatrain.config.load import from_yaml
 from megatrain.config.reading.problems import ConfigError
 from megatrain.data.corpus.console import run_tool
@@ -22,6 +22,7 @@ from megatrain.data.errors import DataError
 from megatrain.data.feed.loader import SAMPLE_BITS
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.derive import num_tokens
 
 _MOST_DOCUMENTS = 20  # that --find reports
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.config.extras import EXTRA_OF, missing
+from megatrain.errors import MISTAKE
 
 
 def main(arguments: list[str]) -> int:
@@ -22,10 +23,10 @@ def main(arguments: list[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA_OF:
             raise
-        problem, code = missing(package, "this conversion", error), 2
+        problem, code = missing(package, "this conversion", error), MISTAKE
         cause: Exception = error
     except (CheckpointError, OSError) as error:
-        problem, code, cause = str(error), getattr(error, "exit_code", 2), error
+        problem, code, cause = str(error), getattr(error, "exit_code", MISTAKE), error
     if options.debug:
         raise cause
     print(f"error: {problem}", file=sys.stderr)

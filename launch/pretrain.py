@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatrain.cluster.errors import LauncherError
 from megatrain.cluster.place import let_idle_threads_sleep, place_from_environment, require_address
 from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
@@ -25,8 +26,7 @@ from megatrain.config.reading.problems import ConfigError
 from megatrain.config.rules.check import check_ready_to_train
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import format_config
-from megatrain.engine.errors import LauncherError
-from megatrain.train.errors import EXPECTED, STOPPED, exit_code
+from megatrain.errors import STOPPED, ExpectedError
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
 
@@ -52,12 +52,12 @@ def main(arguments: list[str]) -> int:
             if not run(config, options.dry_run):
                 return STOPPED
         return 0
-    except EXPECTED as error:
+    except ExpectedError as error:
         if debug:
             traceback.print_exc()
         else:
             report(error, 0 if isinstance(error, LauncherError) else place_from_environment().rank)
-        return exit_code(error)
+        return error.exit_code
     except (SystemExit, KeyboardInterrupt) as stop:  # a signal's second time
         leave_at_once(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
 

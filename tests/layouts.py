@@ -145,7 +145,7 @@ def train_steps(engine: Any, first: int, last: int, documents: bool = False, bat
     share = engine.mesh.coordinate("dp"), engine.mesh.topology.dp, documents
     results = [engine.train_step(batch_of(step, *share), step) for step in range(first, last + 1)]
     from megatrain.engine.state import export_state
-    from megatrain.parallel.layers import Split, place
+    from megatrain.parallel.marks import Split, place
 
     splits = {"tp": Split.over(engine.mesh.tp_group), "ep": Split.over(engine.mesh.ep_group)}
     parameters = dict(engine.parameters)

@@ -5,7 +5,7 @@ import shutil
 
 def compile_operator(builder: str) -> str | None:
     """Makes ``deepspeed.ops.op_builder``'s operator ready; returns what is lacking for it, if anything."""
-    from megatrain.engine.start import import_deepspeed
+    from megatrain.engine.zero.import_once import import_deepspeed
 
     import_deepspeed()
     from deepspeed.ops import op_builder

@@ -18,10 +18,8 @@ from megatrain.checkpoint.state import require_state
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.store.parts import ReadPart, Rows, rows_of, unproved
-from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import Engine
 from megatrain.engine.state import (
-    Fragment,
     factors,
     finish_import,
     kinds_of,
@@ -29,7 +27,9 @@ from megatrain.engine.state import (
     prepare_import,
     set_optimizer_step_count,
 )
+from megatrain.engine.zero.fragments import Fragment
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.engine.engine import Engine
-from megatrain.parallel import layers
-from megatrain.parallel.layers import Split
+from megatrain.parallel import marks
+from megatrain.parallel.marks import Split
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ def place(engine: Engine, parameter: nn.Parameter) -> Placement:
     """Placement of ``parameter`` on this rank."""
     local = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
     splits = {"tp": Split.over(engine.mesh.tp_group), "ep": Split.over(engine.mesh.ep_group)}
-    return Placement(tuple(local), *layers.place(parameter, local, splits))
+    return Placement(tuple(local), *marks.place(parameter, local, splits))
 
 
 def saves(engine: Engine, parameter: nn.Parameter) -> bool:
     """Whether this rank and those that share ``parameter`` save it: of several copies only one is kept."""
-    tensor_copy = layers.partition_dim(parameter) is None and engine.mesh.coordinate("tp") > 0
+    tensor_copy = marks.partition_dim(parameter) is None and engine.mesh.coordinate("tp") > 0
     return not tensor_copy and not getattr(parameter, "tied_copy", False)
 
 
@@ -47,7 +47,7 @@ def sharing_ranks(engine: Engine) -> list[tuple[list[int], list[str]]]:
 
     Experts that are spread over ranks have other ones than the dense weights.
     """
-    spread = {name: "ep" in layers.split_dims(parameter) for name, parameter in engine.parameters}
+    spread = {name: "ep" in marks.split_dims(parameter) for name, parameter in engine.parameters}
     groups = (engine.mesh.data_group, False), (engine.mesh.edp_group, True)
     return [
         (dist.get_process_group_ranks(group), [name for name, is_spread in spread.items() if is_spread == of_experts])

@@ -12,7 +12,8 @@ from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_sha
 from megatrain.checkpoint.store.arrays import CheckpointWriter
 from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.engine.engine import Engine
-from megatrain.engine.state import Fragment, factors, kinds_of, local_fragments
+from megatrain.engine.state import factors, kinds_of, local_fragments
+from megatrain.engine.zero.fragments import Fragment
 from megatrain.spec.kinds import FACTORS, KINDS
 
 PieceKey = tuple[str, str, int]  # kind, name, first element

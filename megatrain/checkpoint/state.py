@@ -7,10 +7,10 @@ from pydantic import ValidationError
 
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_empty_model
+from megatrain.spec.derive import resolve_model
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),

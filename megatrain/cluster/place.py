@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from megatrain.engine.errors import LauncherError
+from megatrain.cluster.errors import LauncherError
 
 _TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _CURE = (

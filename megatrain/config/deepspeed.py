@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from megatrain.config.derive import num_parameters
 from megatrain.config.schema import OffloadConfig, RunConfig
+from megatrain.spec.counts import num_parameters
 
 DEEPSPEED_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless it is told otherwise."""

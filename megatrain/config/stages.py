@@ -7,8 +7,10 @@ block with experts is not as slow as a dense one. This evens out the slowest sta
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from megatrain.config.derive import block_parameters, head_width
-from megatrain.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatrain.config.schema import ParallelConfig, RunConfig
+from megatrain.spec.counts import block_parameters
+from megatrain.spec.derive import head_width
+from megatrain.spec.schema import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The exceptions of the converter."""
 
 from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.errors import UNPROVED
 
 
 class ConversionError(CheckpointError):
@@ -10,4 +11,4 @@ class ConversionError(CheckpointError):
 class ProofFailed(ConversionError):
     """The converted model is not the model that it was made from."""
 
-    exit_code = 3
+    exit_code = UNPROVED

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import head_width, num_tokens
-from megatrain.config.schema import ModelConfig
+from megatrain.spec.derive import head_width, num_tokens
+from megatrain.spec.schema import ModelConfig
 
 Tensors = Sequence[Tensor]
 

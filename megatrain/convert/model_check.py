@@ -6,11 +6,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatrain.config.derive import resolve_model
 from megatrain.config.rules import experts as rules_experts
 from megatrain.config.rules import model as rules_model
-from megatrain.config.schema import ModelConfig, RunConfig
+from megatrain.config.schema import RunConfig
 from megatrain.convert.errors import ConversionError
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 _RULES = (
     rules_model.heads_divide_width,

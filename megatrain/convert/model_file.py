@@ -6,10 +6,10 @@ import yaml
 from pydantic import ValidationError
 
 from megatrain.config.reading.yaml_text import Loader
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_check import resolved, said
 from megatrain.disk.small import read_regular
+from megatrain.spec.schema import ModelConfig
 
 NAME = "model.yaml"
 

@@ -11,11 +11,11 @@ from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
 from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.checkpoint.store.tokenizer_file import CarriedTokenizer, tokenizer_of
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_file import write_model
 from megatrain.convert.table import balanced, identity
 from megatrain.spec.kinds import MOMENTS, WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 RUN_ID = "conversion"
 

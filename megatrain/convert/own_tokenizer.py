@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from megatrain.checkpoint.store.tokenizer_file import MAX_BYTES, CarriedTokenizer
-from megatrain.config.derive import num_tokens
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.huggingface.model import HuggingFaceReader
 from megatrain.convert.huggingface.tokenizer import CONFIG, TOKENIZER, TOKENIZER_FILES, copy_files, load, special_ids
 from megatrain.convert.native import NativeReader
 from megatrain.convert.table import Reader
+from megatrain.spec.derive import num_tokens
 
 EXTRAS = "huggingface"
 """Folder beside an imported checkpoint that keeps config, tokenizer and generation config for the way back."""

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import num_tokens, original_length
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ProofFailed
 from megatrain.convert.huggingface.config import differences
 from megatrain.convert.huggingface.tokenizer import load
 from megatrain.convert.runners import Runner
 from megatrain.convert.table import VOCABULARY_NAMES, Weights, canonical_shapes, kinds_of
 from megatrain.models.parts.rotary import LENGTH_DEPENDENT
+from megatrain.spec.derive import num_tokens, original_length
+from megatrain.spec.schema import ModelConfig
 
 LOGITS = 1e-4  # largest difference: FP32 sums in another order stay below it, every known conversion bug above
 _TIE = 1e-5  # the two likeliest tokens are so near that rounding alone may swap them

@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import mixture_layers, num_tokens
 from megatrain.convert.table import Weights
-from megatrain.engine.routing import bias_name
 from megatrain.models.decoder import Decoder
 from megatrain.models.parts.mixture import load_router_biases
 from megatrain.parallel.layers import Layers
+from megatrain.spec.derive import mixture_layers, num_tokens
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.names import bias_name
 
 _ROWS = 256  # tokens whose logits are in memory at a time
 

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import mixture_layers
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.forms import SAME, Form
 from megatrain.convert.model_check import require_plausible
-from megatrain.engine.routing import bias_name
 from megatrain.models.build import build_empty_model
+from megatrain.spec.derive import mixture_layers
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.names import bias_name
+from megatrain.spec.schema import ModelConfig
 
 VOCABULARY_NAMES = ("embedding.word.weight", "head.weight")
 

@@ -14,11 +14,10 @@ from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.routing import Routers, RoutingReport
-from megatrain.engine.start import import_deepspeed
 from megatrain.engine.zero.base_optimizer import build_base_optimizer
 from megatrain.engine.zero.compiled_operators import announce_compilations, free_locked_operators
 from megatrain.engine.zero.cpu_fp16 import allow_fp16_on_cpus
-from megatrain.engine.zero.experts import is_spread, mark_dense_copies, mark_experts
+from megatrain.engine.zero.experts import mark_dense_copies, mark_experts
 from megatrain.engine.zero.gradients import (
     add_experts_to_norm,
     add_without_copies,
@@ -28,11 +27,13 @@ from megatrain.engine.zero.gradients import (
     count_good_steps_later,
     set_up_buckets,
 )
+from megatrain.engine.zero.import_once import import_deepspeed
 from megatrain.engine.zero.leftovers import clear_leftovers
 from megatrain.engine.zero.mpu import MeshForDeepSpeed
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.context import build_context
 from megatrain.parallel.dropout import dropout_keys
+from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.step_input import StepInput
 

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config.derive import mixture_layers
-from megatrain.config.schema import ModelConfig
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.routing import RouterState
+from megatrain.spec.derive import mixture_layers
+from megatrain.spec.names import bias_name
+from megatrain.spec.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,3 @@ class Routers:
         for layer, row in zip(self.layers, self.biases, strict=True):
             if layer in own:
                 row.copy_(torch.tensor(own[layer]))
-
-
-def bias_name(layer: int) -> str:
-    """Canonical name of a layer's balance bias."""
-    return f"layers.{layer}.feed_forward.router.balance_bias"

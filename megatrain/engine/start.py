@@ -1,16 +1,14 @@
 """Joins this process to the others."""
 
-import logging
 import os
-import warnings
-from functools import cache
 
 import torch
 
+from megatrain.cluster.errors import LauncherError
 from megatrain.cluster.place import place_from_environment, require_address
 from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.determinism import make_deterministic, num_cpu_threads
-from megatrain.engine.errors import LauncherError
+from megatrain.engine.zero.import_once import import_deepspeed
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -61,21 +59,3 @@ def _cannot_meet(reason: str) -> str:
         f"the ranks can't meet at {where}: {reason.splitlines()[0]}. MASTER_ADDR must name the host of rank 0, as all "
         "hosts know it, and no firewall may close MASTER_PORT"
     )
-
-
-@cache  # setting a level empties the caches of every logger, which costs a millisecond
-def import_deepspeed():  # type: ignore[no-untyped-def]
-    """Imports DeepSpeed, quietly and without the compiler.
-
-    ``deepspeed.init_distributed`` would compile a shared-memory operator for CPUs that training does
-    not need; a machine without g++ could not start.
-    """
-    warnings.filterwarnings("ignore", message=".*is deprecated.*", module="torch.distributed.*")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -9,10 +9,10 @@ from torch import Tensor
 from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError
-from megatrain.config.derive import num_tokens
 from megatrain.models.build import build_empty_model
 from megatrain.models.decoder import Decoder
 from megatrain.models.parts.mixture import load_router_biases
+from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
 
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from megatrain.config.schema import ModelConfig, PrecisionConfig
+from megatrain.config.schema import PrecisionConfig
 from megatrain.models.decoder import Decoder
 from megatrain.models.initial import initialize
 from megatrain.parallel.layers import Layers
+from megatrain.spec.schema import ModelConfig
 
 
 def build_stages(

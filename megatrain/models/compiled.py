@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from megatrain.models.decoder import Block, Decoder
+from megatrain.models.block import Block
+from megatrain.models.decoder import Decoder
 from megatrain.models.parts.experts import GeluExperts
 from megatrain.models.parts.mixture import MixtureOfExperts, Router
 

@@ -4,108 +4,20 @@ Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens
-from megatrain.config.schema import ModelConfig, PrecisionConfig
-from megatrain.models.parts.attention import Attention
+from megatrain.config.schema import PrecisionConfig
+from megatrain.models.block import Block
+from megatrain.models.ends import Embedding, Head
+from megatrain.models.family import FAMILIES
 from megatrain.models.parts.document_attention import KERNELS
 from megatrain.models.parts.documents import Documents, documents_of, own_positions
-from megatrain.models.parts.experts import GeluExperts, SwiGluExperts
-from megatrain.models.parts.feed_forward import GeluFeedForward, SwiGluFeedForward
 from megatrain.models.parts.loss import sequence_losses
-from megatrain.models.parts.mixture import MixtureOfExperts
-from megatrain.models.parts.norm import LayerNorm, RMSNorm
 from megatrain.models.parts.rotary import Rotary, Turns
 from megatrain.parallel.layers import Layers
-
-
-@dataclass(frozen=True)
-class Family:
-    """What tells one family of decoders from another. ``bias``: of the feed-forward's matrices."""
-
-    norm: Callable[[int, float], nn.Module]
-    feed_forward: Callable[[int, int, bool, Layers], nn.Module]
-    experts: Callable[[ModelConfig, Layers], nn.Module]
-    bias: bool
-    rotary: bool
-    head_norms: bool
-
-
-FAMILIES = {
-    "gpt": Family(LayerNorm, GeluFeedForward, GeluExperts, bias=True, rotary=False, head_norms=False),
-    "llama": Family(RMSNorm, SwiGluFeedForward, SwiGluExperts, bias=False, rotary=True, head_norms=False),
-    "qwen3": Family(RMSNorm, SwiGluFeedForward, SwiGluExperts, bias=False, rotary=True, head_norms=True),
-}
-
-
-class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then feed-forward, each added to the stream."""
-
-    def __init__(self, config: ModelConfig, layers: Layers, number: int):
-        super().__init__()
-        family, site = FAMILIES[config.family], f"layers.{number}"
-        self.attention_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.attention = Attention(config, layers, site, family.head_norms)
-        self.feed_forward_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
-        self.has_experts = number in mixture_layers(config)
-        self.feed_forward = _mixture(config, family, layers) if self.has_experts else _dense(config, family, layers)
-        self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
-        self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
-
-    def forward(
-        self,
-        x_SBD: Tensor,
-        keys_B: Tensor | None,
-        documents: Documents | None,
-        turns: Turns | None,
-        lengths_B: Tensor | None = None,
-    ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_SBD), keys_B, documents, turns)
-        x = x_SBD + self.attention_dropout(mixed, keys_B)
-        normed = self.feed_forward_norm(x)
-        fed = self.feed_forward(normed, lengths_B) if self.has_experts else self.feed_forward(normed)
-        return x + self.feed_forward_dropout(fed, keys_B)
-
-
-def _dense(config: ModelConfig, family: Family, layers: Layers) -> nn.Module:
-    assert config.ffn_hidden_size is not None, "resolve the config first"
-    return family.feed_forward(config.hidden_size, config.ffn_hidden_size, family.bias, layers)
-
-
-def _mixture(config: ModelConfig, family: Family, layers: Layers) -> MixtureOfExperts:
-    width = config.num_shared_experts * expert_hidden_size(config)
-    shared = family.feed_forward(config.hidden_size, width, family.bias, layers) if width else None
-    return MixtureOfExperts(config, layers, family.experts(config, layers), shared)
-
-
-class Embedding(nn.Module):
-    """Word embedding, plus learned positions where the family has no rotary ones."""
-
-    def __init__(self, config: ModelConfig, layers: Layers, positions: bool):
-        super().__init__()
-        self.layers = layers
-        self.word = layers.vocab_embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if positions else None
-        self.dropout = layers.dropout(config.dropout, "embedding")
-
-    def forward(self, tokens_BS: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
-        if self.position is None:
-            return self.dropout(self.layers.embed(self.word, tokens_BS), keys_B)
-        own_S = self.layers.positions(tokens_BS.shape[1], tokens_BS.device)
-        x_SBD = self.word(tokens_BS).transpose(0, 1) + self.position(own_positions(own_S, documents))
-        return self.dropout(self.layers.split_sequence(x_SBD.contiguous()), keys_B)
-
-
-class Head(nn.Module):
-    """Output projection of an untied model."""
-
-    def __init__(self, config: ModelConfig, layers: Layers):
-        super().__init__()
-        self.weight: nn.Parameter = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight  # type: ignore[assignment]
-
+from megatrain.spec.derive import num_tokens
+from megatrain.spec.schema import ModelConfig
 
 _COMPUTE_TYPE = PrecisionConfig()
 

@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatrain.config.schema import ModelConfig
 from megatrain.parallel.layers import Layers
+from megatrain.spec.schema import ModelConfig
 
 _RESIDUAL_OUTPUTS = (
     "attention.output.weight",

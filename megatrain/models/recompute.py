@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import flop_registry
 
 from megatrain.config.schema import TrainConfig
-from megatrain.models.decoder import Block
+from megatrain.models.block import Block
 from megatrain.models.parts.attention import AttentionCore
 
 _ATEN = torch.ops.aten

@@ -5,8 +5,7 @@ same methods and splits the matrices over ranks; a model cannot tell which one i
 Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,20 +15,8 @@ from torch import Tensor, nn
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
 from megatrain.parallel.experts import ExpertExchange, ExpertParallelExchange
+from megatrain.parallel.marks import Split, place, split_dims
 from megatrain.parallel.routing import RouterState
-
-Shape = tuple[int, ...]
-
-
-class Split(NamedTuple):
-    """This rank's place among the ranks that an axis splits tensors over."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def over(cls, group: dist.ProcessGroup | None) -> "Split":
-        return cls() if group is None else cls(dist.get_rank(group), dist.get_world_size(group))
 
 
 class Layers:
@@ -165,24 +152,3 @@ class Layers:
     def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Shape of a parameter as one rank would hold it."""
         return place(parameter, parameter.shape, self.splits)[1]
-
-
-def partition_dim(parameter: Tensor) -> int | None:
-    """Dim along which a parameter is split over the tensor axis; None: each rank holds it whole."""
-    return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
-
-
-def split_dims(parameter: Tensor) -> dict[str, int]:
-    """Axes over which a parameter is split, and the dim that each splits."""
-    found = {"ep": 0} if getattr(parameter, "expert_parallel", False) else {}
-    dim = partition_dim(parameter)
-    return found if dim is None else {**found, "tp": dim}
-
-
-def place(parameter: Tensor, local_shape: torch.Size, splits: Mapping[str, Split]) -> tuple[Shape, Shape]:
-    """Offset of this rank's part in the whole tensor, and the shape of the whole."""
-    offset, shape = [0] * len(local_shape), list(local_shape)
-    for axis, dim in split_dims(parameter).items():
-        offset[dim] = local_shape[dim] * splits[axis].rank
-        shape[dim] = local_shape[dim] * splits[axis].size
-    return tuple(offset), tuple(shape)

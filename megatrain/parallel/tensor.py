@@ -21,7 +21,8 @@ with warnings.catch_warnings():
 from megatrain.parallel.column import column_linears
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
-from megatrain.parallel.layers import Layers, Split
+from megatrain.parallel.layers import Layers
+from megatrain.parallel.marks import Split
 from megatrain.parallel.mesh import Mesh
 
 

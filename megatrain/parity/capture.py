@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.checkpoint.placement import place
-from megatrain.config.derive import num_tokens
 from megatrain.config.schema import RunConfig
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine, RankBatch, StepResult
 from megatrain.engine.state import export_state, factors
-from megatrain.models.decoder import Block, Embedding
+from megatrain.models.block import Block
+from megatrain.models.ends import Embedding
 from megatrain.parallel.context import build_context
-from megatrain.parallel.layers import partition_dim
+from megatrain.parallel.marks import partition_dim
 from megatrain.parity.noise import disturb
+from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
 from megatrain.train.build import build_engine
 

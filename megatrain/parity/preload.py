@@ -4,7 +4,7 @@ import gc
 
 gc.disable()  # looks through all that the imports make, again and again
 
-from megatrain.engine.start import import_deepspeed  # noqa: E402
+from megatrain.engine.zero.import_once import import_deepspeed  # noqa: E402
 
 import_deepspeed()
 

@@ -8,11 +8,11 @@ Lepikhin et al. 2021, section 3.2 (experts).
 
 from torch import nn
 
-from megatrain.config.derive import head_width, mixture_layers
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages, own_stages, rank_of_stage, stage_blocks
-from megatrain.engine.zero.experts import is_spread
+from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
+from megatrain.spec.derive import head_width, mixture_layers
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -17,11 +17,12 @@ from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.schema import RunConfig
 from megatrain.config.show import to_yaml
 from megatrain.disk.durable import write_durably
+from megatrain.errors import ExpectedError
 
 _PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
 
 
-class RunFolderError(Exception):
+class RunFolderError(ExpectedError):
     """The run folder cannot be used; the text says why and what to do."""
 
 

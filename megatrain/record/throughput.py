@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import flops_per_token
-from megatrain.config.schema import ModelConfig
 from megatrain.data.feed.rows import Batch
+from megatrain.spec.counts import flops_per_token
+from megatrain.spec.schema import ModelConfig
 
 # Peak dense 16-bit (BF16, FP16) operations per second of one device, from NVIDIA's data sheets of each
 # product, which print the double for 2:4 sparsity: A100 624e12; H100 SXM and H200 SXM 1979e12, PCIe 1513e12,

@@ -10,13 +10,14 @@ from megatrain.checkpoint.resume import set_aside
 from megatrain.checkpoint.store.errors import CheckpointError, StorageError
 from megatrain.checkpoint.store.folder import newest_checkpoint, require_free_space, step_of
 from megatrain.checkpoint.store.lock import FolderLock
-from megatrain.config.derive import num_parameters, num_tokens
 from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import RunConfig
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.feed.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
 from megatrain.record.run_folder import RunFolder, RunFolderError, require_steps_left
+from megatrain.spec.counts import num_parameters
+from megatrain.spec.derive import num_tokens
 from megatrain.train.build import build_engine
 from megatrain.train.dry_run import dry_run
 from megatrain.train.loop import Trainer

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from megatrain.checkpoint.store.arrays import CheckpointWriter
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_empty_model
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 SPARSE = 2**38  # bytes
 MODEL = ModelConfig(

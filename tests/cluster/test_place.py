@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from launch import pretrain
+from megatrain.cluster.errors import LauncherError
 from megatrain.cluster.place import Place, place_from_environment, require_address
-from megatrain.engine.errors import LauncherError
 from megatrain.engine.start import start_distributed
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")

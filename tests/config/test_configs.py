@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.config.derive import num_parameters
 from megatrain.config.load import load_config
 from megatrain.config.pages import reference
 from megatrain.config.reading.fields import all_fields, nearest_keys
+from megatrain.spec.counts import num_parameters
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

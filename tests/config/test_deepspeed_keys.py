@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
-from megatrain.config.derive import num_parameters
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.compatibility import AXES
 from megatrain.config.rules.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
 from megatrain.config.schema import ParallelConfig, RunConfig
+from megatrain.spec.counts import num_parameters
 
 PRINTING = (
     *("wall_clock_breakdown", "memory_breakdown", "dump_state"),

@@ -4,17 +4,11 @@ from typing import Any
 
 import pytest
 
-from megatrain.config.derive import (
-    data_parallel_size,
-    ffn_hidden_size,
-    flops_per_token,
-    grad_accum_steps,
-    head_width,
-    num_parameters,
-    resolve,
-    tokens_per_step,
-)
-from megatrain.config.schema import ModelConfig, RunConfig
+from megatrain.config.derive import data_parallel_size, grad_accum_steps, resolve, tokens_per_step
+from megatrain.config.schema import RunConfig
+from megatrain.spec.counts import flops_per_token, num_parameters
+from megatrain.spec.derive import ffn_hidden_size, head_width
+from megatrain.spec.schema import ModelConfig
 
 GPT2 = ModelConfig(family="gpt", num_layers=12, hidden_size=768, num_heads=12, vocab_size=50257, max_seq_len=1024)
 LLAMA_8B = ModelConfig(

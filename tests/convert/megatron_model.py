@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch
 
-from megatrain.config.derive import mixture_layers
-from megatrain.config.schema import ModelConfig
+from megatrain.spec.derive import mixture_layers
+from megatrain.spec.schema import ModelConfig
 
 States = dict[tuple[str, str], torch.Tensor]
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from megatrain.config.schema import ModelConfig
+from megatrain.spec.schema import ModelConfig
 from tests.convert.megatron_model import States, random_model, run, save
 
 # as Megatron-LM saves with --dist-ckpt-optim-fully-reshardable

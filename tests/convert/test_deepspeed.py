@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.formats import FORMATS, Choices
 from megatrain.convert.run import Request, convert
 from megatrain.convert.table import Reader, canonical_shapes
+from megatrain.spec.schema import ModelConfig
 from tests.checkpoint.payload import Payload
 from tests.convert.deepspeed_model import (
     Tensors,

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.formats import FORMATS, Choices
 from megatrain.convert.megatron.names import MEGATRON_CORE
 from megatrain.convert.run import Request, convert
 from megatrain.convert.runners import OwnRunner
 from megatrain.convert.table import Weights, require_lines
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 from tests.convert.models import MODELS, VOCAB_SIZE, save_model
 
 TINY = 96  # longest sequence of the proofs: all positions that the models have

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.formats import FORMATS, Choices
 from megatrain.convert.megatron.torch_dist import TorchDistReader
 from megatrain.convert.run import Request, convert
 from megatrain.convert.runners import OwnRunner
 from megatrain.convert.table import Reader, Weights
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 from tests.checkpoint.payload import Payload
 from tests.convert.megatron_model import load_and_run, save_and_run
 from tests.convert.megatron_training import OptimizerKind, load_and_save, train_and_save

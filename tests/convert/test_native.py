@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.native import NativeReader, NativeWriter
 from megatrain.models.build import build_model
+from megatrain.spec.derive import resolve_model
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 BIAS = "layers.0.feed_forward.router.balance_bias"
 SIZES: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "vocab_size": 16, "num_experts": 2}

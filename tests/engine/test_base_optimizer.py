@@ -12,7 +12,7 @@ from tests.layouts import ONE_PROCESS, run_config
 
 def test_adamw_on_the_host_gets_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operator need not be compiled for that."""
-    from megatrain.engine.start import import_deepspeed
+    from megatrain.engine.zero.import_once import import_deepspeed
 
     import_deepspeed()
     import deepspeed.ops.adam

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.engine.engine import RankModel
 from megatrain.engine.routing import Routers
 from megatrain.models.build import build_model
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "vocab_size": 16, "num_experts": 4}
 

@@ -15,12 +15,12 @@ from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.checkpoint.store.tokenizer_file import CarriedTokenizer, tokenizer_of
 from megatrain.checkpoint.tools.inspect import verify
 from megatrain.checkpoint.tools.merge import average_factors, merge
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.native import NativeWriter
 from megatrain.inference.generate import generate
 from megatrain.inference.prompt import Speech
 from megatrain.models.build import build_model
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 from tests.data.factory import byte_tokenizer, make_dataset
 from tests.pool import Pool
 from tests.train.test_saving import config_of, train

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatrain.config.derive import mixture_layers, num_parameters, resolve_model
-from megatrain.config.schema import ModelConfig, TrainConfig
+from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
 from megatrain.models.parts.experts import grouped_matmul
 from megatrain.models.parts.mixture import MixtureOfExperts, Router
 from megatrain.parallel.layers import Layers
+from megatrain.spec.counts import num_parameters
+from megatrain.spec.derive import mixture_layers, resolve_model
+from megatrain.spec.schema import ModelConfig
 
 S, B, D, E = 12, 3, 16, 6
 Z = 0.1

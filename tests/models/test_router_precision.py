@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.models.parts.mixture import Router
 from megatrain.parallel.layers import Layers
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 
 def test_a_router_of_16_bit_weights_has_fp32_logits() -> None:

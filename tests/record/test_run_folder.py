@@ -12,8 +12,9 @@ import yaml
 
 from megatrain.checkpoint.store.errors import StorageError
 from megatrain.config.reading.problems import ConfigError
-from megatrain.config.schema import ModelConfig, OptimizerConfig, RunConfig
+from megatrain.config.schema import OptimizerConfig, RunConfig
 from megatrain.record.run_folder import RunFolder, RunFolderError, other_versions, require_steps_left, versions
+from megatrain.spec.schema import ModelConfig
 from megatrain.train.run import require_room
 
 

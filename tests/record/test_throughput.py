@@ -7,11 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatrain.config.derive import flops_per_token, resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.data.feed.rows import Batch
 from megatrain.models.build import build_model
 from megatrain.record.throughput import Work, tokens_and_pairs
+from megatrain.spec.counts import flops_per_token
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 
 B, S = 2, 12
 SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "vocab_size": 40, "max_seq_len": 32}

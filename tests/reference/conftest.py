@@ -15,7 +15,7 @@ def world() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from megatrain.engine.start import import_deepspeed
+    from megatrain.engine.zero.import_once import import_deepspeed
 
     deepspeed = import_deepspeed()
     threads = torch.get_num_threads()
@@ -49,12 +49,13 @@ def train(world: None, memory_path: Path) -> Run:
 
 def _start(sections: dict[str, Any]) -> Path:
     """One start of a run, as train/run.py makes it, in a process group that is there already."""
-    from megatrain.config.derive import num_tokens, resolve
+    from megatrain.config.derive import resolve
     from megatrain.config.rules.check import check
     from megatrain.config.schema import RunConfig
     from megatrain.data.feed.training import TrainingData
     from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.record.run_folder import RunFolder
+    from megatrain.spec.derive import num_tokens
     from megatrain.train.loop import Trainer
     from tests.layouts import build_engine
 

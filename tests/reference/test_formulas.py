@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from megatrain.config.derive import resolve
-from megatrain.config.schema import ModelConfig, RunConfig
+from megatrain.config.schema import RunConfig
 from megatrain.models.parts.rotary import Rotary, turn
 from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
+from megatrain.spec.schema import ModelConfig
 from tests.reference.optimizers import State, update_of
 from tests.reference.rotary import turned
 from tests.reference.rules import decay_and_scale

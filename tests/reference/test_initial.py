@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain.config.derive import resolve_model
-from megatrain.config.schema import ModelConfig
 from megatrain.models.build import build_model
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelConfig
 from tests.reference.initial import initial_weights
 from tests.reference.runs import SIGMOID, SOFTMAX
 

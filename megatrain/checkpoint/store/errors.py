@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from megatrain.errors import STORAGE_FAILED, ExpectedError
+
 Result = TypeVar("Result")
 
 # What network file systems report while a server restarts or fails over; a full disk does not pass by waiting.
@@ -14,7 +16,7 @@ TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
 PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
 
 
-class CheckpointError(Exception):
+class CheckpointError(ExpectedError):
     """A checkpoint can't be written or read. The text names tensor, file and cause."""
 
 
@@ -28,6 +30,8 @@ class TransientError(CheckpointError):
 
 class StorageError(CheckpointError):
     """Saves failed several times in a row, or no checkpoint can be loaded: the same start again won't help."""
+
+    exit_code = STORAGE_FAILED
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatrain.config.reading.yaml_text import one_line
+from megatrain.errors import ExpectedError
 
 _MAX_VALUE_LENGTH = 80
 
@@ -37,7 +38,7 @@ class Problem:
         return "\n    ".join(lines)
 
 
-class ConfigError(Exception):
+class ConfigError(ExpectedError):
     """A configuration cannot be used; ``problems`` are all that were found, not only the first."""
 
     def __init__(self, problems: Sequence[Problem]):

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from megatrain.config.derive import mixture_layers
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import mixture_layers
 
 
 def tokens_find_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 
-from megatrain.config.derive import data_parallel_size, ffn_hidden_size
+from megatrain.config.derive import data_parallel_size
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import SCHEDULES, num_stages
+from megatrain.spec.derive import ffn_hidden_size
 
 
 def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

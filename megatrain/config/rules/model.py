@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from megatrain.config.derive import head_width
 from megatrain.config.reading.problems import Problem
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import head_width
 
 
 def divisors(number: int) -> list[int]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.huggingface.config import family_of_model
+from megatrain.spec.schema import ModelConfig
 
 _IN_LAYER = re.compile(r"^(.*\.)[a-z_]+\.deepspeed_moe\.(gate\.wg|experts\.deepspeed_experts)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.deepspeed_experts\.)\d+")

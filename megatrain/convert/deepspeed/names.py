@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import num_tokens
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.forms import GPT2_THIRDS, STACKED_GATE_UP
 from megatrain.convert.huggingface.config import config_from_model, family_of_model
 from megatrain.convert.table import Line, identity, their_shapes
+from megatrain.spec.derive import num_tokens
+from megatrain.spec.schema import ModelConfig
 
 _SEVERAL_MATRICES = (GPT2_THIRDS, STACKED_GATE_UP)
 

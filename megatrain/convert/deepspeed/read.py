@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.checksums import archive_name
 from megatrain.convert.deepspeed.experts import (
     FamilyNames,
@@ -31,6 +30,7 @@ from megatrain.convert.model_file import read_model
 from megatrain.convert.pickles import load_trusted, require_trust, stand_in
 from megatrain.convert.table import their_shapes
 from megatrain.spec.kinds import MOMENTS, WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
 UNIVERSAL_NAMES = {WEIGHT: "fp32"} | {moment: moment for moment in MOMENTS}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.deepspeed.names import Split, module_order, names_of
 from megatrain.convert.deepspeed.read import LATEST, UNIVERSAL_NAMES
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_file import write_model
 from megatrain.convert.table import adam_group
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 VERSION = "0.19.8"
 """Of DeepSpeed, whose files these are like."""

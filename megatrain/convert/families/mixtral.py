@@ -1,10 +1,10 @@
 """Mixtral (Jiang et al. 2024): Llama's architecture with a mixture of experts in every block."""
 
-from megatrain.config.derive import mixture_layers
 from megatrain.convert.families.family import Family
 from megatrain.convert.families.llama import LLAMA_ATTENTION, LLAMA_FIELDS, LLAMA_OUTSIDE_BLOCKS
 from megatrain.convert.forms import EXPERTS, STACKED_EXPERTS, STACKED_GATE_UP
 from megatrain.convert.table import Line
+from megatrain.spec.derive import mixture_layers
 
 # the experts as transformers 5 holds them in its modules, whatever the family
 STACKED_MIXTURE = (

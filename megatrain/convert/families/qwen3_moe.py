@@ -1,12 +1,12 @@
 """Qwen 3's mixtures of experts (Yang et al. 2025)."""
 
-from megatrain.config.derive import mixture_layers
 from megatrain.convert.families.family import Family
 from megatrain.convert.families.llama import LLAMA_ATTENTION, LLAMA_FEED_FORWARD, LLAMA_OUTSIDE_BLOCKS
 from megatrain.convert.families.mixtral import STACKED_MIXTURE
 from megatrain.convert.families.qwen3 import QWEN3, QWEN3_HEAD_NORMS
 from megatrain.convert.forms import EXPERTS
 from megatrain.convert.table import Line
+from megatrain.spec.derive import mixture_layers
 
 _MIXTURE = "model.layers.{}.mlp"
 _REST = (*LLAMA_OUTSIDE_BLOCKS, *LLAMA_ATTENTION, *QWEN3_HEAD_NORMS, *LLAMA_FEED_FORWARD)

@@ -5,8 +5,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatrain.config.derive import expert_hidden_size, mixture_layers, num_tokens, original_length
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.families.family import Family
 from megatrain.convert.families.gpt2 import GPT2
@@ -16,6 +14,8 @@ from megatrain.convert.families.qwen3 import QWEN3
 from megatrain.convert.families.qwen3_moe import QWEN3_MOE
 from megatrain.convert.huggingface.rope import ROPE, rope_from_config, rope_to_config
 from megatrain.convert.model_check import resolved, said
+from megatrain.spec.derive import expert_hidden_size, mixture_layers, num_tokens, original_length
+from megatrain.spec.schema import ModelConfig
 
 FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.store.tokenizer_file import CarriedTokenizer
-from megatrain.config.derive import num_tokens
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.huggingface import bin_files, safetensors_files
 from megatrain.convert.huggingface.bin_files import BinReader
@@ -33,7 +31,9 @@ from megatrain.convert.huggingface.tokenizer import (
 )
 from megatrain.convert.model_check import require_plausible, require_tied
 from megatrain.convert.pickles import require_trust
+from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 ADAPTER, HEAD = "adapter_config.json", "lm_head.weight"
 # masks and frequencies that older files hold beside the weights

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
+from megatrain.spec.schema import ModelConfig
 
 # kind of RoPE scaling -> its field elsewhere -> (field here, what holds where it is left out)
 ROPE: dict[str, dict[str, tuple[str, Any]]] = {

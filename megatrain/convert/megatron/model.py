@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.config.derive import mixture_layers
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.huggingface.tokenizer import read_json
 from megatrain.convert.megatron.names import MEGATRON_CORE, extra_states
@@ -19,7 +17,9 @@ from megatrain.convert.megatron.torch_dist import METADATA, TorchDistReader, Tor
 from megatrain.convert.model_file import read_model, write_model
 from megatrain.convert.pickles import require_trust
 from megatrain.convert.table import Line, with_attention_bias
+from megatrain.spec.derive import mixture_layers
 from megatrain.spec.kinds import MOMENTS, WEIGHT
+from megatrain.spec.schema import ModelConfig
 
 CONFIG, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 _BACKENDS = {

@@ -3,10 +3,10 @@
 Its rows of queries, keys and values stand group by group as here, and its vocabulary keeps the padding.
 """
 
-from megatrain.config.derive import mixture_layers
-from megatrain.config.schema import ModelConfig
 from megatrain.convert.forms import GATE_UP, STACKED_EXPERTS, STACKED_GATE_UP
 from megatrain.convert.table import Line, balanced, dense_blocks, untied, with_attention_bias
+from megatrain.spec.derive import mixture_layers
+from megatrain.spec.schema import ModelConfig
 
 
 def _gpt(model: ModelConfig) -> bool:

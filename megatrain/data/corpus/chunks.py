@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import IO, NamedTuple
 
-from megatrain.data.corpus.inputs import READ_ERRORS, STDIN, Source, plain, read_errors
+from megatrain.data.corpus.inputs import READ_ERRORS, STDIN, Source, read_errors
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import plain
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20  # of one document that is encoded at a time

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.data.corpus.documents import RecordReader
-from megatrain.data.corpus.inputs import DEFAULT_SUFFIXES, InputDigest, Source, find_sources, left_out_lines
+from megatrain.data.corpus.inputs import InputDigest, Source, find_sources, left_out_lines
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import DEFAULT_SUFFIXES
 
 _INPUTS_LISTED = 1000
 _WITHOUT_EFFECT = {"output", "validation_output", "workers", "overwrite", "debug", "backend"}

@@ -1,7 +1,6 @@
 """Which files are read, what kind each is, and its bytes: plain, gzip, bzip2, zstd or xz, or standard input."""
 
 import bz2
-import collections
 import concurrent.futures
 import gzip
 import hashlib
@@ -18,10 +17,10 @@ from typing import IO, Any, Literal
 
 from megatrain.config.extras import missing
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import DEFAULT_SUFFIXES, plain, summary
 
 Kind = Literal["text", "lines", "jsonl", "table"]
 STDIN = Path("-")
-COMPRESSED = (".gz", ".bz2", ".zst", ".xz")
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -29,7 +28,6 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "table",
     ".arrow": "table",
 }
-DEFAULT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet", ".arrow")
 _READ_BYTES = 1 << 20
 _LISTED = 10  # of the files that are left out
 # how files begin whose bytes are no text
@@ -187,18 +185,6 @@ def find_sources(
 
 def _kind_of(path: Path) -> Kind:
     return "jsonl" if path == STDIN else _KINDS.get(plain(path).suffix.lower(), "text")
-
-
-def plain(path: Path) -> Path:
-    """The path without the ending of a compressed file."""
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-
-
-def summary(paths: Sequence[Path]) -> str:
-    """How many files there are of each ending, most first, as in "12 *.md, 1 *.json"."""
-    endings = collections.Counter(f"*{path.suffix}" if path.suffix else "without ending" for path in paths)
-    most_first = sorted(endings.items(), key=lambda counted: (-counted[1], counted[0]))
-    return ", ".join(f"{count} {ending}" for ending, count in most_first[:_LISTED])
 
 
 def left_out_lines(left_out: Sequence[Path], why: str) -> list[str]:

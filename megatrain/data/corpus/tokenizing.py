@@ -19,8 +19,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.data.corpus.chunks import Chunk, Position, read_chunks
 from megatrain.data.corpus.encode import Encoded, EncoderSpec, encode_chunk, encoder_of
-from megatrain.data.corpus.inputs import STDIN, Source, plain
+from megatrain.data.corpus.inputs import STDIN, Source
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import plain
 from megatrain.data.pool import Pool
 from megatrain.data.shards.manifest import MANIFEST, Manifest
 from megatrain.data.shards.writer import BAD_RECORDS, DatasetWriter, partial_of

@@ -12,8 +12,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.data.corpus.inputs import DEFAULT_SUFFIXES, plain, summary
 from megatrain.data.errors import DataError
+from megatrain.data.file_names import DEFAULT_SUFFIXES, plain, summary
 from megatrain.data.shards.format import Index, read_index
 from megatrain.data.shards.manifest import MANIFEST, TOKENIZER, Manifest, Shard, digest_of
 from megatrain.data.shards.shards import TokenFile, allow_open_files, bytes_of

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from megatrain.config.schema import RunConfig
-from megatrain.engine.start import import_deepspeed
+from megatrain.engine.zero.import_once import import_deepspeed
 from megatrain.optim.optimizer import build_optimizer, parameter_groups
 from megatrain.parallel.mesh import Mesh
 

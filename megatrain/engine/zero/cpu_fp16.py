@@ -6,7 +6,7 @@ so a run that is meant for GPUs can be tried on any machine.
 
 import torch
 
-from megatrain.engine.start import import_deepspeed
+from megatrain.engine.zero.import_once import import_deepspeed
 
 
 def allow_fp16_on_cpus() -> None:

@@ -9,14 +9,9 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import nn
 
-from megatrain.engine.start import import_deepspeed
-from megatrain.parallel.layers import split_dims
+from megatrain.engine.zero.import_once import import_deepspeed
+from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
-
-
-def is_spread(parameter: nn.Parameter) -> bool:
-    """Whether other ranks hold other experts in the place of this parameter."""
-    return "ep" in split_dims(parameter)
 
 
 def mark_experts(model: nn.Module, mesh: Mesh) -> None:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from megatrain.config.derive import attention_bias, head_width
-from megatrain.config.schema import ModelConfig
 from megatrain.models.parts.document_attention import KERNELS
 from megatrain.models.parts.documents import Documents, visible_pairs
 from megatrain.models.parts.rotary import Turns, turn
 from megatrain.parallel.layers import Layers
+from megatrain.spec.derive import attention_bias, head_width
+from megatrain.spec.schema import ModelConfig
 
 
 class Attention(nn.Module):

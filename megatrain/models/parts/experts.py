@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.config.derive import expert_hidden_size
-from megatrain.config.schema import ModelConfig
 from megatrain.parallel.layers import Layers
+from megatrain.spec.derive import expert_hidden_size
+from megatrain.spec.schema import ModelConfig
 
 
 class GeluExperts(nn.Module):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.config.schema import ModelConfig
 from megatrain.parallel.layers import Layers
+from megatrain.spec.schema import ModelConfig
 
 
 class Routing(NamedTuple):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatrain.config.derive import head_width, original_length
-from megatrain.config.schema import ModelConfig
+from megatrain.spec.derive import head_width, original_length
+from megatrain.spec.schema import ModelConfig
 
 
 class Turns(NamedTuple):

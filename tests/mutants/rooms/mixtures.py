@@ -9,7 +9,12 @@ def _m(file: str, old: str, new: str, kind: str, *see: str) -> Mutant:
     return Mutant(f"{file}.py", old, new, kind, see or _ONE)
 
 
-_MIX, _EXPERTS, _EXCHANGE, _STATE = "models/mixture", "models/experts", "parallel/experts", "parallel/routing"
+_MIX, _EXPERTS, _EXCHANGE, _STATE = (
+    "models/parts/mixture",
+    "models/parts/experts",
+    "parallel/experts",
+    "parallel/routing",
+)
 
 MUTANTS = [
     # the router

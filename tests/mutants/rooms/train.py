@@ -77,7 +77,7 @@ MUTANTS = [
         "record/metrics", "return self.tokens / self.seconds", "return self.seconds / self.tokens", "inverse", "metrics"
     ),
     _m(
-        "config/derive",
+        "spec/derive",
         "math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE))",
         "math.floor(8 * model.hidden_size / (3 * _FFN_MULTIPLE))",
         "rounding",
@@ -100,7 +100,7 @@ MUTANTS = [
         "topology",
     ),
     _m(
-        "config/derive",
+        "spec/derive",
         "-(-(model.num_dense_layers + 1) // every) * every - 1",
         "model.num_dense_layers",
         "dropped term",
@@ -108,13 +108,13 @@ MUTANTS = [
         *_DERIVE,
     ),
     _m(
-        "config/derive",
+        "spec/counts",
         "head = 0 if model.tie_embeddings else",
         "head = 0 if not model.tie_embeddings else",
         "wrong way",
         *_DERIVE,
     ),
-    _m("config/derive", "2 * D * F + F + D if", "2 * D * F if", "dropped term", *_DERIVE),
+    _m("spec/counts", "2 * D * F + F + D if", "2 * D * F if", "dropped term", *_DERIVE),
     _m("config/stages", "parallel.pp - 1 - rank if turn and", "rank if turn and", "wrong order", *_DERIVE),
     _m(
         "config/stages",
