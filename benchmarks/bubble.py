@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config.schema import ParallelConfig
+from megatrain.config.schema import ResolvedParallel
 from megatrain.config.stages import SCHEDULES, num_stages, own_stages
 from megatrain.plan.pipeline import timeline
 
@@ -59,7 +59,7 @@ class SleepingStage(nn.Module):
         return x.sum(1) if self.last else x
 
 
-def bare_step(parallel: ParallelConfig, rank: int, stages: list[nn.Module], batch: Tensor) -> Callable[[], object]:
+def bare_step(parallel: ResolvedParallel, rank: int, stages: list[nn.Module], batch: Tensor) -> Callable[[], object]:
     """A step of torch's own stages and schedule, without ours."""
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
@@ -76,7 +76,7 @@ def bare_step(parallel: ParallelConfig, rank: int, stages: list[nn.Module], batc
     return lambda: schedule.step(*arguments, **target, return_outputs=False)
 
 
-def step_seconds(parallel: ParallelConfig, num_micro_batches: int, bare: bool, repeats: int) -> float:
+def step_seconds(parallel: ResolvedParallel, num_micro_batches: int, bare: bool, repeats: int) -> float:
     """Seconds of a step, from a barrier to the end of the last rank; the median of some."""
     from megatrain.parallel.mesh import build_mesh, topology_of
     from megatrain.parallel.pipeline import Pipeline
@@ -134,9 +134,9 @@ def set_unit(milliseconds: float) -> None:
     UNIT = milliseconds / 1000
 
 
-def layout(schedule: str, pp: int) -> ParallelConfig:
+def layout(schedule: str, pp: int) -> ResolvedParallel:
     stages = SCHEDULES[schedule].least_stages
-    return ParallelConfig.model_validate({"pp": pp, "dp": 1, "pp_schedule": schedule, "stages_per_rank": stages})
+    return ResolvedParallel.model_validate({"pp": pp, "dp": 1, "pp_schedule": schedule, "stages_per_rank": stages})
 
 
 def main() -> None:

@@ -41,7 +41,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 def config_of(hidden_size: int, world_size: int, *overrides: str) -> Any:
-    shape = [f"--model.hidden_size={hidden_size}", "--model.num_heads=8", "--model.num_layers=6", "--data.seq_len=64"]
+    shape = [
+        f"--model.hidden_size={hidden_size}",
+        "--model.attention.num_heads=8",
+        "--model.num_layers=6",
+        "--data.seq_len=64",
+    ]
     rest = ["--precision.dtype=fp32", "--train.global_batch_size=2", "--schedule.name=constant"]
     return load_config([], [*shape, *rest, *overrides], world_size).with_derived(world_size).config
 

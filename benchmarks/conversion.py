@@ -25,16 +25,17 @@ from megatrain.convert.huggingface.safetensors_files import SafetensorsWriter
 from megatrain.convert.table import their_shapes
 from megatrain.spec.counts import block_parameters, num_parameters
 from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.keys import nested
+from megatrain.spec.schema import ModelConfig, ModelSpec
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = "import torch; from transformers import LlamaForCausalLM; import megatrain.convert.run"
 
 
-def make_model(folder: Path, layers: int, width: int, vocabulary: int) -> ModelConfig:
+def make_model(folder: Path, layers: int, width: int, vocabulary: int) -> ModelSpec:
     """Writes a Hugging Face folder of random weights."""
-    sizes = {"num_layers": layers, "hidden_size": width, "num_heads": width // 64, "vocab_size": vocabulary}
-    model = resolve_model(ModelConfig.model_validate({"family": "llama", "max_seq_len": 4096, **sizes}))
+    sizes = {"num_layers": layers, "hidden_size": width, "attention.num_heads": width // 64, "vocab_size": vocabulary}
+    model = resolve_model(ModelConfig.model_validate(nested({"family": "llama", "max_seq_len": 4096, **sizes})))
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config_from_model(model)))
     shapes = {

@@ -21,6 +21,7 @@ import torch
 from awscrt.checksums import crc32c
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio
+from megatrain.config.derive import resolve
 from megatrain.config.schema import RunConfig
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.shards.format import BLOCK_SIZE, crc_bytes, index_bytes
@@ -91,12 +92,15 @@ def peak_memory() -> float:
 
 def training_data(folder: str, sequences: str) -> TrainingData:
     return TrainingData(
-        RunConfig.model_validate(
-            {
-                "data": {"train": folder, "seq_len": SEQ_LEN, "sequences": sequences},
-                "train": {"global_batch_size": BATCH},
-                "model": {"vocab_size": VOCAB_SIZE},
-            }
+        resolve(
+            RunConfig.model_validate(
+                {
+                    "data": {"train": folder, "seq_len": SEQ_LEN, "sequences": sequences},
+                    "train": {"global_batch_size": BATCH},
+                    "model": {"vocab_size": VOCAB_SIZE},
+                }
+            ),
+            world_size=1,
         ),
         VOCAB_SIZE,
     )

@@ -20,12 +20,12 @@ MODELS = {
     "GPT with dropout": ["--model.family=gpt", "--model.dropout=0.1"],
     "Llama": ["--model.family=llama"],
     "mixture of 8 experts": [
-        *("--model.family=llama", "--model.num_experts=8", "--model.experts_per_token=2"),
-        *("--model.expert_hidden_size=384", "--model.expert_capacity=1.25"),
+        *("--model.family=llama", "--model.experts.num_experts=8", "--model.experts.per_token=2"),
+        *("--model.experts.hidden_size=384", "--model.experts.capacity=1.25"),
     ],
 }
 OVERRIDES = [
-    *("--model.num_layers=6", "--model.hidden_size=384", "--model.num_heads=6", "--data.seq_len=256"),
+    *("--model.num_layers=6", "--model.hidden_size=384", "--model.attention.num_heads=6", "--data.seq_len=256"),
     *("--train.global_batch_size=4", "--train.micro_batch_size=4", "--train.deterministic=true"),
     *("--parallel.zero_stage=1", "--schedule.name=constant"),
 ]

@@ -23,7 +23,7 @@ from benchmarks.wire import layout_config
 from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
 from megatrain.models.recompute import apply_recompute
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 RANKS = 8
 BUCKET = 1 << 18  # elements of DeepSpeed's buckets here
@@ -119,7 +119,7 @@ class Kept(TorchDispatchMode):
         return sum(storage.nbytes() for ref in self._storages.values() if (storage := ref()) is not None)
 
 
-def activation_bytes(model: ModelConfig, mode: str) -> float:
+def activation_bytes(model: ModelSpec, mode: str) -> float:
     """Bytes that a block keeps: what two blocks more keep more, in the mean."""
     kept = []
     for blocks in (2, 4):
@@ -136,7 +136,7 @@ def activation_bytes(model: ModelConfig, mode: str) -> float:
     return (kept[1] - kept[0]) / 2
 
 
-def activation_formula(model: ModelConfig, mode: str) -> float:
+def activation_formula(model: ModelSpec, mode: str) -> float:
     """Bytes of a Llama block by mode.
 
     Each norm keeps its input, the normalised, the scaled and a factor a position; attention
@@ -145,8 +145,8 @@ def activation_formula(model: ModelConfig, mode: str) -> float:
     """
     if mode.startswith("budget"):
         return budget_formula(model, MODES[mode]["activation_budget"])[0]
-    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
-    H, G = model.num_heads, model.num_kv_heads or model.num_heads
+    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.feed_forward.hidden_size or 0
+    H, G = model.attention.num_heads, model.attention.num_kv_heads or model.attention.num_heads
     K = D // H
     norms = 2 * (3 * N * D + N)
     attention = N * (H + 2 * G) * K + N * (H + G) * K + N * H * K
@@ -160,13 +160,13 @@ def activation_formula(model: ModelConfig, mode: str) -> float:
     return 4.0 * elements[mode]
 
 
-def budget_formula(model: ModelConfig, budget: float) -> tuple[float, float]:
+def budget_formula(model: ModelSpec, budget: float) -> tuple[float, float]:
     """Bytes that a Llama block keeps under a budget, and the most that the budget allows, its input included.
 
     The products with the most operations per byte stay, first the earlier of equals, as long as they fit.
     """
-    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.ffn_hidden_size or 0
-    H, G = model.num_heads, model.num_kv_heads or model.num_heads
+    N, D, F = SEQ_LEN * BATCH, model.hidden_size, model.feed_forward.hidden_size or 0
+    H, G = model.attention.num_heads, model.attention.num_kv_heads or model.attention.num_heads
     K = D // H
     products = [  # operations, elements; attention's two products count as if it were not causal
         (2 * N * D * (H + 2 * G) * K, N * (H + 2 * G) * K),

@@ -18,20 +18,32 @@ from torch import Tensor
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio, quick_engine, random_batch, wait
 from megatrain.config.load import load_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.engine import Engine
 from megatrain.engine.start import start_distributed
 from megatrain.spec.counts import num_parameters
 
 SIZES = {
-    False: {"num_layers": 4, "hidden_size": 2048, "num_heads": 16, "ffn_hidden_size": 8192, "vocab_size": 32768},
-    True: {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 256, "vocab_size": 512},
+    False: {
+        "num_layers": 4,
+        "hidden_size": 2048,
+        "attention.num_heads": 16,
+        "feed_forward.hidden_size": 8192,
+        "vocab_size": 32768,
+    },
+    True: {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "attention.num_heads": 4,
+        "feed_forward.hidden_size": 256,
+        "vocab_size": 512,
+    },
 }
 MIXTURES = {(8, 2): 0.90, (64, 8): 0.75}  # (experts, of a token): goal
 SEQ_LEN = {False: 2048, True: 64}
 
 
-def run_config(small: bool, compiled: bool, micro_batches: int, **model: int) -> RunConfig:
+def run_config(small: bool, compiled: bool, micro_batches: int, **model: int) -> ResolvedRun:
     fields: dict[str, Any] = {f"model.{key}": value for key, value in {**SIZES[small], **model}.items()}
     fields |= {
         "model.family": "llama",
@@ -47,7 +59,7 @@ def run_config(small: bool, compiled: bool, micro_batches: int, **model: int) ->
 class Candidate:
     """An engine, and the seconds that its micro-batches took of each step."""
 
-    def __init__(self, config: RunConfig, device: torch.device):
+    def __init__(self, config: ResolvedRun, device: torch.device):
         self.device, self.batch, self.number = device, random_batch(config, device), 0
         self.engine: Engine = quick_engine(config, device)
         self.passes: list[float] = []
@@ -86,8 +98,8 @@ def main() -> None:
     dense_config = run_config(options.small, not options.eager, options.micro_batches)
     tokens = dense_config.train.global_batch_size * SEQ_LEN[options.small]
     for (experts, chosen), goal in MIXTURES.items():
-        width = SIZES[options.small]["ffn_hidden_size"] // chosen
-        more = {"num_experts": experts, "experts_per_token": chosen, "expert_hidden_size": width}
+        width = SIZES[options.small]["feed_forward.hidden_size"] // chosen
+        more = {"experts.num_experts": experts, "experts.per_token": chosen, "experts.hidden_size": width}
         config = run_config(options.small, not options.eager, options.micro_batches, **more)
         dense, mixture = Candidate(dense_config, device), Candidate(config, device)
         both = {"dense": dense.step, "mixture": mixture.step}

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.rows import Batch
 
 
@@ -40,7 +40,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def quick_engine(config: RunConfig, device: torch.device) -> Any:
+def quick_engine(config: ResolvedRun, device: torch.device) -> Any:
     """An engine whose random weights are drawn where they stay: a billion takes a host ten seconds."""
     from megatrain.train.build import build_engine
 
@@ -64,7 +64,7 @@ def describe_machine(*packages: str) -> str:
     return f"{device}; Python {platform.python_version()}, {versions}"
 
 
-def random_batch(config: RunConfig, device: torch.device) -> Batch:
+def random_batch(config: ResolvedRun, device: torch.device) -> Batch:
     """A global batch of random tokens on ``device``."""
     shape = (config.train.global_batch_size, config.data.seq_len + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, device=device)

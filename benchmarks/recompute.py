@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.mixture import run_config
 from benchmarks.paired import describe_machine, quick_engine, random_batch, wait
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.start import start_distributed
 
 MODES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(config: RunConfig, device: torch.device, repeats: int) -> tuple[float, float]:
+def measure(config: ResolvedRun, device: torch.device, repeats: int) -> tuple[float, float]:
     """(median seconds of a step, GB that a step takes at most over what stands before it)."""
     engine = quick_engine(config, device)
     batch = random_batch(config, device)

@@ -24,7 +24,8 @@ from megatrain.data.shards.writer import DatasetWriter
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE, SEQ_LEN = 4096, 128
 CONFIG = f"""
-model: {{num_layers: 4, hidden_size: 128, num_heads: 4, vocab_size: {VOCAB_SIZE}, max_seq_len: {SEQ_LEN}}}
+model:
+  {{num_layers: 4, hidden_size: 128, attention: {{num_heads: 4}}, vocab_size: {VOCAB_SIZE}, max_seq_len: {SEQ_LEN}}}
 precision: {{dtype: fp32}}
 data: {{seq_len: {SEQ_LEN}}}
 train: {{steps: 1, global_batch_size: 1}}

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio, random_batch
 from megatrain.config.load import load_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.rows import Batch
 from megatrain.engine.start import start_distributed
 from megatrain.models.build import build_model
@@ -27,7 +27,7 @@ SEQ_LEN, MICRO_BATCH_SIZE = 256, 4
 OVERRIDES = [
     "--model.num_layers=6",
     "--model.hidden_size=384",
-    "--model.num_heads=6",
+    "--model.attention.num_heads=6",
     "--precision.dtype=fp32",
     "--parallel.zero_stage=0",
     f"--data.seq_len={SEQ_LEN}",
@@ -38,7 +38,7 @@ OVERRIDES = [
 class BareLoop:
     """The hand-written loop. ``model`` returns logits [S, B, V]."""
 
-    def __init__(self, model: nn.Module, config: RunConfig):
+    def __init__(self, model: nn.Module, config: ResolvedRun):
         self.model, self.config = model, config
         optimizer = config.optimizer
         decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -65,7 +65,7 @@ class BareLoop:
         return total
 
 
-def measure(config: RunConfig, device: torch.device, repeats: int) -> dict[str, list[float]]:
+def measure(config: ResolvedRun, device: torch.device, repeats: int) -> dict[str, list[float]]:
     engine = build_engine(config, device)
     bare = BareLoop(build_model(config.model, config.train.seed, device), config)
     batch = random_batch(config, device)

@@ -19,14 +19,14 @@ import torch
 
 from benchmarks.paired import describe_machine, interleaved, median_ratio, random_batch, wait
 from megatrain.config.load import load_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.start import start_distributed
 from megatrain.record.throughput import Hardware, peak_flops
 from megatrain.spec.counts import flops_per_token
 from megatrain.train.build import build_engine
 
 SEQ_LEN = 1024
-MODEL = ["--model.family=gpt", "--model.num_layers=12", "--model.hidden_size=768", "--model.num_heads=12"]
+MODEL = ["--model.family=gpt", "--model.num_layers=12", "--model.hidden_size=768", "--model.attention.num_heads=12"]
 
 
 def gemm_flops(device: torch.device, size: int) -> float:
@@ -67,7 +67,7 @@ def main() -> None:
         )
 
 
-def model_config(options: argparse.Namespace, dtype: str) -> RunConfig:
+def model_config(options: argparse.Namespace, dtype: str) -> ResolvedRun:
     batch_size = [f"--train.global_batch_size={options.batch}", f"--train.micro_batch_size={options.batch}"]
     compiled = f"--train.compile={'false' if options.eager else 'true'}"
     # 50,304: GPT-2's 50,257 tokens, rounded up to a multiple of 128

@@ -24,7 +24,7 @@ from benchmarks.paired import describe_machine, random_batch
 from benchmarks.traffic import Traffic, start_fake_world
 from benchmarks.wire_peers import PEERS, Peer
 from megatrain.config.load import load_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.plan.traffic import expected_bytes
 
 RANKS, MICRO_BATCHES = 4, 2
@@ -34,9 +34,9 @@ MODEL = {
     "family": "llama",
     "num_layers": 4,
     "hidden_size": 256,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "ffn_hidden_size": 512,
+    "attention.num_heads": 8,
+    "attention.num_kv_heads": 4,
+    "feed_forward.hidden_size": 512,
     "vocab_size": 1024,
 }
 SHARDED = {  # all weights, as in the formula: by default DeepSpeed keeps small ones whole, and up to 10^9 after a use
@@ -63,16 +63,16 @@ AXES: dict[str, dict[str, Any]] = {
     "pipeline, GPT, tied": {"parallel.pp": 4, "model.family": "gpt", "model.tie_embeddings": True},
     "context, all-gather": {"parallel.cp": 4},
     "context, Ulysses": {"parallel.cp": 4, "parallel.cp_method": "ulysses"},
-    "experts": {"parallel.dp": 4, "parallel.ep": 4, "model.num_experts": 8, "model.experts_per_token": 2},
+    "experts": {"parallel.dp": 4, "parallel.ep": 4, "model.experts.num_experts": 8, "model.experts.per_token": 2},
     "experts, ZeRO 1": {
         "parallel.dp": 4,
         "parallel.ep": 2,
         "parallel.zero_stage": 1,
-        "model.num_experts": 8,
-        "model.experts_per_token": 2,
+        "model.experts.num_experts": 8,
+        "model.experts.per_token": 2,
     },
 }
-WIDE = {"model.num_kv_heads": 8, "parallel.tp": 8, "parallel.sequence_parallel": True}
+WIDE = {"model.attention.num_kv_heads": 8, "parallel.tp": 8, "parallel.sequence_parallel": True}
 DEEP = {**WIDE, "model.num_layers": 16, "parallel.pp": 8}
 WORLDS: dict[int, dict[str, Any]] = {
     16: {"parallel.tp": 4, "parallel.sequence_parallel": True, "parallel.dp": 4, "parallel.zero_stage": 1},
@@ -80,11 +80,17 @@ WORLDS: dict[int, dict[str, Any]] = {
     256: {"parallel.dp": 256, "parallel.zero_stage": 2},
     512: {**DEEP, "parallel.cp": 2, "parallel.dp": 4, "parallel.zero_stage": 1},
     1024: {**DEEP, "parallel.dp": 16, "parallel.zero_stage": 1},
-    2048: {**WIDE, "parallel.dp": 256, "parallel.ep": 64, "model.num_experts": 64, "model.experts_per_token": 8},
+    2048: {
+        **WIDE,
+        "parallel.dp": 256,
+        "parallel.ep": 64,
+        "model.experts.num_experts": 64,
+        "model.experts.per_token": 8,
+    },
     4096: {
         **DEEP,
-        "model.num_heads": 32,
-        "model.num_kv_heads": 32,
+        "model.attention.num_heads": 32,
+        "model.attention.num_kv_heads": 32,
         "parallel.cp": 4,
         "parallel.cp_method": "ulysses",
         "parallel.dp": 16,
@@ -127,7 +133,7 @@ class RoutedTraffic(Traffic):
             self._counts += [(values["input"], rank), (values["output"], rank)]
 
 
-def layout_config(overrides: dict[str, Any], micro_batches: int) -> RunConfig:
+def layout_config(overrides: dict[str, Any], micro_batches: int) -> ResolvedRun:
     """A resolved config of the model in FP32 with ``micro_batches`` of 2 x 256 tokens on each replica."""
     dp = overrides.get("parallel.dp", 1)
     fields = {f"model.{name}": value for name, value in MODEL.items()}
@@ -140,7 +146,7 @@ def layout_config(overrides: dict[str, Any], micro_batches: int) -> RunConfig:
     return load_config([], arguments, world).with_derived(world).config
 
 
-def count_step(config: RunConfig) -> Count:
+def count_step(config: ResolvedRun) -> Count:
     """Counts this rank's second step."""
     from megatrain.train.build import build_engine
 

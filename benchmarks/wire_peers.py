@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.traffic import Traffic
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.models.build import build_model
 
-Peer = Callable[[RunConfig, Tensor], Traffic]
+Peer = Callable[[ResolvedRun, Tensor], Traffic]
 """(config of one rank, tokens [m, B, S + 1] of its micro-batches) -> what the second step sends."""
 
 
@@ -31,7 +31,7 @@ def _all_reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     return done
 
 
-def torch_ddp(config: RunConfig, tokens_mBS: Tensor) -> Traffic:
+def torch_ddp(config: ResolvedRun, tokens_mBS: Tensor) -> Traffic:
     """``DistributedDataParallel``, gradients summed once a step."""
     model = nn.parallel.DistributedDataParallel(build_model(config.model, 0))
     model.register_comm_hook(None, _all_reduce)
@@ -48,7 +48,7 @@ def torch_ddp(config: RunConfig, tokens_mBS: Tensor) -> Traffic:
 def deepspeed_zero(stage: int) -> Peer:
     """DeepSpeed's engine with nothing set but what must be."""
 
-    def count(config: RunConfig, tokens_mBS: Tensor) -> Traffic:
+    def count(config: ResolvedRun, tokens_mBS: Tensor) -> Traffic:
         import deepspeed
 
         model = build_model(config.model, 0)
@@ -79,7 +79,7 @@ def deepspeed_zero(stage: int) -> Peer:
 def megatron_core(sequence_parallel: bool) -> Peer:
     """megatron-core's GPTModel over all ranks; under sequence parallelism without the sum of its norms' gradients."""
 
-    def count(config: RunConfig, tokens_mBS: Tensor) -> Traffic:
+    def count(config: ResolvedRun, tokens_mBS: Tensor) -> Traffic:
         with _megatron_on_cpu():
             from megatron.core import parallel_state
             from megatron.core.models.gpt import GPTModel
@@ -92,9 +92,9 @@ def megatron_core(sequence_parallel: bool) -> Peer:
             options = TransformerConfig(
                 num_layers=shape.num_layers,
                 hidden_size=shape.hidden_size,
-                num_attention_heads=shape.num_heads,
-                num_query_groups=shape.num_kv_heads,
-                ffn_hidden_size=shape.ffn_hidden_size,
+                num_attention_heads=shape.attention.num_heads,
+                num_query_groups=shape.attention.num_kv_heads,
+                ffn_hidden_size=shape.feed_forward.hidden_size,
                 tensor_model_parallel_size=size,
                 sequence_parallel=sequence_parallel,
                 use_cpu_initialization=True,

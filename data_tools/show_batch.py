@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatrain.config.derive import data_parallel_rank
+from megatrain.config.derive import data_parallel_rank, num_ranks
 from megatrain.config.load import from_yaml
 from megatrain.config.reading.problems import ConfigError
 from megatrain.data.corpus.console import run_tool
@@ -78,7 +78,7 @@ def opened(run: Path) -> TrainingData:
 def batch_lines(data: TrainingData, step: int, rank: int) -> Iterator[str]:
     """The sequences of a rank at a step, each below a line that says where it comes from."""
     parallel = data.config.parallel
-    world_size = parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
+    world_size = num_ranks(parallel)
     last = data.config.train.steps
     if not 1 <= step <= last or not 0 <= rank < world_size:
         raise DataError(
@@ -87,7 +87,7 @@ def batch_lines(data: TrainingData, step: int, rank: int) -> Iterator[str]:
         )
     dp_rank = data_parallel_rank(parallel, rank)
     yield f"step {step}, rank {rank} (data-parallel rank {dp_rank} of {parallel.dp})"
-    batch = data.loader(dp_rank, parallel.dp or 1).batch(step - 1)
+    batch = data.loader(dp_rank, parallel.dp).batch(step - 1)
     first = data.steps.first_sample(step - 1)
     samples = batch.sample_ids.numpy() & SAMPLE_BITS
     columns = (column.tolist() for column in (samples, *data.blend(samples)))

@@ -18,7 +18,7 @@ from megatrain.cluster.place import let_idle_threads_sleep
 from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     return report(ours, reference, options.all)
 
 
-def layout_config(files: list[Path], overrides: list[str], layout: str) -> RunConfig:
+def layout_config(files: list[Path], overrides: list[str], layout: str) -> ResolvedRun:
     """The config in a layout, for as many ranks as it takes.
 
     Raises:
@@ -56,7 +56,7 @@ def layout_config(files: list[Path], overrides: list[str], layout: str) -> RunCo
     return load_config(files, every, world_size).with_derived(world_size).config
 
 
-def report(ours: RunConfig, reference: RunConfig, everything: bool) -> int:
+def report(ours: ResolvedRun, reference: ResolvedRun, everything: bool) -> int:
     """Runs both, prints what differs; returns the exit code."""
     let_idle_threads_sleep()
     from megatrain.parity.run import compare_layouts  # imports torch: after the config's mistakes

@@ -19,7 +19,7 @@ from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.rules.combine import read_features, refusals_of, shown
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.disk.target import require_place
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def resolved_config(files: list[Path], overrides: list[str], world_size: int | None) -> RunConfig:
+def resolved_config(files: list[Path], overrides: list[str], world_size: int | None) -> ResolvedRun:
     """The config as ``world_size`` ranks would run it; by default as many as it asks for."""
     if world_size is None:
         parallel = load_config(files, overrides).config.parallel
@@ -73,7 +73,7 @@ def answer_compatibility(features: str, overrides: list[str]) -> int:
     return 1 if refusals else 0
 
 
-def print_schedule(config: RunConfig, png: Path | None) -> None:
+def print_schedule(config: ResolvedRun, png: Path | None) -> None:
     """Prints the timeline of a step, and draws it into ``png``."""
     if config.parallel.pp == 1:
         cure = "set parallel.pp to 2 or more"

@@ -24,7 +24,7 @@ from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError
 from megatrain.config.rules.check import check_ready_to_train
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.config.show import format_config
 from megatrain.errors import STOPPED, ExpectedError
 
@@ -82,7 +82,7 @@ def report(error: Exception, rank: int) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
-def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> RunConfig | None:
+def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> ResolvedRun | None:
     """The config of the run for the ranks that were started, or None when it was only to be shown."""
     place = place_from_environment()
     resolved = load_config(files, overrides, place.world_size).with_derived(place.world_size)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatrain.config.derive import resolve
 from megatrain.config.rules.check import check
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun, RunConfig
+from tests.configs import run_config_of
 
 SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH_SIZE, LEARNING_RATE = 16, 64, 16, 1e-2
 
@@ -43,7 +45,7 @@ class Layout:
 ONE_PROCESS = Layout()
 
 
-def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunConfig:
+def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> ResolvedRun:
     """A resolved config of a tiny model (5 layers: no even split over 2 stages).
 
     It must pass the rules: so whatever a test trains is a witness against a refusal that should not be.
@@ -55,9 +57,9 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
             "family": family,
             "num_layers": 5,
             "hidden_size": 32,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "ffn_hidden_size": 64,
+            "attention.num_heads": 4,
+            "attention.num_kv_heads": 2,
+            "feed_forward.hidden_size": 64,
             "vocab_size": VOCAB_SIZE,
             "max_seq_len": SEQ_LEN,
             "tie_embeddings": family == "gpt",
@@ -82,9 +84,9 @@ def run_config(family: str, layout: Layout, **sections: dict[str, Any]) -> RunCo
     }
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values}
-    checked = RunConfig.model_validate(config)
+    checked = run_config_of(config)
     assert (problems := check(checked, layout.world_size)) == [], problems
-    return checked
+    return resolve(checked, layout.world_size)
 
 
 def global_batch(step: int, rank: int = 0, num_ranks: int = 1, documents: bool = False) -> SimpleNamespace:

@@ -28,8 +28,10 @@ from megatrain.engine.state import (
     set_optimizer_step_count,
 )
 from megatrain.engine.zero.fragments import Fragment
+from megatrain.spec.keys import flat
 from megatrain.spec.kinds import WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.older import of_this_version
+from megatrain.spec.schema import ModelSpec
 
 _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
 
@@ -83,7 +85,7 @@ def _on_every_rank(action: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in told]  # type: ignore[misc]
 
 
-def require_same_model(reader: CheckpointReader, model: ModelConfig, grow: bool = False) -> None:
+def require_same_model(reader: CheckpointReader, model: ModelSpec, grow: bool = False) -> None:
     """Refuses a checkpoint whose weights have other shapes, or another meaning; ``grow`` as in ``load_checkpoint``.
 
     What the weights are trained with may change (experts' capacity, rotary frequencies, dropout): the resume tells it.
@@ -91,10 +93,10 @@ def require_same_model(reader: CheckpointReader, model: ModelConfig, grow: bool 
     Raises:
         UnfitError: lists every field that differs.
     """
-    saved, wanted = reader.state["model"], model.model_dump(mode="json")
+    saved, wanted = flat(of_this_version(reader.state["model"])), flat(model.model_dump(mode="json"))
     different = {field for field, value in wanted.items() if saved.get(field) != value}
     in_the_way = {field for field in different if field in _SHAPES}
-    if model.family == "gpt" and "max_seq_len" in different:  # a row of the position table for each
+    if model.positions.kind == "learned" and "max_seq_len" in different:  # a row of the position table for each
         in_the_way.add("max_seq_len")
     if grow and "vocab_size" in different and (saved.get("vocab_size") or 0) < model.vocab_size:
         in_the_way.remove("vocab_size")
@@ -115,9 +117,11 @@ _READ = ("step", "optimizer_steps", "dtype", "loss_scaler", "router_biases", "mo
 """What a load reads of a checkpoint's state; who resumes a run also wants its tokens (resume.py)."""
 
 _SHAPES = (
-    *("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_width", "attention_bias"),
-    *("ffn_hidden_size", "num_experts", "expert_hidden_size", "num_shared_experts", "num_dense_layers"),
-    *("expert_interval", "vocab_size", "tie_embeddings"),
+    *("family", "num_layers", "hidden_size", "vocab_size", "tie_embeddings", "positions.kind", "norm.kind"),
+    *("attention.num_heads", "attention.num_kv_heads", "attention.head_width", "attention.bias"),
+    *("attention.head_norms", "feed_forward.hidden_size", "feed_forward.activation", "feed_forward.bias"),
+    *("experts.num_experts", "experts.hidden_size", "experts.num_shared", "experts.num_dense_layers"),
+    "experts.interval",
 )
 """Fields of the model that weights of another value can't be loaded into."""
 

@@ -9,8 +9,10 @@ from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
 from megatrain.models.build import build_empty_model
 from megatrain.spec.derive import resolve_model
+from megatrain.spec.keys import flat
 from megatrain.spec.kinds import WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.older import of_this_version
+from megatrain.spec.schema import ModelConfig, ModelSpec
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),
@@ -46,15 +48,15 @@ def require_state(reader: CheckpointReader, *fields: str) -> dict[str, Any]:
     return state
 
 
-def saved_model(reader: CheckpointReader) -> ModelConfig:
+def saved_model(reader: CheckpointReader) -> ModelSpec:
     """The resolved model of a checkpoint, of which every weight is there in its shape.
 
     Raises:
         UnfitError: a newer version saved it, with fields that are not known here.
         CheckpointError: there is none, it is not valid, or the tensors are another model's.
     """
-    saved = require_state(reader, "model")["model"]
-    if unknown := sorted(saved.keys() - ModelConfig.model_fields.keys()):
+    saved = of_this_version(require_state(reader, "model")["model"])
+    if unknown := sorted(_unknown_fields(saved)):
         listed = ", ".join(f"model.{field:.60}" for field in unknown[:_LISTED])
         version = reader.versions.get("megatrain", "another version")
         raise UnfitError(
@@ -74,6 +76,11 @@ def saved_model(reader: CheckpointReader) -> ModelConfig:
         raise CheckpointError(f"no model can be made as {reader.path} says: {error!s:.200}") from error
     _require_shapes(reader, wanted)
     return model
+
+
+def _unknown_fields(saved: dict[str, Any]) -> set[str]:
+    known = ModelConfig().model_dump()
+    return {key for key in flat(saved) if key not in flat(known) and key not in known}
 
 
 def _require_shapes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -> None:

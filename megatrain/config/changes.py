@@ -1,17 +1,21 @@
 """What differs between the config of a checkpoint and that of the run which goes on from it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatrain.config.reading.yaml_text import one_line
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.keys import flat
+from megatrain.spec.older import of_this_version
+from megatrain.spec.schema import ModelConfig
 
 _NO_NUMBERS = (
     *("name", "folder", "parallel.", "offload.", "checkpoint.", "deepspeed.", "data.validation", "data.tokenizer"),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.checkpoint_every_nth", "train.compile"),
     *("train.activation_budget", "train.offload_activations", "train.log_every", "train.eval_every"),
-    *("train.eval_batches", "train.peak_tflops", "train.max_skipped_steps", "model.document_attention"),
+    *("train.eval_batches", "train.peak_tflops", "train.max_skipped_steps", "model.attention.documents"),
     *("model.init_std", "precision.initial_loss_scale", "precision.loss_scale_window"),
     *("precision.loss_scale_hysteresis", "precision.min_loss_scale"),
 )
@@ -37,13 +41,12 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
             that it has stood at its default: an older version knew no other value.
         config: the resolved one of now.
     """
-    defaults = RunConfig().model_dump(mode="json")
-    before: dict[str, Any] = {}
-    for section, values in saved.items():
-        known = defaults.get(section)
-        with_defaults = {**known, **values} if isinstance(known, dict) and isinstance(values, Mapping) else values
-        before |= dict(_leaves({section: with_defaults}))
-    now = dict(_leaves({name: value for name, value in config.model_dump(mode="json").items() if name in saved}))
+    defaults = RunConfig(model=ModelConfig(family=config.model.family))
+    defaults = defaults.model_copy(update={"model": resolve_model(defaults.model)})
+    of_before = {name: of_this_version(value) if name == "model" else value for name, value in saved.items()}
+    now = _leaves(config, of_before)
+    before = {**_leaves(defaults, of_before), **flat(of_before)}
+    before = {key: value for key, value in before.items() if key in now or key in flat(of_before)}
     found = [
         Change(key, before.get(key), now.get(key), _changes_numbers(key, config))
         for key in dict.fromkeys([*now, *before])
@@ -70,12 +73,9 @@ def _changes_numbers(key: str, config: RunConfig) -> bool:
     return not key.startswith(_NO_NUMBERS)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        elif not isinstance(value, Mapping):
-            yield prefix + name, value
+def _leaves(config: RunConfig, sections: Container[str]) -> dict[str, Any]:
+    """The values of some of the sections by dotted key."""
+    return flat({name: value for name, value in config.model_dump(mode="json").items() if name in sections})
 
 
 def _short(value: Any) -> str:

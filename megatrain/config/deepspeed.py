@@ -3,22 +3,21 @@
 import math
 from typing import Any
 
-from megatrain.config.schema import OffloadConfig, RunConfig
+from megatrain.config.schema import OffloadConfig, ResolvedRun
 from megatrain.spec.counts import num_parameters
 
 DEEPSPEED_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless it is told otherwise."""
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's config for a resolved ``config`` (``parallel.dp`` is set).
+def deepspeed_config(config: ResolvedRun) -> dict[str, Any]:
+    """DeepSpeed's config for ``config``.
 
     Gradient accumulation is ours (``managed_gradient_accumulation`` off): micro-batches are summed, not
     averaged, and a pipeline schedule runs the backward passes itself. Learning rate and optimizer
     come as objects.
     """
     train, parallel = config.train, config.parallel
-    assert parallel.dp is not None, "resolve the config first"
     # ZeRO 0 is ZeRO 1 whose states are shared by one rank: engine/mpu.py says why
     zero_stage, sharing_ranks = (parallel.zero_stage, parallel.cp * parallel.dp) if parallel.zero_stage else (1, 1)
     micro_batches = train.global_batch_size // (train.micro_batch_size * parallel.dp)
@@ -55,7 +54,7 @@ def _offload(offload: OffloadConfig) -> dict[str, Any]:
     return {name: {"device": device, **path} for name, device in sections.items() if device != "none"}
 
 
-def _precision(config: RunConfig) -> dict[str, Any]:
+def _precision(config: ResolvedRun) -> dict[str, Any]:
     precision = config.precision
     gradients = "fp32" if precision.gradient_dtype == "fp32" else precision.dtype
     accumulate = {"data_types": {"grad_accum_dtype": gradients}, "communication_data_type": gradients}

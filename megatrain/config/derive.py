@@ -2,26 +2,30 @@
 
 import math
 
-from megatrain.config.schema import ParallelConfig, RunConfig
-from megatrain.spec.derive import (
-    resolve_model,
-)
+from megatrain.config.schema import ParallelConfig, ResolvedParallel, ResolvedRun, RunConfig
+from megatrain.spec.derive import resolve_model
 
 
-def resolve(config: RunConfig, world_size: int) -> RunConfig:
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     """``config`` with every derived field filled in, for a run of ``world_size`` ranks.
 
     The config must have passed ``rules.check`` with that world size.
     """
     parallel, schedule = config.parallel, config.schedule
     dp = parallel.dp or world_size // (parallel.tp * parallel.cp * parallel.pp)
-    return config.model_copy(
-        update={
+    return ResolvedRun.model_construct(
+        **dict(config)
+        | {
             "model": resolve_model(config.model),
-            "parallel": parallel.model_copy(update={"dp": dp}),
+            "parallel": ResolvedParallel.model_construct(**dict(parallel) | {"dp": dp}),
             "schedule": schedule.model_copy(update={"decay_steps": decay_steps(config)}),
         }
     )
+
+
+def num_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that a layout takes; where ``dp`` is open, those of one copy of the model."""
+    return parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
 
 
 def decay_steps(config: RunConfig) -> int | None:
@@ -34,9 +38,9 @@ def decay_steps(config: RunConfig) -> int | None:
     return math.ceil(config.train.steps / 10) if schedule.name == "wsd" else None
 
 
-def data_parallel_rank(parallel: ParallelConfig, rank: int) -> int:
+def data_parallel_rank(parallel: ResolvedParallel, rank: int) -> int:
     """Place of a rank among those that read different sequences: ranks count tp first, then cp, dp and pp."""
-    return rank // (parallel.tp * parallel.cp) % (parallel.dp or 1)
+    return rank // (parallel.tp * parallel.cp) % parallel.dp
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
@@ -48,9 +52,8 @@ def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
     return dp if dp and not left_over else None
 
 
-def grad_accum_steps(config: RunConfig) -> int:
-    """Micro-batches of a rank in one step; ``config`` is resolved."""
-    assert config.parallel.dp is not None, "resolve the config first"
+def grad_accum_steps(config: ResolvedRun) -> int:
+    """Micro-batches of a rank in one step."""
     return config.train.global_batch_size // (config.train.micro_batch_size * config.parallel.dp)
 
 

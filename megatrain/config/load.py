@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatrain.config.clip import clipped
-from megatrain.config.derive import resolve
+from megatrain.config.derive import num_ranks, resolve
 from megatrain.config.reading.fields import all_fields, value_at
 from megatrain.config.reading.problems import ConfigError, Problem
-from megatrain.config.reading.source import Node, merge, read_file, read_overrides, read_text
+from megatrain.config.reading.source import Node, merge, node_of, read_file, read_overrides, read_text
 from megatrain.config.reading.typed import validate
 from megatrain.config.rules.check import check
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun, RunConfig
+from megatrain.spec.older import of_this_version
 
 DEFAULT, DERIVED = "default", "derived"
 
 
 @dataclass(frozen=True)
-class Resolved:
+class Loaded:
     """A checked config and the origin of every value, by dotted key.
 
     An origin is 'path:line', 'command line', 'default' or 'derived'. Extra DeepSpeed keys have their own.
@@ -56,10 +57,17 @@ class Resolved:
         return origin or DEFAULT
 
 
-def load_config(files: Sequence[Path], overrides: Sequence[str] = (), world_size: int | None = None) -> Resolved:
+@dataclass(frozen=True)
+class Resolved(Loaded):
+    """The same with nothing left open."""
+
+    config: ResolvedRun
+
+
+def load_config(files: Sequence[Path], overrides: Sequence[str] = (), world_size: int | None = None) -> Loaded:
     """The config that ``files``, merged left to right, and then ``overrides`` describe.
 
-    Derived fields stay None until ``with_derived``.
+    What follows from others stays open until ``with_derived``.
 
     Args:
         overrides: `--model.num_layers 4` or `--model.num_layers=4`, as the command line splits them.
@@ -85,16 +93,25 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = (), world_size
     return _checked(tree, world_size)
 
 
-def from_yaml(text: str, name: str = "config.yaml") -> RunConfig:
+def from_yaml(text: str, name: str = "config.yaml") -> ResolvedRun:
     """The config that ``show.to_yaml`` wrote; ``name`` says in problems where the text stood.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    return _checked(read_text(text, name), None).config
+    config = _checked(_of_this_version(read_text(text, name)), None).config
+    return resolve(config, world_size=num_ranks(config.parallel))
 
 
-def _checked(tree: Node, world_size: int | None) -> Resolved:
+def _of_this_version(tree: Node) -> Node:
+    """A run folder of an older version is read, too."""
+    if "model" not in tree.content:
+        return tree
+    model = tree.content["model"]
+    return Node({**tree.content, "model": node_of(of_this_version(model.plain()), model.origin)}, tree.origin)
+
+
+def _checked(tree: Node, world_size: int | None) -> Loaded:
     config, problems, unusable = validate(tree)
     origins = dict.fromkeys(all_fields(), DEFAULT)
     for key, origin in tree.leaves():
@@ -103,8 +120,8 @@ def _checked(tree: Node, world_size: int | None) -> Resolved:
             key = key.rpartition(".")[0]
             if key in all_fields():
                 origins[key] = origin
-    resolved = Resolved(config, origins)
-    problems += resolved.with_origins(check(config, world_size, unusable))
+    loaded = Loaded(config, origins)
+    problems += loaded.with_origins(check(config, world_size, unusable))
     if problems:
         raise ConfigError(problems)
-    return resolved
+    return loaded

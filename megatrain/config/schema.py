@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatrain.config.schema_optimizer import OffloadConfig, OptimizerConfig, ScheduleConfig
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelConfig, ModelSpec
 from megatrain.spec.section import (
     Name,
     Natural,
@@ -265,6 +265,12 @@ class CheckpointConfig(Section):
     )
 
 
+class ResolvedParallel(ParallelConfig):
+    """A layout whose ranks are known."""
+
+    dp: Positive
+
+
 class RunConfig(Section):
     """The whole file."""
 
@@ -283,3 +289,10 @@ class RunConfig(Section):
         default_factory=dict,
         description="Extra DeepSpeed keys (communication and profiling only); those that are derived are refused.",
     )
+
+
+class ResolvedRun(RunConfig):
+    """A run with nothing left open, for a number of ranks (``derive.resolve``)."""
+
+    model: ModelSpec
+    parallel: ResolvedParallel

@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 
 from megatrain.config.schema import ParallelConfig, RunConfig
 from megatrain.spec.counts import block_parameters
-from megatrain.spec.derive import head_width
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.derive import resolve_model
+from megatrain.spec.schema import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ def own_stages(parallel: ParallelConfig, pp_rank: int) -> list[int]:
 
 def stage_blocks(config: RunConfig) -> list[range]:
     """Blocks of each stage: as ``parallel.stage_layers`` says, or so that the slowest stage is as fast as can be."""
-    costs = stage_costs(config.model, config.data.seq_len)
+    costs = stage_costs(resolve_model(config.model), config.data.seq_len)
     sizes = config.parallel.stage_layers or _balanced(costs, num_stages(config.parallel))
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 
-def stage_costs(model: ModelConfig, seq_len: int) -> list[float]:
+def stage_costs(model: ModelSpec, seq_len: int) -> list[float]:
     """Forward operations per token of each block; the first also embeds, the last has the head and its loss.
 
     A block's attention counts half its products: it is causal. Of experts those that a token visits count. The
     embedding multiplies nothing, but copies a row and, backward, adds one: counted as two operations an element.
     """
-    attention = 2.0 * model.num_heads * head_width(model) * seq_len
+    attention = 2.0 * model.attention.num_heads * model.attention.head_width * seq_len
     costs = [2.0 * block_parameters(model, layer, active=True) + attention for layer in range(model.num_layers)]
     costs[0] += 4.0 * model.hidden_size
     costs[-1] += 2.0 * model.vocab_size * model.hidden_size

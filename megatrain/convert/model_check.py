@@ -11,7 +11,8 @@ from megatrain.config.rules import model as rules_model
 from megatrain.config.schema import RunConfig
 from megatrain.convert.errors import ConversionError
 from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.keys import flat
+from megatrain.spec.schema import ModelConfig, ModelSpec
 
 _RULES = (
     rules_model.heads_divide_width,
@@ -29,14 +30,14 @@ _RULES = (
 _LARGEST, _MOST_EXPERTS = 2**40, 2**16
 
 
-def resolved(model: ModelConfig, where: str) -> ModelConfig:
-    """``model`` with its derived fields, if its sizes fit each other.
+def resolved(model: ModelConfig, where: str) -> ModelSpec:
+    """``model`` with nothing left open, if its sizes fit each other.
 
     Raises:
         ConversionError: they don't; all that is wrong is named. ``where``: the file that says so.
     """
-    sizes = {name: value for name, value in model.model_dump().items() if type(value) is int}
-    limits = dict.fromkeys(sizes, _LARGEST) | {"num_experts": _MOST_EXPERTS}
+    sizes = {name: value for name, value in flat(model.model_dump()).items() if type(value) is int}
+    limits = dict.fromkeys(sizes, _LARGEST) | {"experts.num_experts": _MOST_EXPERTS}
     if large := [f"{name} = {value}" for name, value in sizes.items() if value >= limits[name]]:
         raise ConversionError(f"{where}: {', '.join(large)}: no model is so large")
     config = RunConfig(model=model)
@@ -46,7 +47,7 @@ def resolved(model: ModelConfig, where: str) -> ModelConfig:
     return resolve_model(model)
 
 
-def require_plausible(model: ModelConfig, names: Collection[object], where: object) -> None:
+def require_plausible(model: ModelSpec, names: Collection[object], where: object) -> None:
     """Checks that there are tensors enough for a model, before one of this size is built to compare names.
 
     Raises:

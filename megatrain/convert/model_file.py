@@ -9,18 +9,19 @@ from megatrain.config.reading.yaml_text import Loader
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_check import resolved, said
 from megatrain.disk.small import read_regular
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.older import of_this_version
+from megatrain.spec.schema import ModelConfig, ModelSpec
 
 NAME = "model.yaml"
 
 
-def write_model(folder: Path, model: ModelConfig) -> None:
+def write_model(folder: Path, model: ModelSpec) -> None:
     """Writes ``folder/model.yaml``."""
     text = yaml.safe_dump({"model": model.model_dump(mode="json")}, sort_keys=False)
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def read_model(folder: Path, given: Path | None) -> ModelConfig:
+def read_model(folder: Path, given: Path | None) -> ModelSpec:
     """The resolved model of a config file that was given, or else of ``folder/model.yaml``.
 
     Raises:
@@ -38,6 +39,6 @@ def read_model(folder: Path, given: Path | None) -> ModelConfig:
     if not isinstance(values, dict):
         raise ConversionError(f"{path} holds no valid section `model`")
     try:
-        return resolved(ModelConfig.model_validate(values.get("model")), str(path))
+        return resolved(ModelConfig.model_validate(of_this_version(values.get("model"))), str(path))
     except ValidationError as error:
         raise ConversionError(f"{path} holds no valid section `model`: {said(error)}") from error

@@ -15,7 +15,7 @@ from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_file import write_model
 from megatrain.convert.table import balanced, identity
 from megatrain.spec.kinds import MOMENTS, WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 RUN_ID = "conversion"
 
@@ -46,7 +46,7 @@ class NativeReader:
         self._biases: dict[str, list[float]] = require_state(self._reader, "router_biases")["router_biases"]
         if self._biases and not balanced(self.model):
             raise ConversionError(
-                f"{path} holds balance biases, but its model.router_balance_rate is 0, which stands for none: resume "
+                f"{path} holds balance biases, but its model.router.balance_rate is 0, which stands for none: resume "
                 "the run with a rate above 0, however small, save once, and convert that checkpoint"
             )
 
@@ -75,7 +75,7 @@ class NativeWriter:
     dtype = torch.float32
     kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
 
-    def __init__(self, folder: Path, model: ModelConfig, step: int, tokenizer: CarriedTokenizer | None = None):
+    def __init__(self, folder: Path, model: ModelSpec, step: int, tokenizer: CarriedTokenizer | None = None):
         self.model, self.table, self._tokenizer = model, identity(model), tokenizer
         self._writer = CheckpointWriter(folder, step, RUN_ID)
         self._biases: dict[str, list[float]] = {}

@@ -17,8 +17,8 @@ from megatrain.convert.huggingface.tokenizer import load
 from megatrain.convert.runners import Runner
 from megatrain.convert.table import VOCABULARY_NAMES, Weights, canonical_shapes, kinds_of
 from megatrain.models.parts.rotary import LENGTH_DEPENDENT
-from megatrain.spec.derive import num_tokens, original_length
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.derive import num_tokens
+from megatrain.spec.schema import ModelSpec
 
 LOGITS = 1e-4  # largest difference: FP32 sums in another order stay below it, every known conversion bug above
 _TIE = 1e-5  # the two likeliest tokens are so near that rounding alone may swap them
@@ -38,7 +38,7 @@ class Proof:
     max_difference: float
 
 
-def require_equal_configs(source: ModelConfig, target: ModelConfig) -> None:
+def require_equal_configs(source: ModelSpec, target: ModelSpec) -> None:
     """Compares what both sides say the model is.
 
     Raises:
@@ -105,7 +105,7 @@ def require_equal_logits(one: Runner, other: Runner, batches: list[Tensor], prog
     return worst
 
 
-def proof_batches(model: ModelConfig, longest: int, tokenizer: Path | None) -> list[Tensor]:
+def proof_batches(model: ModelSpec, longest: int, tokenizer: Path | None) -> list[Tensor]:
     """[B, S] tokens: short random ones, random ones up to position ``longest``, and real text where there is a
     tokenizer (the source of a module of Python's library).
 
@@ -118,7 +118,7 @@ def proof_batches(model: ModelConfig, longest: int, tokenizer: Path | None) -> l
         return torch.randint(0, num_tokens(model), shape, generator=generator)
 
     batches = [random(4, min(model.max_seq_len, _SHORT)), random(1, length)]
-    change = original_length(model) if model.rope_scaling in LENGTH_DEPENDENT else 0
+    change = model.rope.original_max_seq_len if model.rope.scaling in LENGTH_DEPENDENT else 0
     if max(length, _SHORT) <= change < model.max_seq_len:
         batches.append(random(1, min(model.max_seq_len, change + change // 4 + 1)))
     if tokenizer is not None:

@@ -62,7 +62,7 @@ class OwnRunner:
         part = Decoder(self._model, Layers(), blocks, first, last).eval()
         for name, parameter in part.named_parameters():
             parameter.copy_(self._weights.read(WEIGHT, name).to(self._rounding))
-        biases = [bias_name(i) for i in blocks if self._model.router_balance_rate and i in mixture_layers(self._model)]
+        biases = [bias_name(i) for i in blocks if self._model.router.balance_rate and i in mixture_layers(self._model)]
         load_router_biases(part, {name: self._weights.read(WEIGHT, name).tolist() for name in biases})
         return part
 

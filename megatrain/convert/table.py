@@ -15,37 +15,37 @@ from megatrain.models.build import build_empty_model
 from megatrain.spec.derive import mixture_layers
 from megatrain.spec.kinds import WEIGHT
 from megatrain.spec.names import bias_name
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 VOCABULARY_NAMES = ("embedding.word.weight", "head.weight")
 
 
-def always(model: ModelConfig) -> bool:
+def always(model: ModelSpec) -> bool:
     """The condition of a line that every model of the family has."""
     return True
 
 
-def with_attention_bias(model: ModelConfig) -> bool:
+def with_attention_bias(model: ModelSpec) -> bool:
     """The condition of the attention's biases."""
-    return bool(model.attention_bias)
+    return model.attention.bias
 
 
-def every_block(model: ModelConfig) -> range:
+def every_block(model: ModelSpec) -> range:
     """The blocks of a line that each of them has."""
     return range(model.num_layers)
 
 
-def dense_blocks(model: ModelConfig) -> list[int]:
+def dense_blocks(model: ModelSpec) -> list[int]:
     """Those without experts."""
     return [layer for layer in range(model.num_layers) if layer not in mixture_layers(model)]
 
 
-def balanced(model: ModelConfig) -> bool:
+def balanced(model: ModelSpec) -> bool:
     """The condition of the routers' balance biases."""
-    return bool(model.num_experts and model.router_balance_rate)
+    return model.experts.num_experts > 0 and model.router.balance_rate > 0
 
 
-def untied(model: ModelConfig) -> bool:
+def untied(model: ModelSpec) -> bool:
     """The condition of a head of its own."""
     return not model.tie_embeddings
 
@@ -61,8 +61,8 @@ class Line:
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     form: Form = SAME
-    when: Callable[[ModelConfig], bool] = always
-    blocks: Callable[[ModelConfig], Container[int]] = every_block
+    when: Callable[[ModelSpec], bool] = always
+    blocks: Callable[[ModelSpec], Container[int]] = every_block
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Entry:
     form: Form
 
 
-def entries(table: tuple[Line, ...], model: ModelConfig) -> list[Entry]:
+def entries(table: tuple[Line, ...], model: ModelSpec) -> list[Entry]:
     """The table written out for ``model``, layer by layer."""
     found = []
     for layer in (None, *range(model.num_layers)):
@@ -93,7 +93,7 @@ class Reader(Protocol):
     """
 
     path: Path
-    model: ModelConfig
+    model: ModelSpec
     table: tuple[Line, ...]
     kinds: tuple[str, ...]
     step: int
@@ -187,7 +187,7 @@ def _listed(tensors: list[Tensor]) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
-def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
+def require_lines(table: tuple[Line, ...], model: ModelSpec) -> None:
     """Checks that a table has a line for each parameter of the model, none of which may get lost.
 
     Raises:
@@ -198,7 +198,7 @@ def require_lines(table: tuple[Line, ...], model: ModelConfig) -> None:
         raise ConversionError(f"the format has no place for {len(lost)} of the model's parameters, like {lost[0]}")
 
 
-def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+def canonical_shapes(model: ModelSpec) -> dict[str, torch.Size]:
     """Every parameter's name and whole shape, and those of the balance biases.
 
     Raises:
@@ -210,7 +210,7 @@ def canonical_shapes(model: ModelConfig) -> dict[str, torch.Size]:
     except RuntimeError as error:
         raise ConversionError(f"no model has these sizes: {error!s:.200}") from error
     if balanced(model):
-        shapes |= {bias_name(layer): torch.Size([model.num_experts or 0]) for layer in mixture_layers(model)}
+        shapes |= {bias_name(layer): torch.Size([model.experts.num_experts]) for layer in mixture_layers(model)}
     return shapes
 
 
@@ -225,12 +225,12 @@ def kinds_of(name: str, kinds: Collection[str]) -> list[str]:
     return [kind for kind in kinds if kind == WEIGHT or not name.endswith("balance_bias")]
 
 
-def identity(model: ModelConfig) -> tuple[Line, ...]:
+def identity(model: ModelSpec) -> tuple[Line, ...]:
     """The table of formats that use the names here."""
     return tuple(Line(name, name) for name in canonical_shapes(model))
 
 
-def their_shapes(table: tuple[Line, ...], model: ModelConfig) -> Iterator[tuple[Entry, list[torch.Size]]]:
+def their_shapes(table: tuple[Line, ...], model: ModelSpec) -> Iterator[tuple[Entry, list[torch.Size]]]:
     """Each entry with the shapes of its tensors elsewhere."""
     shapes = canonical_shapes(model)
     for entry in entries(table, model):
@@ -242,10 +242,10 @@ def _of_layer(names: tuple[str, ...], layer: int | None) -> tuple[str, ...]:
     return tuple(name.replace("{}", str(layer)) for name in names)
 
 
-def _of_experts(names: tuple[str, ...], model: ModelConfig) -> tuple[str, ...]:
+def _of_experts(names: tuple[str, ...], model: ModelSpec) -> tuple[str, ...]:
     if "{expert}" not in names[0]:
         return names
-    return tuple(name.replace("{expert}", str(e)) for name in names for e in range(model.num_experts or 0))
+    return tuple(name.replace("{expert}", str(e)) for name in names for e in range(model.experts.num_experts))
 
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

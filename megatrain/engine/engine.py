@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config.deepspeed import deepspeed_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.routing import Routers, RoutingReport
@@ -104,7 +104,7 @@ class Engine:
     turn, with one a schedule runs them all; then DeepSpeed reduces the gradients and steps once.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, parts: list[nn.Module]):
+    def __init__(self, config: ResolvedRun, mesh: Mesh, parts: list[nn.Module]):
         self.config, self.mesh = config, mesh
         if mesh.device.type == "cuda":  # what comes from 16 bits is exact in TF32: routers and FP32 logits lose nothing
             torch.set_float32_matmul_precision("highest" if config.precision.dtype == "fp32" else "high")
@@ -267,7 +267,7 @@ class Engine:
         """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
         parallel = self.config.parallel
         v_shaped = SCHEDULES[parallel.pp_schedule].v_shaped
-        return bool(self.config.model.tie_embeddings) and parallel.pp > 1 and not v_shaped
+        return self.config.model.tie_embeddings and parallel.pp > 1 and not v_shaped
 
     def _mark_tied_copy(self) -> None:
         """DeepSpeed's mark of a parameter that another stage holds too: counted once in the norm."""

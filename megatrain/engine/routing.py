@@ -12,7 +12,7 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.routing import RouterState
 from megatrain.spec.derive import mixture_layers
 from megatrain.spec.names import bias_name
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class RoutingReport:
 class Routers:
     """All routers of the model; this rank holds the states of its own layers'."""
 
-    def __init__(self, config: ModelConfig, model: nn.Module, mesh: Mesh):
+    def __init__(self, config: ModelSpec, model: nn.Module, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.layers = list(mixture_layers(config))
-        self.biases = torch.zeros(len(self.layers), config.num_experts or 0, device=mesh.device)
+        self.biases = torch.zeros(len(self.layers), config.experts.num_experts or 0, device=mesh.device)
         """[layers, E] on every rank, as every rank knows all loads; the routers' own are rows of it."""
         named = {name.split(".layers.")[1]: m for name, m in model.named_modules() if isinstance(m, RouterState)}
         self.states = {int(name.split(".")[0]): state for name, state in named.items()}
         self._has_biases = False
-        if config.router_balance_rate:
+        if config.router.balance_rate:
             self._use_biases()
 
     def _use_biases(self) -> None:
@@ -65,16 +65,16 @@ class Routers:
         """Sums the statistics over all ranks and, where the step was not skipped, moves the biases. Collective."""
         if not self.layers:
             return None
-        size = (self.config.num_experts or 0) + 3
+        size = (self.config.experts.num_experts or 0) + 3
         totals = torch.zeros(len(self.layers), size, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.coordinate("tp") == 0:  # tensor ranks see the same tokens
             for layer, state in self.states.items():
                 totals[self.layers.index(layer)] = state.statistics
         dist.all_reduce(totals)
-        if updated and self.config.router_balance_rate:
+        if updated and self.config.router.balance_rate:
             chosen = totals[:, :-3]
             direction = (chosen.mean(-1, keepdim=True) - chosen).sign()  # Wang et al. 2024, algorithm 1
-            self.biases += self.config.router_balance_rate * direction.to(self.biases.dtype)
+            self.biases += self.config.router.balance_rate * direction.to(self.biases.dtype)
         return RoutingReport(self.layers, totals)
 
     def saved_biases(self) -> dict[str, list[float]]:

@@ -6,11 +6,11 @@ from megatrain.config.schema import PrecisionConfig
 from megatrain.models.decoder import Decoder
 from megatrain.models.initial import initialize
 from megatrain.parallel.layers import Layers
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 def build_stages(
-    config: ModelConfig,
+    config: ModelSpec,
     layers: Layers,
     stages: list[int],
     blocks: list[range],
@@ -36,12 +36,12 @@ def build_stages(
     return built
 
 
-def build_model(config: ModelConfig, seed: int, device: torch.device | None = None) -> Decoder:
+def build_model(config: ModelSpec, seed: int, device: torch.device | None = None) -> Decoder:
     """The whole model on one process, in plain PyTorch."""
     blocks, cpu = [range(config.num_layers)], torch.device("cpu")
     return build_stages(config, Layers(), [0], blocks, seed, device or cpu, PrecisionConfig())[0]
 
 
-def build_empty_model(config: ModelConfig) -> Decoder:
+def build_empty_model(config: ModelSpec) -> Decoder:
     """The same without initial weights, for weights to be loaded into."""
     return Decoder(config, Layers(), range(config.num_layers), first=True, last=True)

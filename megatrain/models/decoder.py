@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from megatrain.config.schema import PrecisionConfig
 from megatrain.models.block import Block
 from megatrain.models.ends import Embedding, Head
-from megatrain.models.family import FAMILIES
 from megatrain.models.parts.document_attention import KERNELS
 from megatrain.models.parts.documents import Documents, documents_of, own_positions
 from megatrain.models.parts.loss import sequence_losses
+from megatrain.models.parts.norm import build_norm
 from megatrain.models.parts.rotary import Rotary, Turns
 from megatrain.parallel.layers import Layers
 from megatrain.spec.derive import num_tokens
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 _COMPUTE_TYPE = PrecisionConfig()
 
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ModelSpec,
         layers: Layers,
         block_range: range,
         first: bool,
@@ -39,17 +39,16 @@ class Decoder(nn.Module):
         precision: PrecisionConfig = _COMPUTE_TYPE,
     ):
         super().__init__()
-        family = FAMILIES[config.family]
-        self.precision, self.document_kernel = precision, KERNELS.get(config.document_attention)
+        self.precision, self.document_kernel = precision, KERNELS.get(config.attention.documents)
         self.config, self.factory, self.first, self.last = config, layers, first, last
-        tied = bool(config.tie_embeddings)
+        tied = config.tie_embeddings
         if first or (last and tied):
-            self.embedding = Embedding(config, layers, positions=first and not family.rotary)
-        self.rotary = Rotary(config) if family.rotary else None
+            self.embedding = Embedding(config, layers, has_positions=first)
+        self.rotary = Rotary(config) if config.positions.kind == "rotary" else None
         self.layers = nn.ModuleDict({str(i): Block(config, layers, i) for i in block_range})
         self.losses: Callable[[Layers, Tensor, Tensor], Tensor] = sequence_losses
         if last:
-            self.final_norm = layers.on_split_sequence(family.norm(config.hidden_size, config.norm_eps))
+            self.final_norm = build_norm(config, layers)
             if not tied:
                 self.head = Head(config, layers)
 

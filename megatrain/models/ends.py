@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 from megatrain.models.parts.documents import Documents, own_positions
 from megatrain.parallel.layers import Layers
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 class Embedding(nn.Module):
-    """Word embedding, plus learned positions where the family has no rotary ones."""
+    """Word embedding, plus learned positions where the model has them, and ``has_positions`` this copy."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, positions: bool):
+    def __init__(self, config: ModelSpec, layers: Layers, has_positions: bool):
         super().__init__()
         self.layers = layers
         self.word = layers.vocab_embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if positions else None
+        learned = has_positions and config.positions.kind == "learned"
+        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.dropout = layers.dropout(config.dropout, "embedding")
 
     def forward(self, tokens_BS: Tensor, keys_B: Tensor | None, documents: Documents | None) -> Tensor:
@@ -31,6 +32,6 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Output projection of an untied model."""
 
-    def __init__(self, config: ModelConfig, layers: Layers):
+    def __init__(self, config: ModelSpec, layers: Layers):
         super().__init__()
         self.weight: nn.Parameter = layers.vocab_embedding(config.vocab_size, config.hidden_size).weight  # type: ignore[assignment]

@@ -31,12 +31,12 @@ class MatrixPart(NamedTuple):
     stacked_rows: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, parameter: nn.Parameter) -> "MatrixPart":
+    def of(cls, parameter: nn.Parameter, stacked_rows: tuple[int, ...] = ()) -> "MatrixPart":
         split = getattr(parameter, "tensor_model_parallel", False)
         return cls(
             getattr(parameter, "ds_shape", parameter.shape),
             parameter.partition_dim if split else None,  # type: ignore[arg-type,attr-defined]
-            getattr(parameter, "stacked_rows", ()),
+            stacked_rows,
         )
 
 

@@ -1,6 +1,7 @@
 """Optimizers and their parameter groups."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from megatrain.config.schema import OptimizerConfig
 from megatrain.optim.adafactor import Adafactor
 from megatrain.optim.lion import Lion
 from megatrain.optim.muon import MatrixPart, Muon
+from megatrain.spec.parameter import Parameter
 
-_NOT_ORTHOGONAL = ("embedding.*", "head.*", "*.router.*")  # rows are looked up or scored one by one
 
-
-def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (norms, biases) do not; rules whose pattern fits a name override what they set, in order.
+def parameter_groups(
+    parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, table: Mapping[str, Parameter]
+) -> list[dict[str, Any]]:
+    """What the ``table`` of the model says of each parameter's role; rules whose pattern fits a name override what they
+    set, in order.
 
     ``parameters``: (canonical name, parameter). Each group says by which factor its learning rate differs
     (``lr_scale``), the ``names`` of its parameters, whether they are matrices that Muon orthogonalises or whose second
@@ -25,13 +28,14 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
     """
     groups: dict[tuple[float, float, bool, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
-        decay, lr_scale = (config.weight_decay if parameter.dim() >= 2 else 0.0), 1.0
+        role = table[name].role.treatment
+        decay, lr_scale = (config.weight_decay if role.decays else 0.0), 1.0
         for rule in config.rules:
             if fnmatch.fnmatchcase(name, rule.pattern):
                 decay = decay if rule.weight_decay is None else rule.weight_decay
                 lr_scale = lr_scale if rule.lr_scale is None else rule.lr_scale
-        matrix = config.name == "muon" and parameter.dim() == 2 and not _fits_any(name, _NOT_ORTHOGONAL)
-        factored = config.name == "adafactor" and parameter.dim() == 2
+        matrix = config.name == "muon" and role.orthogonal
+        factored = config.name == "adafactor" and len(table[name].shape) == 2
         spread = getattr(parameter, "group_name", None)
         groups.setdefault((decay, lr_scale, matrix, factored, spread), []).append((name, parameter))
     return [
@@ -52,6 +56,7 @@ def parameter_groups(parameters: list[tuple[str, nn.Parameter]], config: Optimiz
 def build_optimizer(
     parameters: list[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
+    table: Mapping[str, Parameter],
     tp_group: dist.ProcessGroup | None = None,
     shard_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
@@ -61,18 +66,17 @@ def build_optimizer(
         tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both,
             Adafactor sums.
     """
-    groups, betas = parameter_groups(parameters, config), (config.beta1, config.beta2)
+    groups, betas = parameter_groups(parameters, config, table), (config.beta1, config.beta2)
     if config.name == "lion":
         return Lion(groups, lr=config.lr, betas=betas)
     if config.name in ("adafactor", "muon"):
         for group in groups:
-            group["parts"] = [MatrixPart.of(parameter) for parameter in group["params"]]
+            named = zip(group["names"], group["params"], strict=True)
+            split = config.name == "muon" and config.muon_split_qkv
+            group["parts"] = [MatrixPart.of(p, table[name].stacked_rows if split else ()) for name, p in named]
     if config.name == "adafactor":
         return Adafactor(groups, config.lr, tp_group, shard_group)
     if config.name == "muon":
-        if not config.muon_split_qkv:
-            for group in groups:
-                group["parts"] = [part._replace(stacked_rows=()) for part in group["parts"]]
         return Muon(groups, config.lr, betas, config.eps, config.muon_momentum, tp_group, shard_group)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
@@ -82,7 +86,3 @@ def _moments(optimizer: str, orthogonal: bool, factored: bool) -> tuple[str, ...
     if optimizer == "adafactor":
         return () if factored else ("exp_avg_sq",)
     return ("exp_avg",) if orthogonal or optimizer == "lion" else ("exp_avg", "exp_avg_sq")
-
-
-def _fits_any(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

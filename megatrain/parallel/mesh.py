@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from megatrain.config.schema import ParallelConfig
+from megatrain.config.schema import ResolvedParallel
 from megatrain.parallel.topology import Topology
 
 _Groups = dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]
@@ -49,9 +49,8 @@ class Mesh:
         return dist.get_process_group_ranks(self.pp_group)[pp_rank]
 
 
-def topology_of(parallel: ParallelConfig) -> Topology:
-    """Topology of a resolved config (``dp`` is set)."""
-    assert parallel.dp is not None, "resolve the config first"
+def topology_of(parallel: ResolvedParallel) -> Topology:
+    """Topology of a layout."""
     return Topology(tp=parallel.tp, cp=parallel.cp, dp=parallel.dp, pp=parallel.pp, ep=parallel.ep)
 
 

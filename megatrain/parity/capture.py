@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.checkpoint.placement import place
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine, RankBatch, StepResult
 from megatrain.engine.state import export_state, factors
@@ -57,7 +57,7 @@ CONTRIBUTION = "contribution"
 _ROUNDING = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 
 
-def comparable(config: RunConfig) -> RunConfig:
+def comparable(config: ResolvedRun) -> ResolvedRun:
     """``config`` for steps in which mistakes show: without a warm-up, whose first steps are too small to tell a decay
     from rounding. ``capture_steps`` clips from the second step on."""
     schedule = config.schedule.model_copy(update={"warmup_steps": 0})
@@ -65,7 +65,7 @@ def comparable(config: RunConfig) -> RunConfig:
 
 
 def capture_steps(
-    config: RunConfig,
+    config: ResolvedRun,
     device: torch.device,
     change: Callable[[Engine], None] | None = None,
     draw: int = 0,
@@ -101,13 +101,13 @@ def capture_steps(
         engine.close()
 
 
-def plain(config: RunConfig) -> RunConfig:
+def plain(config: ResolvedRun) -> ResolvedRun:
     """``config`` with blocks that run as they are, once: noise has no place in a compiled or a repeated one."""
     train = config.train.model_copy(update={"compile": False, "activation_checkpointing": "none"})
     return config.model_copy(update={"train": train})
 
 
-def _sum_dtype(config: RunConfig) -> str:
+def _sum_dtype(config: ResolvedRun) -> str:
     return "fp32" if config.precision.gradient_dtype == "fp32" else config.precision.dtype
 
 
@@ -134,7 +134,7 @@ def _captured_step(captured: RankCapture, engine: Engine, step: int) -> StepResu
     return result
 
 
-def batch_of(config: RunConfig, engine: Engine, step: int) -> RankBatch:
+def batch_of(config: ResolvedRun, engine: Engine, step: int) -> RankBatch:
     """This rank's share of a step's batch of the run's data, or of random tokens where it names none."""
     size, dp_rank, dp = config.train.global_batch_size, engine.mesh.coordinate("dp"), engine.mesh.topology.dp
     if config.data.train:
@@ -221,13 +221,13 @@ def _add_state(captured: RankCapture, engine: Engine, step: int, before: dict[st
     for (kind, name), values in factors(engine).items() if step else ():
         whole = values.detach().float().cpu().clone().numpy()
         captured.parts[step, kind, name] = Part(whole, [np.arange(len(whole))])
-    if step and engine.config.model.router_balance_rate and engine.routers.layers:
+    if step and engine.config.model.router.balance_rate and engine.routers.layers:
         biases = engine.routers.biases.cpu().clone().numpy()
         captured.parts[step, BIAS, "routers"] = Part(biases, [np.arange(size) for size in biases.shape])
     return weights
 
 
-def _share(config: RunConfig, moments: tuple[str, ...]) -> float:
+def _share(config: ResolvedRun, moments: tuple[str, ...]) -> float:
     """The part of the first step's gradient that goes into the first moment."""
     optimizer = config.optimizer
     if optimizer.name == "lion":

@@ -5,7 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.start import start_distributed
 from megatrain.parallel.mesh import topology_of
 from megatrain.parity.bands import Bands
@@ -29,13 +29,13 @@ class Parity:
     loss: float
 
 
-def compare_layouts(ours: RunConfig, reference: RunConfig) -> Parity:
+def compare_layouts(ours: ResolvedRun, reference: ResolvedRun) -> Parity:
     """The first steps of both resolved configs."""
     ranks, bands = run_layout(ours)[0], Bands(run_layout(reference, DRAWS))
     return Parity(compare(ranks, bands), bands.num_tensors, len(ranks), ranks[0].scalars[1, "loss"])
 
 
-def run_layout(config: RunConfig, draws: int = 0) -> list[list[RankCapture]]:
+def run_layout(config: ResolvedRun, draws: int = 0) -> list[list[RankCapture]]:
     """What each rank captured, undisturbed and then in each of some draws of noise."""
     world_size = topology_of(config.parallel).world_size
     with socket.socket() as free:
@@ -48,7 +48,7 @@ def run_layout(config: RunConfig, draws: int = 0) -> list[list[RankCapture]]:
         return list(map(list, zip(*pool.starmap(_run_rank, tasks, chunksize=1), strict=True)))
 
 
-def _run_rank(config: RunConfig, draws: int, rank: int, world_size: int, port: int) -> list[RankCapture]:
+def _run_rank(config: ResolvedRun, draws: int, rank: int, world_size: int, port: int) -> list[RankCapture]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     device = start_distributed()

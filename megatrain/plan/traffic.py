@@ -8,17 +8,17 @@ Lepikhin et al. 2021, section 3.2 (experts).
 
 from torch import nn
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import SCHEDULES, num_stages, own_stages, rank_of_stage, stage_blocks
 from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
-from megatrain.spec.derive import head_width, mixture_layers
+from megatrain.spec.derive import mixture_layers
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def expected_bytes(
-    config: RunConfig, mesh: Mesh, parameters: list[tuple[str, nn.Parameter]], expert_rows: int
+    config: ResolvedRun, mesh: Mesh, parameters: list[tuple[str, nn.Parameter]], expert_rows: int
 ) -> dict[str, float]:
     """Bytes by part of the layout.
 
@@ -54,22 +54,22 @@ def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_shape", parameter.shape).numel()  # type: ignore[no-any-return]
 
 
-def _gradient_bytes(config: RunConfig) -> int:
+def _gradient_bytes(config: ResolvedRun) -> int:
     return _BYTES[config.precision.dtype if config.precision.gradient_dtype != "fp32" else "fp32"]
 
 
-def _activation(config: RunConfig) -> float:
+def _activation(config: ResolvedRun) -> float:
     """Bytes [S, B, D] of a micro-batch's positions on a context rank."""
     positions = config.data.seq_len * config.train.micro_batch_size // config.parallel.cp
     return float(positions * config.model.hidden_size * _BYTES[config.precision.dtype])
 
 
-def _own_blocks(config: RunConfig, mesh: Mesh) -> list[int]:
+def _own_blocks(config: ResolvedRun, mesh: Mesh) -> list[int]:
     blocks = stage_blocks(config)
     return [block for stage in own_stages(config.parallel, mesh.coordinate("pp")) for block in blocks[stage]]
 
 
-def _replicas(config: RunConfig, weights: int, micro_batches: int, ranks: int) -> float:
+def _replicas(config: ResolvedRun, weights: int, micro_batches: int, ranks: int) -> float:
     """Gradients (g bytes) and weights (w bytes) between the ranks that hold copies of P weights.
 
     ZeRO 0: all-reduce, 2 g P. 1: reduce-scatter once a step, all-gather: (g + w) P. 2: reduce-scatter of every
@@ -80,7 +80,7 @@ def _replicas(config: RunConfig, weights: int, micro_batches: int, ranks: int) -
     return _share(ranks) * each * weights
 
 
-def _tensor(config: RunConfig, mesh: Mesh) -> float:
+def _tensor(config: ResolvedRun, mesh: Mesh) -> float:
     """Of one micro-batch. n bytes of activations: a block all-reduces twice forward and twice backward.
 
     With sequence parallelism each of its two halves gathers n and scatters n, both ways, and gathers its input once
@@ -91,7 +91,7 @@ def _tensor(config: RunConfig, mesh: Mesh) -> float:
     stages = own_stages(parallel, mesh.coordinate("pp"))
     first, last = 0 in stages, num_stages(parallel) - 1 in stages
     block, embedding, head = (10 * n, 2 * n, 3 * n) if parallel.sequence_parallel else (8 * n, 2 * n, 2 * n)
-    if parallel.sequence_parallel and config.model.family == "gpt":
+    if parallel.sequence_parallel and config.model.norm.kind == "layer_norm":
         embedding = 3 * n  # learned positions are added to the whole sequence: summed whole, gathered backward
     loss = 3 * 2 * 4.0 * config.data.seq_len * config.train.micro_batch_size / parallel.cp
     blocks = _own_blocks(config, mesh)
@@ -100,26 +100,34 @@ def _tensor(config: RunConfig, mesh: Mesh) -> float:
     return _share(parallel.tp) * total
 
 
-def _norms(config: RunConfig, mesh: Mesh, parameters: list[tuple[str, nn.Parameter]]) -> float:
+def _norms(config: ResolvedRun, mesh: Mesh, parameters: list[tuple[str, nn.Parameter]]) -> float:
     """One sum a step of the gradients of what every tensor rank holds whole and sees a part of: norms, routers."""
     norms = config.parallel.sequence_parallel
     whole = [p for name, p in parameters if not getattr(p, "tensor_model_parallel", False)]
-    seen = sum(_size(p) for p in whole if (p.dim() == 1 and norms) or p.shape[0] == config.model.num_experts)
+    seen = sum(_size(p) for p in whole if (p.dim() == 1 and norms) or p.shape[0] == config.model.experts.num_experts)
     return _share(config.parallel.tp) * 2 * _gradient_bytes(config) * seen
 
 
-def _context(config: RunConfig) -> float:
+def _context(config: ResolvedRun) -> float:
     """Of one micro-batch and block: keys and values gathered and their gradients scattered, or four all-to-alls."""
     parallel, model = config.parallel, config.model
-    heads, groups = model.num_heads // parallel.tp, (model.num_kv_heads or model.num_heads) // parallel.tp
-    width = config.data.seq_len * config.train.micro_batch_size * head_width(model) * _BYTES[config.precision.dtype]
+    heads, groups = (
+        model.attention.num_heads // parallel.tp,
+        model.attention.num_kv_heads // parallel.tp,
+    )
+    width = (
+        config.data.seq_len
+        * config.train.micro_batch_size
+        * model.attention.head_width
+        * _BYTES[config.precision.dtype]
+    )
     if parallel.cp_method == "ulysses":
         groups *= -(-parallel.cp // groups) if groups % parallel.cp else 1  # a head that serves several ranks
         return _share(parallel.cp) * 2 * (2 * heads + 2 * groups) * width / parallel.cp
     return _share(parallel.cp) * 2 * 2 * groups * width
 
 
-def _pipeline(config: RunConfig, mesh: Mesh) -> float:
+def _pipeline(config: ResolvedRun, mesh: Mesh) -> float:
     """Of one micro-batch: activations to the next stage, gradients to the one before, if it is another rank's."""
     parallel, own = config.parallel, mesh.coordinate("pp")
     sent = _activation(config) / (parallel.tp if parallel.sequence_parallel else 1)

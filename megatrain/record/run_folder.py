@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from megatrain.config.reading.problems import ConfigError, Problem
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.config.show import to_yaml
 from megatrain.disk.durable import write_durably
 from megatrain.errors import ExpectedError
@@ -26,7 +26,7 @@ class RunFolderError(ExpectedError):
     """The run folder cannot be used; the text says why and what to do."""
 
 
-def require_steps_left(config: RunConfig, step: int, path: Path) -> None:
+def require_steps_left(config: ResolvedRun, step: int, path: Path) -> None:
     """
     Raises:
         ConfigError: the checkpoint ``path`` is of ``step``, which comes after the last one.
@@ -63,7 +63,7 @@ class RunFolder:
         self._id_file = self.path / "run_id"
 
     @classmethod
-    def of(cls, config: RunConfig) -> Self:
+    def of(cls, config: ResolvedRun) -> Self:
         """The folder that ``config`` names."""
         return cls(Path(config.folder) / config.name)
 
@@ -93,7 +93,7 @@ class RunFolder:
             "Set `folder` to a place that this user can write."
         )
 
-    def prepare(self, config: RunConfig) -> None:
+    def prepare(self, config: ResolvedRun) -> None:
         """Makes the folder and records the resolved ``config`` and the versions. One process does it: rank 0.
 
         Raises:

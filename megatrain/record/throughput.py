@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatrain.data.feed.rows import Batch
 from megatrain.spec.counts import flops_per_token
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 # Peak dense 16-bit (BF16, FP16) operations per second of one device, from NVIDIA's data sheets of each
 # product, which print the double for 2:4 sparsity: A100 624e12; H100 SXM and H200 SXM 1979e12, PCIe 1513e12,
@@ -65,7 +65,7 @@ class Work:
         counts: whether this rank's sequences count: of the ranks that share them, one's.
     """
 
-    def __init__(self, model: ModelConfig, device: torch.device, counts: bool):
+    def __init__(self, model: ModelSpec, device: torch.device, counts: bool):
         self._model, self._device, self._counts = model, device, counts
         self._tokens = self._pairs = 0
 

@@ -3,65 +3,90 @@
 Letters as in the models: D width, H query heads, K head width, F feed-forward width.
 """
 
+import functools
 import math
+from typing import Any
 
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.families import FAMILIES
+from megatrain.spec.keys import nested
+from megatrain.spec.schema import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    ModelConfig,
+    ModelSpec,
+    NormSpec,
+    PositionsSpec,
+    RopeSpec,
+)
 
 _FFN_MULTIPLE = 64  # whole tiles of a matrix unit, and room for tensor parallelism
 
 
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """``model`` with its derived fields filled in."""
-    tied = model.family == "gpt" if model.tie_embeddings is None else model.tie_embeddings
-    update = {
-        "num_kv_heads": model.num_kv_heads or model.num_heads,
-        "head_width": head_width(model),
-        "attention_bias": attention_bias(model),
-        "ffn_hidden_size": ffn_hidden_size(model),
-        "tie_embeddings": tied,
-    }
-    return model.model_copy(update=update)
+def resolve_model(model: ModelConfig) -> ModelSpec:
+    """``model`` with what it leaves open filled in, by its family's preset or by its other fields.
 
-
-def ffn_hidden_size(model: ModelConfig) -> int:
-    """F: as set, else 4 D (gpt) or 8/3 D rounded up to a multiple of 64 (the others).
-
-    SwiGLU has three matrices where GELU has two, so 8/3 D keeps the parameters of 4 D (Shazeer 2020).
+    Nothing is checked: rules look at models that do not fit together.
     """
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    if model.family == "gpt":
-        return 4 * model.hidden_size
-    return math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+    preset = nested({key: chosen(model, key) for key in FAMILIES[model.family].preset})
+    derived = nested(
+        {
+            "attention.num_kv_heads": model.attention.num_kv_heads or model.attention.num_heads,
+            "attention.head_width": head_width(model),
+            "rope.original_max_seq_len": model.rope.original_max_seq_len or model.max_seq_len,
+            "feed_forward.hidden_size": ffn_hidden_size(model),
+            "experts.hidden_size": model.experts.hidden_size or ffn_hidden_size(model),
+        }
+    )
+
+    def filled(name: str) -> dict[str, Any]:
+        return dict(getattr(model, name)) | preset.get(name, {}) | derived.get(name, {})
+
+    return ModelSpec.model_construct(
+        **dict(model)
+        | {
+            "tie_embeddings": preset["tie_embeddings"],
+            "attention": AttentionSpec.model_construct(**filled("attention")),
+            "positions": PositionsSpec.model_construct(**filled("positions")),
+            "rope": RopeSpec.model_construct(**filled("rope")),
+            "feed_forward": FeedForwardSpec.model_construct(**filled("feed_forward")),
+            "norm": NormSpec.model_construct(**filled("norm")),
+            "experts": ExpertsSpec.model_construct(**filled("experts")),
+        }
+    )
+
+
+def chosen(model: ModelConfig, key: str) -> Any:
+    """The value at a dotted key that families preset: as set, else the family's."""
+    value = functools.reduce(getattr, key.split("."), model)
+    return FAMILIES[model.family].preset[key] if value is None else value
 
 
 def head_width(model: ModelConfig) -> int:
-    """K: columns of one attention head."""
-    return model.head_width or model.hidden_size // model.num_heads
+    """K: as set, else an equal part of the stream."""
+    return model.attention.head_width or model.hidden_size // model.attention.num_heads
 
 
-def original_length(model: ModelConfig) -> int:
-    """Longest sequence before the rotary frequencies were stretched."""
-    return model.rope_original_max_seq_len or model.max_seq_len
+def ffn_hidden_size(model: ModelConfig) -> int:
+    """F: as set, else 4 D (gelu) or 8/3 D rounded up to a multiple of 64 (swiglu).
+
+    SwiGLU has three matrices where GELU has two, so 8/3 D keeps the parameters of 4 D (Shazeer 2020).
+    """
+    if model.feed_forward.hidden_size is not None:
+        return model.feed_forward.hidden_size
+    if chosen(model, "feed_forward.activation") == "swiglu":
+        return math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+    return 4 * model.hidden_size
 
 
 def mixture_layers(model: ModelConfig) -> range:
     """Blocks that have experts."""
-    if not model.num_experts:
+    experts = model.experts
+    if not experts.num_experts:
         return range(0)
-    every = model.expert_interval
-    first = -(-(model.num_dense_layers + 1) // every) * every - 1
+    every = experts.interval
+    first = -(-(experts.num_dense_layers + 1) // every) * every - 1
     return range(first, model.num_layers, every)
-
-
-def expert_hidden_size(model: ModelConfig) -> int:
-    """F of one expert."""
-    return model.expert_hidden_size or ffn_hidden_size(model)
-
-
-def attention_bias(model: ModelConfig) -> bool:
-    """Whether the attention's matrices have biases."""
-    return model.family == "gpt" if model.attention_bias is None else model.attention_bias
 
 
 def num_tokens(model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.config.reading.problems import ConfigError, Problem
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
@@ -23,7 +23,7 @@ _SPLITS_BACKWARD = "2.12"
 """The oldest torch that runs the schedules which split the backward pass: 2.12.1 does, 2.11 does not."""
 
 
-def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
+def build_layers(config: ResolvedRun, mesh: Mesh) -> Layers:
     """Plain layers on one tensor rank; megatron-core's, whose import takes seconds, on several."""
     context = build_context(config.parallel, mesh)
     expert_group = mesh.ep_group if mesh.topology.ep > 1 else None
@@ -34,13 +34,13 @@ def build_layers(config: RunConfig, mesh: Mesh) -> Layers:
     return TensorParallelLayers(mesh, config.parallel.sequence_parallel, context, expert_group)
 
 
-def build_engine(config: RunConfig, device: torch.device) -> Engine:
+def build_engine(config: ResolvedRun, device: torch.device) -> Engine:
     """Groups, this rank's part of the model, and the engine. Collective over all ranks.
 
     Raises:
         ConfigError: the device has no such kernel, or this torch no such schedule.
     """
-    _require_kernel(config.model.document_attention, device)
+    _require_kernel(config.model.attention.documents, device)
     _require_torch(config.parallel.pp_schedule)
     parallel = config.parallel
     mesh = build_mesh(topology_of(parallel), device)
@@ -64,7 +64,7 @@ def build_engine(config: RunConfig, device: torch.device) -> Engine:
     return Engine(config, mesh, list(parts))
 
 
-def _require_rules_that_fit(config: RunConfig, parts: Sequence[nn.Module]) -> None:
+def _require_rules_that_fit(config: ResolvedRun, parts: Sequence[nn.Module]) -> None:
     """Each pattern of ``optimizer.rules`` fits a parameter on some rank. Collective where there are rules."""
     rules = config.optimizer.rules
     if not rules:
@@ -88,7 +88,7 @@ def _require_kernel(document_attention: str, device: torch.device) -> None:
     if document_attention in ("flex", "varlen") and device.type != "cuda":
         cure = "set it to per_document or dense"
         allowed = "on CPUs per_document or dense"
-        problem = Problem("model.document_attention", document_attention, "trains on GPUs only", allowed, cure)
+        problem = Problem("model.attention.documents", document_attention, "trains on GPUs only", allowed, cure)
         raise ConfigError([problem])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.loader import Loader
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
@@ -16,7 +16,7 @@ from megatrain.train.saving import restore
 _GIB = 2.0**30
 
 
-def dry_run(config: RunConfig, engine: Engine, data: TrainingData, validation: dict[str, Loader]) -> None:
+def dry_run(config: ResolvedRun, engine: Engine, data: TrainingData, validation: dict[str, Loader]) -> None:
     """Loads what the run would go on from, makes its next step, evaluates one batch of each set, and prints it all.
 
     Raises:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.engine import Engine, RankBatch, StepResult
 from megatrain.engine.errors import NonFiniteError
 from megatrain.engine.non_finite import bad_gradient, bad_state
@@ -16,7 +16,7 @@ class Health:
     ``num_skipped``: since the last call to ``take_skipped``.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine):
+    def __init__(self, config: ResolvedRun, engine: Engine):
         self.config, self.engine = config, engine
         self.in_a_row = self.num_skipped = 0
         self._latest: StepResult | None = None

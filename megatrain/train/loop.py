@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatrain.checkpoint.resume import Resumed
 from megatrain.checkpoint.store.lock import FolderLock
 from megatrain.cluster.signals import StopRequest
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.loader import Loader
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.feed.validation import num_batches
@@ -31,7 +31,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedRun,
         engine: Engine,
         data: TrainingData,
         validation: dict[str, Loader],

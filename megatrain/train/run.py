@@ -11,7 +11,7 @@ from megatrain.checkpoint.store.errors import CheckpointError, StorageError
 from megatrain.checkpoint.store.folder import newest_checkpoint, require_free_space, step_of
 from megatrain.checkpoint.store.lock import FolderLock
 from megatrain.config.reading.problems import ConfigError
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.feed.validation import validation_loader, validation_sets
 from megatrain.engine.start import start_distributed
@@ -23,7 +23,7 @@ from megatrain.train.dry_run import dry_run
 from megatrain.train.loop import Trainer
 
 
-def run(config: RunConfig, dry: bool = False) -> bool:
+def run(config: ResolvedRun, dry: bool = False) -> bool:
     """Trains a resolved ``config``. Returns whether all steps are done; a signal may have ended it before.
 
     Args:
@@ -51,7 +51,7 @@ def run(config: RunConfig, dry: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
+def _claimed_folder(config: ResolvedRun) -> Iterator[FolderLock]:
     """The run folder, ready and this run's alone. Rank 0 acts; a problem that it meets is raised on every rank."""
     run = RunFolder.of(config)
     lock = FolderLock(run.checkpoints)
@@ -73,7 +73,7 @@ def _claimed_folder(config: RunConfig) -> Iterator[FolderLock]:
 _LEAST_MOMENTS = {"adamw": 2, "cpu_adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}
 
 
-def require_room(run: RunFolder, config: RunConfig) -> None:
+def require_room(run: RunFolder, config: ResolvedRun) -> None:
     """Refuses to train what can't be saved. Counts FP32 weights and, of each optimizer, the moments that all have.
 
     Raises:
@@ -86,7 +86,7 @@ def require_room(run: RunFolder, config: RunConfig) -> None:
         raise StorageError(f"{error}. Make room there, or set `folder` to a place on another disk") from error
 
 
-def _claim(run: RunFolder, lock: FolderLock, config: RunConfig) -> None:
+def _claim(run: RunFolder, lock: FolderLock, config: ResolvedRun) -> None:
     require_room(run, config)
     run.make()
     if config.checkpoint.resume == "auto" and (newest := newest_checkpoint(run.checkpoints)) is not None:

@@ -12,7 +12,7 @@ from megatrain.checkpoint.store.lock import FolderLock
 from megatrain.checkpoint.store.retention import Retention
 from megatrain.checkpoint.store.tokenizer_file import tokenizer_to_carry
 from megatrain.config.changes import Change, changes, table
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.errors import DataError
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
@@ -20,7 +20,7 @@ from megatrain.record.run_folder import RunFolder, other_versions, versions
 from megatrain.train.health import Health
 
 
-def restore(config: RunConfig, engine: Engine, data: TrainingData) -> Resumed | None:
+def restore(config: ResolvedRun, engine: Engine, data: TrainingData) -> Resumed | None:
     """Loads what the run goes on from, and lets ``data`` go on there; None: it starts fresh. Collective.
 
     Raises:
@@ -42,7 +42,7 @@ def restore(config: RunConfig, engine: Engine, data: TrainingData) -> Resumed | 
     return resume(engine, folder, resume_data, checkpoint.resume, load, checkpoint.load_what)
 
 
-def report_resume(metrics: Any, config: RunConfig, resumed: Resumed | None) -> None:
+def report_resume(metrics: Any, config: ResolvedRun, resumed: Resumed | None) -> None:
     """Says from where the run goes on, and all that differs from how the checkpoint was made."""
     if metrics is None or resumed is None:
         return
@@ -72,7 +72,7 @@ def report_resume(metrics: Any, config: RunConfig, resumed: Resumed | None) -> N
     )
 
 
-def _changes(config: RunConfig, resumed: Resumed) -> list[Change]:
+def _changes(config: ResolvedRun, resumed: Resumed) -> list[Change]:
     """A converted checkpoint tells of its model alone."""
     saved = resumed.state.get("config") or {"model": resumed.state["model"]}
     return changes(saved, config)
@@ -86,7 +86,7 @@ class Saving:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedRun,
         engine: Engine,
         data: TrainingData,
         health: Health,

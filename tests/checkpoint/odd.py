@@ -11,12 +11,12 @@ import torch
 
 from megatrain.checkpoint.store.arrays import CheckpointWriter
 from megatrain.models.build import build_empty_model
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from tests.configs import model_spec
 
 SPARSE = 2**38  # bytes
-MODEL = ModelConfig(
-    num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1, ffn_hidden_size=8, vocab_size=16, max_seq_len=8
+MODEL = model_spec(
+    {"num_layers": 1, "hidden_size": 8, "attention.num_heads": 2, "attention.num_kv_heads": 1}
+    | {"feed_forward.hidden_size": 8, "vocab_size": 16, "max_seq_len": 8}
 )
 
 
@@ -31,14 +31,14 @@ def model_state(step: int) -> dict:
         "seeds": {},
         "data": {},
         "tokens": 64 * step,
-        "model": resolve_model(MODEL).model_dump(mode="json"),
+        "model": MODEL.model_dump(mode="json"),
     }
 
 
 def save_run(folder: Path, steps: tuple[int, ...] = (1, 2), state: dict | None = None) -> Path:
     """A run whose checkpoints hold a whole model; returns its newest checkpoint."""
     with torch.device("meta"):
-        shapes = {name: tuple(part.shape) for name, part in build_empty_model(resolve_model(MODEL)).named_parameters()}
+        shapes = {name: tuple(part.shape) for name, part in build_empty_model(MODEL).named_parameters()}
     for step in steps:
         writer = CheckpointWriter(folder / "checkpoints", step, "run-a")
         writer.prepare()

@@ -105,10 +105,10 @@ def refusal(path: str, model: dict[str, Any], grow: bool) -> str:
 
 def test_only_what_cannot_be_loaded_is_refused(pool: Pool, memory_path: Path) -> None:
     path, *_ = pool.run(train_and_save, 4, SAVED_IN, str(memory_path))[0]
-    (text,) = pool.run(refusal, 1, path, {"vocab_size": ROWS + 1, "rope_theta": 5e5}, False)
+    (text,) = pool.run(refusal, 1, path, {"vocab_size": ROWS + 1, "rope.theta": 5e5}, False)
     assert "model.vocab_size: 64 saved, 65 asked\n" in text
-    assert "model.rope_theta: 10000.0 saved, 500000.0 asked (may change)" in text
+    assert "model.rope.theta: 10000.0 saved, 500000.0 asked (may change)" in text
     (text,) = pool.run(refusal, 1, path, {"vocab_size": ROWS - 1}, True)
     assert "model.vocab_size: 64 saved, 63 asked\n" in text
-    harmless = {"rope_theta": 5e5, "max_seq_len": 32, "norm_eps": 1e-6, "document_attention": "per_document"}
+    harmless = {"rope.theta": 5e5, "max_seq_len": 32, "norm.eps": 1e-6, "attention.documents": "per_document"}
     assert pool.run(refusal, 1, path, harmless, False) == [""]

@@ -34,10 +34,10 @@ MORE_LAYOUTS = [
 # 4 heads of keys: tensor ranks up to 4 split them; 17 positions: two ranks of ZeRO 3 share a row of them
 MODEL = {
     "dropout": 0.1,
-    "attention_dropout": 0.1,
+    "attention.dropout": 0.1,
     "num_layers": 4,
-    "num_heads": 8,
-    "num_kv_heads": 4,
+    "attention.num_heads": 8,
+    "attention.num_kv_heads": 4,
     "max_seq_len": 17,
 }
 
@@ -194,7 +194,7 @@ def test_16_bit_resume_is_bit_exact(pool: Pool, memory_path: Path, dtype: str, l
 def load_other_model(folder: str) -> str:
     from megatrain.checkpoint.load import load_checkpoint
 
-    engine = build_engine(run_config("llama", Layout(), model={"hidden_size": 64, "rope_theta": 5e5}))
+    engine = build_engine(run_config("llama", Layout(), model={"hidden_size": 64, "rope.theta": 5e5}))
     with pytest.raises(UnfitError) as error:
         load_checkpoint(engine, Path(folder) / "step-00000003", lambda data, step: None)
     return str(error.value)
@@ -206,7 +206,7 @@ def test_checkpoint_of_another_model_is_refused(pool: Pool, memory_path: Path) -
     for field in (
         "model.family: 'gpt' saved, 'llama' asked",
         "model.hidden_size",
-        "model.rope_theta",
+        "model.rope.theta",
         "model.tie_embeddings",
     ):
         assert field in message

@@ -6,12 +6,13 @@ from megatrain.checkpoint.state import require_state, saved_model
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
 from megatrain.inference.generate import load_model
+from megatrain.spec.keys import flat, nested
 from tests.checkpoint.odd import MODEL, model_state, save_run
 
 
-def with_model(**changes):
+def with_model(changes):
     state = model_state(2)
-    return {**state, "model": {**state["model"], **changes}}
+    return {**state, "model": nested({**flat(state["model"]), **changes})}
 
 
 def without(*fields):
@@ -28,15 +29,19 @@ def test_a_whole_state_gives_its_model(tmp_path):
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        (with_model(gated_memory=1, a_new_one=2), UnfitError, r"model\.a_new_one, model\.gated_memory\. Update"),
+        (
+            with_model({"gated_memory": 1, "a_new_one": 2}),
+            UnfitError,
+            r"model\.a_new_one, model\.gated_memory\. Update",
+        ),
         (without("model", "router_biases"), CheckpointError, "model is missing"),
         ({**model_state(2), "model": [1]}, CheckpointError, r"model is \[1\]"),
-        (with_model(num_layers=10**9), CheckpointError, "holds 10 arrays, too few for num_layers 1000000000"),
-        (with_model(num_layers=2), CheckpointError, r"layers\.1\.attention_norm\.weight is missing"),
-        (with_model(num_layers="all"), CheckpointError, "num_layers: Input should be a valid integer"),
-        (with_model(hidden_size=2**62), CheckpointError, "no model can be made"),
-        (with_model(vocab_size=2**40), CheckpointError, r"is \[16, 8\] instead of \[1099511627776, 8\]"),
-        (with_model(ffn_hidden_size=16), CheckpointError, r"feed_forward\.\S+ is \[\d+, 8\] instead of"),
+        (with_model({"num_layers": 10**9}), CheckpointError, "holds 10 arrays, too few for num_layers 1000000000"),
+        (with_model({"num_layers": 2}), CheckpointError, r"layers\.1\.attention_norm\.weight is missing"),
+        (with_model({"num_layers": "all"}), CheckpointError, "num_layers: Input should be a valid integer"),
+        (with_model({"hidden_size": 2**62}), CheckpointError, "no model can be made"),
+        (with_model({"vocab_size": 2**40}), CheckpointError, r"is \[16, 8\] instead of \[1099511627776, 8\]"),
+        (with_model({"feed_forward.hidden_size": 16}), CheckpointError, r"feed_forward\.\S+ is \[\d+, 8\] instead of"),
     ],
 )
 def test_a_state_that_is_no_model_of_these_tensors(tmp_path, state, error, message):

@@ -4,30 +4,45 @@ from typing import Any
 
 # overrides, ranks that were started, key, value, what the message says, what the cure says
 CASES: list[tuple[str, int | None, str, Any, str, str]] = [
-    ("model.num_heads=7", None, "model.num_heads", 7, "does not divide model.hidden_size = 256", "a multiple of 7"),
     (
-        "model.hidden_size=24 model.num_heads=8", None, "model.num_heads", 8,
+        "model.attention.num_heads=7", None, "model.attention.num_heads", 7,
+        "does not divide model.hidden_size = 256", "a multiple of 7",
+    ),
+    (
+        "model.hidden_size=24 model.attention.num_heads=8", None, "model.attention.num_heads", 8,
         "heads of width 3 (model.hidden_size = 24 / num_heads); rotary positions turn pairs", "choose one of these",
     ),
-    ("model.hidden_size=9 model.num_heads=3", None, "model.num_heads", 3, "must be even", "an even model.hidden_size"),
-    ("model.num_kv_heads=3", None, "model.num_kv_heads", 3, "does not divide model.num_heads = 8", "leave it out"),
-    ("model.num_kv_heads=16", None, "model.num_kv_heads", 16, "does not divide model.num_heads = 8", "choose one"),
-    ("model.head_width=7", None, "model.head_width", 7, "is odd; rotary positions turn pairs", "to 8"),
+    (
+        "model.hidden_size=9 model.attention.num_heads=3", None, "model.attention.num_heads", 3,
+        "must be even", "an even model.hidden_size",
+    ),
+    (
+        "model.attention.num_kv_heads=3", None, "model.attention.num_kv_heads", 3,
+        "does not divide model.attention.num_heads = 8", "leave it out",
+    ),
+    (
+        "model.attention.num_kv_heads=16", None, "model.attention.num_kv_heads", 16,
+        "does not divide model.attention.num_heads = 8", "choose one",
+    ),
+    (
+        "model.attention.head_width=7", None, "model.attention.head_width", 7,
+        "is odd; rotary positions turn pairs", "to 8",
+    ),
     (
         "model.vocab_padding=50 model.vocab_size=50", None, "model.vocab_padding", 50,
         "leaves no token of model.vocab_size = 50 rows", "count the rows",
     ),
     (
-        "model.rope_scaling=llama3 model.rope_low_freq_factor=4.5", None, "model.rope_high_freq_factor", 4.0,
-        "is not more than model.rope_low_freq_factor = 4.5", "lower model.rope_low_freq_factor",
+        "model.rope.scaling=llama3 model.rope.low_freq_factor=4.5", None, "model.rope.high_freq_factor", 4.0,
+        "is not more than model.rope.low_freq_factor = 4.5", "lower model.rope.low_freq_factor",
     ),
     (
-        "model.rope_scaling=longrope model.head_width=4 model.rope_short_factors=[1.0,2.0]", None,
-        "model.rope_long_factors", None, "is not 2 numbers, which longrope needs", "choose another model.rope_scaling",
+        "model.rope.scaling=longrope model.attention.head_width=4 model.rope.short_factors=[1.0,2.0]", None,
+        "model.rope.long_factors", None, "is not 2 numbers, which longrope needs", "choose another model.rope.scaling",
     ),
     (
-        "model.rope_scaling=yarn model.rope_beta_slow=32.0", None, "model.rope_beta_fast", 32.0,
-        "is not more than model.rope_beta_slow = 32.0", "raise model.rope_beta_fast",
+        "model.rope.scaling=yarn model.rope.beta_slow=32.0", None, "model.rope.beta_fast", 32.0,
+        "is not more than model.rope.beta_slow = 32.0", "raise model.rope.beta_fast",
     ),
     (
         'data.train={"a":{"path":"x","weight":0}}', None, "data.train", {"a": "0"}, "has weights that sum to 0",
@@ -68,12 +83,15 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
     ("parallel.tp=4", 6, "parallel.tp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),
     ("parallel.tp=2 model.vocab_size=50257", None, "model.vocab_size", 50257, "by parallel.tp = 2", "to 50258"),
     (
-        "parallel.tp=8 model.num_kv_heads=4", None, "model.num_kv_heads", 4,
+        "parallel.tp=8 model.attention.num_kv_heads=4", None, "model.attention.num_kv_heads", 4,
         "is not divisible by parallel.tp = 8", "a size that divides all that it splits: 1, 2, 4",
     ),
-    ("parallel.tp=2 model.ffn_hidden_size=33", None, "model.ffn_hidden_size", 33, "by parallel.tp = 2", "to 34"),
     (
-        "parallel.tp=3 model.vocab_size=9 model.ffn_hidden_size=9", None, "model.num_heads", 8,
+        "parallel.tp=2 model.feed_forward.hidden_size=33", None, "model.feed_forward.hidden_size", 33,
+        "by parallel.tp = 2", "to 34",
+    ),
+    (
+        "parallel.tp=3 model.vocab_size=9 model.feed_forward.hidden_size=9", None, "model.attention.num_heads", 8,
         "is not divisible by parallel.tp = 3", "all that it splits: 1",
     ),
     (
@@ -85,62 +103,63 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "is not divisible by parallel.cp = 2 × 2 (parallel.cp_method = all_gather)", "set data.seq_len to 248",
     ),
     (
-        "parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255", None, "model.num_heads", 8,
+        "parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255", None, "model.attention.num_heads", 8,
         "is not divisible by parallel.tp = 1 × parallel.cp = 3", "set parallel.cp to one of 1, 2, 4, 8",
     ),
     (
-        "parallel.cp=4 parallel.tp=4 parallel.cp_method=ulysses", None, "model.num_heads", 8,
+        "parallel.cp=4 parallel.tp=4 parallel.cp_method=ulysses", None, "model.attention.num_heads", 8,
         "by parallel.tp = 4 × parallel.cp = 4", "one of 1, 2, or parallel.cp_method to all_gather",
     ),
     (
         "parallel.cp=3 parallel.tp=2 parallel.sequence_parallel=true parallel.cp_method=ulysses data.seq_len=255 "
-        "model.num_heads=12 model.hidden_size=48", None, "data.seq_len", 255,
+        "model.attention.num_heads=12 model.hidden_size=48", None, "data.seq_len", 255,
         "is not divisible by parallel.tp = 2 × parallel.cp = 3, over which", "set data.seq_len to 252",
     ),
     (
-        "model.num_experts=4 model.expert_capacity=0.0", None, "model.expert_capacity", 0.0,
-        "drops every token before the experts of model.num_experts = 4", "to 1 or more",
+        "model.experts.num_experts=4 model.experts.capacity=0.0", None, "model.experts.capacity", 0.0,
+        "drops every token before the experts of model.experts.num_experts = 4", "to 1 or more",
     ),
     (
-        "parallel.ep=3 model.num_experts=6", 4, "parallel.ep", 3,
+        "parallel.ep=3 model.experts.num_experts=6", 4, "parallel.ep", 3,
         "parallel.cp = 1 × dp = 4 ranks that it shares out", "choose one of these",
     ),
     (
-        "model.num_experts=4 model.experts_per_token=5", None, "model.experts_per_token", 5,
-        "more than model.num_experts = 4", "lower model.experts_per_token",
+        "model.experts.num_experts=4 model.experts.per_token=5", None, "model.experts.per_token", 5,
+        "more than model.experts.num_experts = 4", "lower model.experts.per_token",
     ),
     (
-        "model.num_experts=8 model.experts_per_token=1 model.router_score=sigmoid", None,
-        "model.router_normalize", True,
-        "divides the gate of model.experts_per_token = 1 expert by itself", "set model.router_normalize to false",
+        "model.experts.num_experts=8 model.experts.per_token=1 model.router.score=sigmoid", None,
+        "model.router.normalize", True,
+        "divides the gate of model.experts.per_token = 1 expert by itself", "set model.router.normalize to false",
     ),
     (
-        "model.num_experts=1 model.experts_per_token=1 model.router_normalize=false", None, "model.num_experts", 1,
+        "model.experts.num_experts=1 model.experts.per_token=1 model.router.normalize=false", None,
+        "model.experts.num_experts", 1,
         "is one expert, whose softmax is always 1", "leave it out for a dense model",
     ),
     (
-        "model.num_experts=8 model.router_groups=3", None, "model.router_groups", 3,
-        "does not divide model.num_experts = 8", "choose one of these",
+        "model.experts.num_experts=8 model.router.groups=3", None, "model.router.groups", 3,
+        "does not divide model.experts.num_experts = 8", "choose one of these",
     ),
     (
-        "model.num_experts=8 model.router_groups=4 model.experts_per_token=3", None,
-        "model.router_groups_per_token", 1,
-        "groups of 2 experts, of model.router_groups = 4, must hold model.experts_per_token = 3", "set model.router",
+        "model.experts.num_experts=8 model.router.groups=4 model.experts.per_token=3", None,
+        "model.router.groups_per_token", 1,
+        "groups of 2 experts, of model.router.groups = 4, must hold model.experts.per_token = 3", "set model.router",
     ),
     (
-        "model.num_experts=4 model.num_dense_layers=4", None, "model.num_dense_layers", 4,
+        "model.experts.num_experts=4 model.experts.num_dense_layers=4", None, "model.experts.num_dense_layers", 4,
         "leaves none of model.num_layers = 4 blocks", "a dense model",
     ),
     (
-        "model.num_experts=4 model.expert_interval=5", None, "model.expert_interval", 5,
-        "leaves none of model.num_layers = 4 blocks", "lower model.expert_interval",
+        "model.experts.num_experts=4 model.experts.interval=5", None, "model.experts.interval", 5,
+        "leaves none of model.num_layers = 4 blocks", "lower model.experts.interval",
     ),
     (
-        "parallel.ep=4 model.num_experts=6", None, "model.num_experts", 6,
+        "parallel.ep=4 model.experts.num_experts=6", None, "model.experts.num_experts", 6,
         "is not divisible by parallel.ep = 4", "to 8, or parallel.ep to one of 1, 2, 3, 6",
     ),
     (
-        "parallel.tp=2 model.num_experts=4 model.expert_hidden_size=33", None, "model.expert_hidden_size", 33,
+        "parallel.tp=2 model.experts.num_experts=4 model.experts.hidden_size=33", None, "model.experts.hidden_size", 33,
         "is not divisible by parallel.tp = 2", "to 34, or parallel.tp to one of 1, 3, 11, 33",
     ),
     ("parallel.cp=4", 6, "parallel.cp", 4, "6 were started: 2 left over", "start 4 or 8 ranks"),

@@ -2,13 +2,14 @@
 
 from megatrain.config.changes import changes, table
 from megatrain.config.schema import RunConfig
+from tests.configs import run_config_of
 
 
 def config_of(**sections: dict) -> RunConfig:
     base = {"data": {"train": {"a": {"path": "old", "weight": 1}}}, "train": {"steps": 10}}
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}
-    return RunConfig.model_validate(base)
+    return run_config_of(base)
 
 
 def test_nothing_differs_from_itself() -> None:
@@ -22,21 +23,21 @@ def test_every_change_is_told_and_those_of_the_numbers_first() -> None:
         parallel={"tp": 2},
         optimizer={"lr": 2e-4},
         schedule={"warmup_steps": 5},
-        model={"document_attention": "per_document", "router_balance_rate": 0.1, "rope_theta": 5e5},
+        model={"attention.documents": "per_document", "router.balance_rate": 0.1, "rope.theta": 5e5},
         train={"steps": 20, "log_every": 1, "global_batch_size": 16},
         data={"train": {"a": {"path": "new", "weight": 3}}},
         checkpoint={"keep_last": 2},
     )
     found = {change.key: change.numbers for change in changes(saved, now)}
     assert found == {
-        "model.rope_theta": True,
-        "model.router_balance_rate": True,
+        "model.rope.theta": True,
+        "model.router.balance_rate": True,
         "optimizer.lr": True,
         "schedule.warmup_steps": True,
         "train.global_batch_size": True,
         "data.train.a.weight": True,
         "parallel.tp": False,
-        "model.document_attention": False,
+        "model.attention.documents": False,
         "train.steps": False,
         "train.log_every": False,
         "data.train.a.path": False,

@@ -16,6 +16,7 @@ from megatrain.config.rules.compatibility import AXES, CLASSES, REFUSALS, Axis
 from megatrain.config.rules.deepspeed_keys import ALLOWED
 from megatrain.config.schema import RunConfig
 from tests.config.test_rules import Watched
+from tests.configs import run_config_of
 from tests.covering import Feature, allowed_pairs, in_use, is_allowed, pairs, raw, sections
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ REFUSED_BY_OTHERS = [pair for pair in pairs() if not refusal_of(*pair) and not i
 
 def problems_of(*features: Feature) -> list[Problem]:
     """Of a config that has ``features``, and what they need to do anything."""
-    return check(RunConfig.model_validate(sections(next(in_use(dict(features))))))
+    return check(run_config_of(sections(next(in_use(dict(features))))))
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: "-".join(map("=".join, pair)))
@@ -84,7 +85,7 @@ def test_an_allowed_pair_is_not_refused() -> None:
 def test_every_value_of_a_config_is_a_feature() -> None:
     assert AXES["pp"].value_of(1) == "1" and AXES["pp"].value_of(4) == ">1"
     assert AXES["dropout"].value_of(0.0) == "0" and AXES["dropout"].value_of(0.25) == ">0"
-    assert AXES["num_experts"].value_of(None) == "null" and AXES["num_experts"].value_of(64) == "number"
+    assert AXES["num_experts"].value_of(0) == "0" and AXES["num_experts"].value_of(64) == ">0"
     assert AXES["compile"].value_of(True) == "true" and AXES["zero_stage"].value_of(3) == "3"
     assert {axis.key for axis in AXES.values()} <= {*all_fields(), *(f"deepspeed.{key}" for key in ALLOWED)}
 
@@ -104,7 +105,7 @@ def test_a_question_names_features_by_name_or_key() -> None:
         "zero_stage": "2",
         "expert_capacity": "number",
     }
-    assert read_features("pp=1,num_experts=null") == {"pp": "1", "num_experts": "null"}
+    assert read_features("pp=1,num_experts=0") == {"pp": "1", "num_experts": "0"}
 
 
 @pytest.mark.parametrize(

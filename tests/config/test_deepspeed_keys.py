@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
+from megatrain.config.derive import resolve
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.compatibility import AXES
 from megatrain.config.rules.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
-from megatrain.config.schema import ParallelConfig, RunConfig
+from megatrain.config.schema import RunConfig
 from megatrain.spec.counts import num_parameters
 
 PRINTING = (
@@ -111,12 +112,12 @@ def test_bounds() -> None:
 
 
 def test_a_bucket_holds_no_more_than_all_gradients() -> None:
-    config = RunConfig(parallel=ParallelConfig(dp=1), deepspeed={})
+    config = resolve(RunConfig(), 1)
     bucket = deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"]
     assert bucket == num_parameters(config.model) < DEEPSPEED_BUCKET
     large = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 10_000})})
     assert deepspeed_config(large)["zero_optimization"]["reduce_bucket_size"] == DEEPSPEED_BUCKET
-    own = RunConfig(parallel=ParallelConfig(dp=1), deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
+    own = resolve(RunConfig(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}), 1)
     assert deepspeed_config(own)["zero_optimization"]["reduce_bucket_size"] == 1000
     own.deepspeed["zero_optimization"]["reduce_bucket_size"] = 10**12
     assert deepspeed_config(own)["zero_optimization"]["reduce_bucket_size"] == bucket

@@ -7,25 +7,26 @@ import pytest
 from megatrain.config.derive import data_parallel_size, grad_accum_steps, resolve, tokens_per_step
 from megatrain.config.schema import RunConfig
 from megatrain.spec.counts import flops_per_token, num_parameters
-from megatrain.spec.derive import ffn_hidden_size, head_width
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.keys import flat
+from megatrain.spec.schema import ModelSpec
+from tests.configs import model_spec, run_config_of
 
-GPT2 = ModelConfig(family="gpt", num_layers=12, hidden_size=768, num_heads=12, vocab_size=50257, max_seq_len=1024)
-LLAMA_8B = ModelConfig(
-    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, ffn_hidden_size=14336, vocab_size=128256
+_LLAMA = {"attention.num_heads": 32, "attention.num_kv_heads": 8, "vocab_size": 128256}
+GPT2 = model_spec(
+    {"family": "gpt", "num_layers": 12, "hidden_size": 768, "attention.num_heads": 12, "vocab_size": 50257}
 )
-LLAMA_1B = ModelConfig(
-    num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, ffn_hidden_size=8192, vocab_size=128256,
-    tie_embeddings=True,
-)  # fmt: skip
+LLAMA_8B = model_spec({"num_layers": 32, "hidden_size": 4096, "feed_forward.hidden_size": 14336, **_LLAMA})
+LLAMA_1B = model_spec(
+    {"num_layers": 16, "hidden_size": 2048, "feed_forward.hidden_size": 8192, "tie_embeddings": True, **_LLAMA}
+)
 
 
 def config(**sections: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate(sections)
+    return run_config_of(sections)
 
 
 @pytest.mark.parametrize(("model", "number"), [(GPT2, 124439808), (LLAMA_8B, 8030261248), (LLAMA_1B, 1235814400)])
-def test_parameters_of_published_models(model: ModelConfig, number: int) -> None:
+def test_parameters_of_published_models(model: ModelSpec, number: int) -> None:
     assert num_parameters(model) == number
 
 
@@ -45,26 +46,28 @@ def test_operations_per_token() -> None:
     [("gpt", 100, 400), ("llama", 96, 256), ("llama", 256, 704), ("llama", 4096, 10944), ("llama", 24, 64)],
 )
 def test_feed_forward_width(family: Any, hidden_size: int, width: int) -> None:
-    assert ffn_hidden_size(ModelConfig(family=family, hidden_size=hidden_size)) == width
-    assert ffn_hidden_size(ModelConfig(family=family, hidden_size=hidden_size, ffn_hidden_size=7)) == 7
+    model = {"family": family, "hidden_size": hidden_size}
+    assert model_spec(model).feed_forward.hidden_size == width
+    assert model_spec({**model, "feed_forward.hidden_size": 7}).feed_forward.hidden_size == 7
 
 
 def test_resolving_fills_what_is_open_and_nothing_else() -> None:
-    resolved = resolve(config(parallel={"tp": 2, "pp": 2}, model={"num_heads": 4}), world_size=12)
+    resolved = resolve(config(parallel={"tp": 2, "pp": 2}, model={"attention.num_heads": 4}), world_size=12)
     assert resolved.parallel.dp == 3
-    assert resolved.model.num_kv_heads == 4
-    assert resolved.model.ffn_hidden_size == 704
+    assert resolved.model.attention.num_kv_heads == 4
+    assert resolved.model.feed_forward.hidden_size == 704
     assert resolved.model.tie_embeddings is False
     assert resolved.schedule.decay_steps == 100
-    assert RunConfig.model_validate(resolved.model_dump()) == resolved
+    assert resolve(run_config_of(resolved.model_dump()), world_size=12) == resolved
     assert resolve(resolved, world_size=12) == resolved
 
 
 def test_set_values_stay() -> None:
-    model = {"num_kv_heads": 2, "ffn_hidden_size": 64, "tie_embeddings": False, "family": "gpt"}
-    model |= {"head_width": 48, "attention_bias": False}
+    model = {"attention.num_kv_heads": 2, "feed_forward.hidden_size": 64, "tie_embeddings": False, "family": "gpt"}
+    model |= {"attention.head_width": 48, "attention.bias": False}
     given = config(model=model, parallel={"dp": 2}, schedule={"decay_steps": 7})
-    assert resolve(given, world_size=2) == given
+    resolved = flat(resolve(given, world_size=2).model_dump())
+    assert all(resolved[key] == value for key, value in flat(given.model_dump()).items() if value is not None)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +97,8 @@ def test_data_parallel_size(dp: int | None, world_size: int | None, expected: in
 
 
 def test_counts_of_a_step() -> None:
-    run = config(
-        train={"global_batch_size": 24, "micro_batch_size": 2}, parallel={"dp": 3}, data={"seq_len": 128}
-    )  # fmt: skip
+    train = {"global_batch_size": 24, "micro_batch_size": 2}
+    run = resolve(config(train=train, parallel={"dp": 3}, data={"seq_len": 128}), 3)
     assert grad_accum_steps(run) == 4
     assert tokens_per_step(run) == 24 * 128
-    assert head_width(GPT2) == 64
+    assert GPT2.attention.head_width == 64

@@ -44,10 +44,12 @@ def test_later_files_and_the_command_line_win(tmp_path: Path) -> None:
 
 
 def test_numbers_and_nulls() -> None:
-    config = load_config([], ["--optimizer.lr=3e-4", "--optimizer.grad_clip", "1", "--model.num_kv_heads=null"]).config
+    config = load_config(
+        [], ["--optimizer.lr=3e-4", "--optimizer.grad_clip", "1", "--model.attention.num_kv_heads=null"]
+    ).config
     assert config.optimizer.lr == 3e-4
     assert config.optimizer.grad_clip == 1.0
-    assert config.model.num_kv_heads is None
+    assert config.model.attention.num_kv_heads is None
 
 
 def test_derived_fields_stay_open_until_the_world_is_known() -> None:
@@ -57,8 +59,10 @@ def test_derived_fields_stay_open_until_the_world_is_known() -> None:
     assert derived.config.parallel.dp == 2
     filled = {key for key, origin in derived.origins.items() if origin == "derived"}
     assert filled == {
-        "model.num_kv_heads", "model.head_width", "model.attention_bias", "model.ffn_hidden_size",
-        "model.tie_embeddings", "parallel.dp", "schedule.decay_steps",
+        "model.tie_embeddings", "model.attention.num_kv_heads", "model.attention.head_width", "model.attention.bias",
+        "model.attention.head_norms", "model.positions.kind", "model.rope.original_max_seq_len", "model.norm.kind",
+        "model.feed_forward.hidden_size", "model.feed_forward.activation", "model.feed_forward.bias",
+        "model.experts.hidden_size", "parallel.dp", "schedule.decay_steps",
     }  # fmt: skip
     assert derived.origins["parallel.tp"] == "command line"
     with pytest.raises(ConfigError, match="left over"):
@@ -68,8 +72,7 @@ def test_derived_fields_stay_open_until_the_world_is_known() -> None:
 def test_all_problems_are_shown_at_once(tmp_path: Path) -> None:
     text = """
 model:
-  num_heads: 7
-  num_kv_head: 2
+  attention: {num_heads: 7, num_kv_head: 2}
 train:
   steps: many
   micro_batch_size: 3
@@ -82,13 +85,14 @@ deepspeed:
 """
     problems = problems_of(text, tmp_path, "--schedule.name=cosin", world_size=2)
     assert set(problems) == {
-        "model.num_heads", "model.num_kv_head", "train.steps", "train.global_batch_size", "optimizer.lr",
+        "model.attention.num_heads", "model.attention.num_kv_head", "train.steps",
+        "train.global_batch_size", "optimizer.lr",
         "precision.dtype", "parallel.zero_stage", "deepspeed.fp16", "schedule.name",
     }  # fmt: skip
-    assert problems["model.num_heads"].origin == f"{tmp_path}/my.yaml:3"
+    assert problems["model.attention.num_heads"].origin == f"{tmp_path}/my.yaml:3"
     assert problems["schedule.name"].origin == "command line"
     assert problems["train.global_batch_size"].origin == "default"
-    assert problems["deepspeed.fp16"].origin == f"{tmp_path}/my.yaml:13"
+    assert problems["deepspeed.fp16"].origin == f"{tmp_path}/my.yaml:12"
 
 
 @pytest.mark.parametrize(
@@ -146,18 +150,20 @@ def test_a_wrong_value_gets_a_cure(override: str, message: str, cure: str) -> No
 def test_rules_that_read_a_bad_value_keep_quiet() -> None:
     """num_heads is wrong in itself; what it should divide is then unknown."""
     with pytest.raises(ConfigError) as caught:
-        load_config([], ["--model.num_heads=x", "--model.hidden_size=100", "--model=3"])
+        load_config([], ["--model.attention.num_heads=x", "--model.hidden_size=100", "--model=3"])
     assert [problem.key for problem in caught.value.problems] == ["model"]
     with pytest.raises(ConfigError) as caught:
-        load_config([], ["--model.num_heads=x", "--model.hidden_size=100", "--data.seq_len=2000"])
-    assert [problem.key for problem in caught.value.problems] == ["model.num_heads", "data.seq_len"]
+        load_config([], ["--model.attention.num_heads=x", "--model.hidden_size=100", "--data.seq_len=2000"])
+    assert [problem.key for problem in caught.value.problems] == ["model.attention.num_heads", "data.seq_len"]
 
 
 def test_a_derived_value_at_fault_is_said_to_be_derived() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config([], ["--parallel.tp=3", "--model.num_heads=12", "--model.hidden_size=768", "--model.vocab_size=9"])
+        load_config(
+            [], ["--parallel.tp=3", "--model.attention.num_heads=12", "--model.hidden_size=768", "--model.vocab_size=9"]
+        )
     (problem,) = caught.value.problems
-    assert (problem.key, problem.value, problem.origin) == ("model.ffn_hidden_size", 2048, "derived")
+    assert (problem.key, problem.value, problem.origin) == ("model.feed_forward.hidden_size", 2048, "derived")
 
 
 def test_broken_files_are_all_named_and_nothing_else(tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_extra_deepspeed_keys_have_origins_of_their_own(tmp_path: Path) -> None:
 
 
 def test_every_field_says_what_it_may_be() -> None:
-    assert {key.partition(".")[0] for key in all_fields() if "." in key} == set(all_sections())
+    assert {key.rpartition(".")[0] for key in all_fields() if "." in key} == set(all_sections())
     for key, field in all_fields().items():
         assert field.allowed and field.description and field.description.endswith("."), key
         assert value_at(RunConfig(), key) == field.default, key

@@ -14,6 +14,7 @@ from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.rules.check import RULES, check, check_ready_to_train
 from megatrain.config.schema import RunConfig
 from tests.config.rule_cases import CASES
+from tests.configs import run_config_of
 
 ALLOWED = [
     (
@@ -26,9 +27,9 @@ ALLOWED = [
         "data.seq_len=256",
         None,
     ),
-    ("model.family=gpt model.hidden_size=9 model.num_heads=3", None),
-    ("model.head_width=10 model.num_heads=7", None),
-    ("model.family=gpt model.head_width=7", None),
+    ("model.family=gpt model.hidden_size=9 model.attention.num_heads=3", None),
+    ("model.attention.head_width=10 model.attention.num_heads=7", None),
+    ("model.family=gpt model.attention.head_width=7", None),
     ("schedule.decay_steps=1000", None),  # a long schedule, stopped early
     ("schedule.warmup_steps=100", None),
     ("schedule.name=constant schedule.warmup_steps=90", None),
@@ -37,11 +38,25 @@ ALLOWED = [
     ('train.ramp=[{"until_step":150}]', None),
     ("schedule.name=wsd schedule.warmup_steps=90", None),
     ("parallel.tp=2 parallel.sequence_parallel=true parallel.dp=2", 4),
-    ("parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2 model.num_experts=8", 4),
-    ("model.num_experts=8 model.router_groups=4 model.router_groups_per_token=2 model.experts_per_token=4", None),
-    ("model.num_experts=8 model.experts_per_token=1 model.router_normalize=false", None),
-    ("model.num_experts=1 model.experts_per_token=1 model.router_normalize=false model.router_score=sigmoid", None),
-    ("model.num_experts=8 model.num_shared_experts=2 model.num_dense_layers=1 model.expert_capacity=1.25", None),
+    (
+        "parallel.cp=2 data.seq_len=250 parallel.cp_method=ulysses parallel.ep=4 parallel.dp=2 "
+        "model.experts.num_experts=8",
+        4,
+    ),
+    (
+        "model.experts.num_experts=8 model.router.groups=4 model.router.groups_per_token=2 model.experts.per_token=4",
+        None,
+    ),
+    ("model.experts.num_experts=8 model.experts.per_token=1 model.router.normalize=false", None),
+    (
+        "model.experts.num_experts=1 model.experts.per_token=1 model.router.normalize=false model.router.score=sigmoid",
+        None,
+    ),
+    (
+        "model.experts.num_experts=8 model.experts.num_shared=2 model.experts.num_dense_layers=1 "
+        "model.experts.capacity=1.25",
+        None,
+    ),
     ("parallel.pp=4 train.global_batch_size=4", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=interleaved_1f1b train.global_batch_size=3", 2),
     (  # torch's own example: 10 micro-batches on 4 ranks make 2 rounds of 5
@@ -85,23 +100,28 @@ def test_what_is_sound_passes(overrides: str, world_size: int | None) -> None:
 @pytest.mark.parametrize(
     ("overrides", "first", "second", "allowed"),
     [
-        ("model.num_experts=6 parallel.ep=4", "model.num_experts = 6", "parallel.ep = 4", "multiples of 4"),
+        (
+            "model.experts.num_experts=6 parallel.ep=4",
+            "model.experts.num_experts = 6",
+            "parallel.ep = 4",
+            "multiples of 4",
+        ),
         ("data.seq_len=250 parallel.cp=2", "data.seq_len = 250", "parallel.cp = 2 × 2", "multiples of 4"),
         (
-            "model.num_heads=8 parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255",
-            *("model.num_heads = 8", "parallel.cp = 3", "multiples of 3"),
+            "model.attention.num_heads=8 parallel.cp=3 parallel.cp_method=ulysses data.seq_len=255",
+            *("model.attention.num_heads = 8", "parallel.cp = 3", "multiples of 3"),
         ),
         (
             "parallel.pp=2 parallel.pp_schedule=zbv model.num_layers=8 parallel.stages_per_rank=3",
             *("parallel.stages_per_rank = 3", "parallel.pp_schedule = zbv", "1 with gpipe and 1f1b; 2 with zbv and"),
         ),
         (
-            "model.num_experts=4 model.experts_per_token=5",
-            *("model.experts_per_token = 5", "model.num_experts = 4", "1 to 4"),
+            "model.experts.num_experts=4 model.experts.per_token=5",
+            *("model.experts.per_token = 5", "model.experts.num_experts = 4", "1 to 4"),
         ),
         (
-            "model.num_experts=4 model.expert_capacity=0",
-            *("model.expert_capacity = 0", "model.num_experts = 4", "above 0, or null for no limit"),
+            "model.experts.num_experts=4 model.experts.capacity=0",
+            *("model.experts.capacity = 0", "model.experts.num_experts = 4", "above 0, or null for no limit"),
         ),
         (
             "offload.optimizer=nvme parallel.zero_stage=3",
@@ -120,7 +140,7 @@ def test_bad_input_names_both_fields_and_what_is_allowed(overrides: str, first: 
 def test_a_run_without_data_is_valid_but_not_ready() -> None:
     (problem,) = check_ready_to_train(RunConfig(), has_file=True)
     assert problem.key == "data.train" and "tokenize_text.py" in problem.cure
-    assert check_ready_to_train(RunConfig.model_validate({"data": {"train": "data/x"}}), has_file=False) == []
+    assert check_ready_to_train(run_config_of({"data": {"train": "data/x"}}), has_file=False) == []
 
 
 class Watched:
@@ -145,12 +165,12 @@ def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
         values: dict[str, Any] = {}
         for override in overrides.split():
             key, _, text = override.partition("=")
-            *outer, name = key.split(".")
+            section, _, name = key.partition(".")
             value: Any = int(text) if text.isdigit() else {"true": True, "false": False}.get(text, text)
             value = json.loads(text) if text.startswith(("[", "{")) else value
             value = float(text) if re.fullmatch(r"\d+\.\d+", text) else value
-            values.setdefault(outer[0], {})[name] = value
-        config = RunConfig.model_validate(values)
+            values.setdefault(section, {})[name] = value
+        config = run_config_of(values)
         watched: Any = Watched(config, "", seen)
         found += len(list(rule.function(watched, world_size)))
     assert seen == set(rule.reads)
@@ -158,9 +178,9 @@ def test_a_rule_reads_only_what_it_declares_and_has_a_case(rule: Any) -> None:
 
 
 def test_unusable_keys_silence_the_rules_that_read_them() -> None:
-    config = RunConfig.model_validate({"model": {"num_heads": 7}, "data": {"seq_len": 5000}})
-    assert {problem.key for problem in check(config)} == {"model.num_heads", "data.seq_len"}
-    assert {problem.key for problem in check(config, unusable={"model.num_heads"})} == {"data.seq_len"}
+    config = run_config_of({"model": {"attention.num_heads": 7}, "data": {"seq_len": 5000}})
+    assert {problem.key for problem in check(config)} == {"model.attention.num_heads", "data.seq_len"}
+    assert {problem.key for problem in check(config, unusable={"model.attention.num_heads"})} == {"data.seq_len"}
     assert check(config, unusable={"model"}) == []
 
 
@@ -177,7 +197,7 @@ def test_the_sizes_that_a_cure_names_are_cures(batch: int, micro: int, pp: int, 
     def batch_problems(size: int) -> list[Problem]:
         train = {"global_batch_size": size, "micro_batch_size": micro}
         model = {"num_layers": 8}
-        return check(RunConfig.model_validate({"model": model, "parallel": parallel, "train": train}), pp * dp)
+        return check(run_config_of({"model": model, "parallel": parallel, "train": train}), pp * dp)
 
     for problem in batch_problems(batch):
         assert problem.key == "train.global_batch_size"
@@ -192,8 +212,8 @@ def test_the_sizes_that_a_cure_names_are_cures(batch: int, micro: int, pp: int, 
 @given(hidden_size=st.integers(1, 200), num_heads=st.integers(1, 40), family=st.sampled_from(["gpt", "llama"]))
 def test_the_heads_that_are_allowed_are_allowed(hidden_size: int, num_heads: int, family: str) -> None:
     def head_problems(heads: int) -> list[Problem]:
-        model = {"family": family, "hidden_size": hidden_size, "num_heads": heads}
-        return check(RunConfig.model_validate({"model": model}))
+        model = {"family": family, "hidden_size": hidden_size, "attention.num_heads": heads}
+        return check(run_config_of({"model": model}))
 
     for problem in head_problems(num_heads):
         for heads in map(int, re.findall(r"\d+", problem.allowed.partition(" for ")[0])):

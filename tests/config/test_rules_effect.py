@@ -5,34 +5,34 @@ import pytest
 from megatrain.config.rules.effect import COUNTS_WITH
 from tests.config.test_rules import problems_of
 
-MIXTURE = "model.num_experts=4"
+MIXTURE = "model.experts.num_experts=4"
 FP16 = "precision.dtype=fp16"
 # what is set, and what it counts with; the cure names the field of the latter
 CASES = [
-    ("model.experts_per_token=1", MIXTURE),
-    ("model.expert_hidden_size=64", MIXTURE),
-    ("model.router_normalize=false", MIXTURE),
-    ("model.router_scale=2.5", MIXTURE),
-    ("model.router_groups_per_token=2", MIXTURE),
-    ("model.router_balance_loss=0.5", MIXTURE),
-    ("model.router_z_loss=0.1", MIXTURE),
-    ("model.rope_theta=500000.0", "model.family=qwen3"),
-    ("model.rope_scaling=linear", "model.family=qwen3"),
-    ("model.rope_scaling_factor=2.0", "model.rope_scaling=linear"),
-    ("model.rope_original_max_seq_len=512", "model.rope_scaling=dynamic"),
+    ("model.experts.per_token=1", MIXTURE),
+    ("model.experts.hidden_size=64", MIXTURE),
+    ("model.router.normalize=false", MIXTURE),
+    ("model.router.scale=2.5", MIXTURE),
+    ("model.router.groups_per_token=2", MIXTURE),
+    ("model.router.balance_loss=0.5", MIXTURE),
+    ("model.router.z_loss=0.1", MIXTURE),
+    ("model.rope.theta=500000.0", "model.family=qwen3"),
+    ("model.rope.scaling=linear", "model.family=qwen3"),
+    ("model.rope.factor=2.0", "model.rope.scaling=linear"),
+    ("model.rope.original_max_seq_len=512", "model.rope.scaling=dynamic"),
     (
-        "model.rope_short_factors=[1.0,1.0]",
-        "model.rope_scaling=longrope model.head_width=4 model.rope_long_factors=[2.0,2.0]",
+        "model.rope.short_factors=[1.0,1.0]",
+        "model.rope.scaling=longrope model.attention.head_width=4 model.rope.long_factors=[2.0,2.0]",
     ),
     (
-        "model.rope_long_factors=[2.0,2.0]",
-        "model.rope_scaling=longrope model.head_width=4 model.rope_short_factors=[1.0,1.0]",
+        "model.rope.long_factors=[2.0,2.0]",
+        "model.rope.scaling=longrope model.attention.head_width=4 model.rope.short_factors=[1.0,1.0]",
     ),
-    ("model.rope_low_freq_factor=2.0", "model.rope_scaling=llama3"),
-    ("model.rope_high_freq_factor=8.0", "model.rope_scaling=llama3"),
-    ("model.rope_beta_fast=16.0", "model.rope_scaling=yarn"),
-    ("model.rope_beta_slow=2.0", "model.rope_scaling=yarn"),
-    ("model.rope_attention_factor=1.5", "model.rope_scaling=yarn"),
+    ("model.rope.low_freq_factor=2.0", "model.rope.scaling=llama3"),
+    ("model.rope.high_freq_factor=8.0", "model.rope.scaling=llama3"),
+    ("model.rope.beta_fast=16.0", "model.rope.scaling=yarn"),
+    ("model.rope.beta_slow=2.0", "model.rope.scaling=yarn"),
+    ("model.rope.attention_factor=1.5", "model.rope.scaling=yarn"),
     ("precision.initial_loss_scale=1024", FP16),
     ("precision.loss_scale_window=10", FP16),
     ("precision.loss_scale_hysteresis=2", FP16),

@@ -6,10 +6,12 @@ import pytest
 
 from megatrain.config.schema import ParallelConfig, RunConfig
 from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks, stage_costs
+from megatrain.spec.derive import resolve_model
+from tests.configs import run_config_of
 
 
 def config(**sections: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate(sections)
+    return run_config_of(sections)
 
 
 def sizes(num_layers: int, pp: int, **parallel: Any) -> list[int]:
@@ -36,13 +38,18 @@ def test_the_head_takes_the_place_of_blocks(num_layers: int, pp: int, expected: 
     "model",
     [
         {"vocab_size": 3000},
-        {"num_experts": 8, "experts_per_token": 4, "expert_interval": 3, "vocab_size": 64},
-        {"num_experts": 8, "num_dense_layers": 5, "ffn_hidden_size": 4096, "expert_hidden_size": 64},
+        {"experts.num_experts": 8, "experts.per_token": 4, "experts.interval": 3, "vocab_size": 64},
+        {
+            "experts.num_experts": 8,
+            "experts.num_dense_layers": 5,
+            "feed_forward.hidden_size": 4096,
+            "experts.hidden_size": 64,
+        },
     ],
 )
 def test_no_other_split_has_a_faster_slowest_stage(model: dict[str, Any]) -> None:
     run = config(model={"num_layers": 9, "vocab_size": 3000, **model}, parallel={"pp": 3})
-    costs = stage_costs(run.model, run.data.seq_len)
+    costs = stage_costs(resolve_model(run.model), run.data.seq_len)
 
     def slowest(a: int, b: int) -> float:
         return max(sum(costs[:a]), sum(costs[a:b]), sum(costs[b:]))
@@ -52,7 +59,7 @@ def test_no_other_split_has_a_faster_slowest_stage(model: dict[str, Any]) -> Non
 
 
 def test_a_deep_model_of_unequal_blocks_is_split_evenly() -> None:
-    model = {"num_layers": 128, "num_experts": 8, "expert_interval": 2, "vocab_size": 64}
+    model = {"num_layers": 128, "experts.num_experts": 8, "experts.interval": 2, "vocab_size": 64}
     run = config(model=model, parallel={"pp": 32})
     assert {len(stage) for stage in stage_blocks(run)[1:-1]} == {4}
 

@@ -45,7 +45,7 @@ def test_a_bomb_gets_one_message(tmp_path: Path, bomb: str) -> None:
 def test_aliases_of_a_person_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "model.yaml"
     path.write_text("width: &w 16\nmodel: {hidden_size: *w, num_heads: 2, ffn_hidden_size: *w}\n")
-    assert read_model(tmp_path, None).ffn_hidden_size == 16
+    assert read_model(tmp_path, None).feed_forward.hidden_size == 16
 
 
 @pytest.mark.timeout(20)

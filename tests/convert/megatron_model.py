@@ -9,12 +9,12 @@ from unittest import mock
 import torch
 
 from megatrain.spec.derive import mixture_layers
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 States = dict[tuple[str, str], torch.Tensor]
 
 
-def gpt_model(model: ModelConfig, transformer_engine_names: bool = True, expert_ranks: int = 1) -> Any:
+def gpt_model(model: ModelSpec, transformer_engine_names: bool = True, expert_ranks: int = 1) -> Any:
     """The model in Megatron-core on the ranks of the process's world.
 
     ``transformer_engine_names``: call the norm before experts as layers of Transformer Engine, which GPUs have, do.
@@ -36,11 +36,11 @@ def gpt_model(model: ModelConfig, transformer_engine_names: bool = True, expert_
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_width,
-        ffn_hidden_size=model.ffn_hidden_size,
-        layernorm_epsilon=model.norm_eps,
+        num_attention_heads=model.attention.num_heads,
+        num_query_groups=model.attention.num_kv_heads,
+        kv_channels=model.attention.head_width,
+        ffn_hidden_size=model.feed_forward.hidden_size,
+        layernorm_epsilon=model.norm.eps,
         normalization=norm,
         qk_layernorm=head_norms,
         gated_linear_unit=not gpt,
@@ -55,7 +55,7 @@ def gpt_model(model: ModelConfig, transformer_engine_names: bool = True, expert_
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **(_expert_settings(model) | {"expert_model_parallel_size": expert_ranks} if model.num_experts else {}),
+        **(_expert_settings(model) | {"expert_model_parallel_size": expert_ranks} if model.experts.num_experts else {}),
     )
     if mixture:
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=norm)
@@ -72,32 +72,32 @@ def gpt_model(model: ModelConfig, transformer_engine_names: bool = True, expert_
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_seq_len,
         position_embedding_type="learned_absolute" if gpt else "rope",
-        rotary_base=int(model.rope_theta),
+        rotary_base=int(model.rope.theta),
         share_embeddings_and_output_weights=bool(model.tie_embeddings),
         parallel_output=False,
     ).eval()
 
 
-def _expert_settings(model: ModelConfig) -> dict[str, Any]:
-    shared = model.num_shared_experts * (model.expert_hidden_size or 0)
+def _expert_settings(model: ModelSpec) -> dict[str, Any]:
+    shared = model.experts.num_shared * (model.experts.hidden_size or 0)
     return {
-        "num_moe_experts": model.num_experts,
-        "moe_ffn_hidden_size": model.expert_hidden_size,
-        "moe_router_topk": model.experts_per_token,
+        "num_moe_experts": model.experts.num_experts,
+        "moe_ffn_hidden_size": model.experts.hidden_size,
+        "moe_router_topk": model.experts.per_token,
         "moe_layer_freq": [int(layer in mixture_layers(model)) for layer in range(model.num_layers)]
         if len(mixture_layers(model)) < model.num_layers
         else 1,
         "moe_shared_expert_intermediate_size": shared or None,
-        "moe_router_score_function": model.router_score,
-        "moe_router_pre_softmax": not model.router_normalize,
-        "moe_router_enable_expert_bias": bool(model.router_balance_rate),
+        "moe_router_score_function": model.router.score,
+        "moe_router_pre_softmax": not model.router.normalize,
+        "moe_router_enable_expert_bias": bool(model.router.balance_rate),
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
     }
 
 
 @torch.no_grad()
-def load_and_run(folder: str, model: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
+def load_and_run(folder: str, model: ModelSpec, tokens: torch.Tensor) -> torch.Tensor:
     """Loads a checkpoint by dist_checkpointing and returns the logits of its tokens."""
     from megatron.core import dist_checkpointing
 
@@ -108,7 +108,7 @@ def load_and_run(folder: str, model: ModelConfig, tokens: torch.Tensor) -> torch
     return run(gpt, tokens)
 
 
-def random_model(model: ModelConfig, seed: int = 3, **options: Any) -> Any:
+def random_model(model: ModelSpec, seed: int = 3, **options: Any) -> Any:
     """A model whose norms and balance biases are random too."""
     torch.manual_seed(seed)
     gpt = gpt_model(model, **options)
@@ -121,7 +121,7 @@ def random_model(model: ModelConfig, seed: int = 3, **options: Any) -> Any:
 
 @torch.no_grad()
 def save_and_run(
-    folder: str, model: ModelConfig, tokens: torch.Tensor, names: bool = True, singly: bool = False
+    folder: str, model: ModelSpec, tokens: torch.Tensor, names: bool = True, singly: bool = False
 ) -> torch.Tensor:
     """Saves a random model by dist_checkpointing and returns the logits of its tokens.
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 from tests.convert.megatron_model import States, random_model, run, save
 
 # as Megatron-LM saves with --dist-ckpt-optim-fully-reshardable
@@ -68,9 +68,7 @@ class FusedAdam(torch.optim.Optimizer):
                 )
 
 
-def train_and_save(
-    folder: str, model: ModelConfig, tokens: torch.Tensor, kind: OptimizerKind, **content: Any
-) -> States:
+def train_and_save(folder: str, model: ModelSpec, tokens: torch.Tensor, kind: OptimizerKind, **content: Any) -> States:
     """Two steps, then a checkpoint with the optimizer's states, of which this returns some."""
     with _optimizers_on_cpus(kind):
         gpt, optimizer = _training(model, kind, seed=3)
@@ -80,7 +78,7 @@ def train_and_save(
         return _states(gpt.module, optimizer)
 
 
-def load_and_save(source: str, target: str, model: ModelConfig, tokens: torch.Tensor, kind: OptimizerKind) -> States:
+def load_and_save(source: str, target: str, model: ModelSpec, tokens: torch.Tensor, kind: OptimizerKind) -> States:
     """Loads a checkpoint into another model and its optimizer, saves them again, and trains on."""
     from megatron.core import dist_checkpointing
 
@@ -98,7 +96,7 @@ def load_and_save(source: str, target: str, model: ModelConfig, tokens: torch.Te
         return found
 
 
-def _training(model: ModelConfig, kind: OptimizerKind, seed: int) -> tuple[Any, Any]:
+def _training(model: ModelSpec, kind: OptimizerKind, seed: int) -> tuple[Any, Any]:
     """A random model for training, and the optimizers that Megatron-core makes for it."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

@@ -11,8 +11,8 @@ from megatrain.convert.errors import ConversionError
 from megatrain.convert.formats import FORMATS, Choices
 from megatrain.convert.run import Request, convert
 from megatrain.convert.table import Reader, canonical_shapes
-from megatrain.spec.schema import ModelConfig
 from tests.checkpoint.payload import Payload
+from tests.configs import model_spec
 from tests.convert.deepspeed_model import (
     Tensors,
     load_universal,
@@ -45,7 +45,7 @@ def test_what_deepspeed_saved_is_read_and_given_back(pool: Pool, tmp_path: Path,
     assert equal(FORMATS["deepspeed"].read(tmp_path / "ds", choices), trained)
     record = convert(Request(tmp_path / "ds", tmp_path / "run", "megatrain", longest=32, choices=choices))
     assert record["status"] == "verified" and record["proof"]["num_tensors"] == 3 * len(
-        canonical_shapes(ModelConfig.model_validate(record["model"]))
+        canonical_shapes(model_spec(record["model"]))
     )
     for to in ("deepspeed", "universal"):
         assert (

@@ -14,8 +14,7 @@ from megatrain.convert.megatron.names import MEGATRON_CORE
 from megatrain.convert.run import Request, convert
 from megatrain.convert.runners import OwnRunner
 from megatrain.convert.table import Weights, require_lines
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from tests.configs import model_spec
 from tests.convert.models import MODELS, VOCAB_SIZE, save_model
 
 TINY = 96  # longest sequence of the proofs: all positions that the models have
@@ -160,9 +159,9 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path, cha
 
 def test_a_format_without_room_for_a_parameter_refuses_the_model() -> None:
     """Megatron-core's shared experts have no biases, and its mixtures no GELU experts without a gate."""
-    values = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_experts": 2}
+    values = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "attention.num_heads": 4, "experts.num_experts": 2}
     with pytest.raises(ConversionError, match=r"no place for 8 of the model's parameters, like layers\.0\.feed"):
-        require_lines(MEGATRON_CORE, resolve_model(ModelConfig.model_validate(values)))
+        require_lines(MEGATRON_CORE, model_spec(values))
 
 
 def test_dense_blocks_between_others_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from megatrain.convert.megatron.torch_dist import TorchDistReader
 from megatrain.convert.run import Request, convert
 from megatrain.convert.runners import OwnRunner
 from megatrain.convert.table import Reader, Weights
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 from tests.checkpoint.payload import Payload
+from tests.configs import model_spec
 from tests.convert.megatron_model import load_and_run, save_and_run
 from tests.convert.megatron_training import OptimizerKind, load_and_save, train_and_save
 from tests.convert.models import save_model
@@ -41,7 +41,7 @@ def test_megatron_core_loads_and_computes_the_same(pool: Pool, tmp_path: Path, n
     convert(Request(source, tmp_path / "run", "megatrain", longest=96, choices=Choices(vocab_multiple=8)))
     record = convert(Request(tmp_path / "run", tmp_path / "megatron", "megatron", longest=96))
     assert record["status"] == "verified"
-    model = ModelConfig.model_validate(record["model"])
+    model = model_spec(record["model"])
     (logits,) = pool.run(load_and_run, 1, str(tmp_path / "megatron" / "iter_0000000"), model, TOKENS)
     ours = logits_of(FORMATS["megatrain"].read(tmp_path / "run", Choices()))
     assert float((logits[..., : ours.shape[-1]] - ours).abs().max()) < LOGITS
@@ -49,21 +49,21 @@ def test_megatron_core_loads_and_computes_the_same(pool: Pool, tmp_path: Path, n
     assert convert(back)["status"] == "verified"
 
 
-EXPERTS: dict[str, Any] = {"num_kv_heads": 2, "num_experts": 4, "expert_hidden_size": 16}
+EXPERTS: dict[str, Any] = {"attention.num_kv_heads": 2, "experts.num_experts": 4, "experts.hidden_size": 16}
 SAVED: dict[str, dict[str, Any]] = {
     "gpt": {},
-    "llama": {"num_kv_heads": 2},
-    "qwen3": {"num_kv_heads": 2},
+    "llama": {"attention.num_kv_heads": 2},
+    "qwen3": {"attention.num_kv_heads": 2},
     "mixture": EXPERTS,
     "mixture with all": EXPERTS
-    | {"num_dense_layers": 1, "num_shared_experts": 1, "router_score": "sigmoid", "router_balance_rate": 1e-3},
+    | {"experts.num_dense_layers": 1, "experts.num_shared": 1, "router.score": "sigmoid", "router.balance_rate": 1e-3},
 }
 
 
-def sized(name: str) -> ModelConfig:
+def sized(name: str) -> ModelSpec:
     family = name if name in ("gpt", "qwen3") else "llama"
-    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 128, "max_seq_len": 96}
-    return resolve_model(ModelConfig.model_validate({"family": family, **sizes, **SAVED[name]}))
+    sizes = {"num_layers": 2, "hidden_size": 32, "attention.num_heads": 4, "vocab_size": 128, "max_seq_len": 96}
+    return model_spec({"family": family, **sizes, **SAVED[name]})
 
 
 @pytest.mark.parametrize(("name", "singly"), [*((name, False) for name in SAVED), ("mixture with all", True)])

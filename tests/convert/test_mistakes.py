@@ -115,7 +115,7 @@ def test_model_files_that_are_none_are_refused_in_bounded_time(tmp_path: Path) -
         "loop": ("model: &m {family: *m}", "holds no valid section `model`"),
         "layers": (yaml.safe_dump({"model": {"num_layers": 10**9}}), "num_layers = 1000000000: Input should be less"),
         "experts": (
-            yaml.safe_dump({"model": {"num_experts": 10**9}}),
+            yaml.safe_dump({"model": {"experts": {"num_experts": 10**9}}}),
             "num_experts = 1000000000: no model is so large",
         ),
         "field": (yaml.safe_dump({"model": {"window": 3}}), "window = 3: Extra inputs are not permitted"),
@@ -139,7 +139,10 @@ def test_states_of_another_version_are_named(tmp_path: Path) -> None:
         ({}, "model is missing"),
         ({"model": {"window": 3}}, "fields that are not known here: model.window"),
         ({"model": {"num_layers": 10**9}}, "too few for num_layers 1000000000"),
-        ({"model": {"num_layers": 1, "num_experts": 4, "router_balance_rate": 0.1}}, "not those of its model"),
+        (
+            {"model": {"num_layers": 1, "experts": {"num_experts": 4}, "router": {"balance_rate": 0.1}}},
+            "not those of its model",
+        ),
     ]
     for number, (state, message) in enumerate(states, 1):
         writer = CheckpointWriter(tmp_path, number, "test")

@@ -42,7 +42,7 @@ def test_an_original_length_at_the_top_level_counts(tmp_path: Path) -> None:
     source = save_model("llama-longrope", tmp_path / "source")
     change_config(source, original_max_position_embeddings=48)
     record = convert(Request(source, tmp_path / "run", "megatrain", longest=32))
-    assert record["model"]["rope_original_max_seq_len"] == 48
+    assert record["model"]["rope"]["original_max_seq_len"] == 48
     tokens = torch.arange(1, 131)[None, :90]
     from transformers import AutoModelForCausalLM
 
@@ -62,14 +62,14 @@ def test_few_proof_tokens_still_pass_the_length_at_which_frequencies_change(
         right = hf_rope.rope_from_config
         monkeypatch.setattr(
             "megatrain.convert.huggingface.config.rope_from_config",
-            lambda *given: (values := right(*given)) | {"rope_long_factors": values["rope_short_factors"]},
+            lambda *given: (values := right(*given)) | {"rope.long_factors": values["rope.short_factors"]},
         )
     else:
         change_config(source, max_position_embeddings=72)
         right = hf_rope.rope_from_config
         monkeypatch.setattr(
             "megatrain.convert.huggingface.config.rope_from_config",
-            lambda *given: right(*given) | {"rope_scaling_factor": 2.0},
+            lambda *given: right(*given) | {"rope.factor": 2.0},
         )
     with pytest.raises(ProofFailed, match="logits differ by"):
         convert(Request(source, tmp_path / "run", "megatrain", longest=8))

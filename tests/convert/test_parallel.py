@@ -8,6 +8,7 @@ import torch
 
 from megatrain.convert.formats import Choices
 from megatrain.convert.run import Request, convert
+from megatrain.spec.keys import flat
 from tests.convert.models import save_model
 from tests.layouts import Layout, build_engine, global_batch, run_config
 from tests.pool import Pool
@@ -64,7 +65,7 @@ def test_import_train_on_and_export(
     source = save_model(name, tmp_path / "source")
     choices = Choices(vocab_multiple=8)
     record = convert(Request(source, tmp_path / "imported", "megatrain", longest=32, choices=choices))
-    model = record["model"] | {"dropout": 0.0, "attention_dropout": 0.0}
+    model = flat(record["model"]) | {"dropout": 0.0, "attention.dropout": 0.0}
     arguments = (layout, model, str(tmp_path / "imported"), str(tmp_path / "run"))
     loss, losses = pool.run(continue_and_save, layout.world_size, *arguments)[0]
     assert loss == pytest.approx(hugging_face_loss(source), rel=LOSS), "it starts as the model that it was"

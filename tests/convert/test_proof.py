@@ -137,8 +137,8 @@ def test_a_planted_bug_is_caught_by_the_logits(tmp_path: Path, imported: Path, m
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (in_config(rope_theta=20000.0), "rope_theta: 10000.0 and 20000.0"),
-        (in_config(rms_norm_eps=2e-5), "norm_eps: 1e-05 and 2e-05"),
+        (in_config(rope_theta=20000.0), "rope.theta: 10000.0 and 20000.0"),
+        (in_config(rms_norm_eps=2e-5), "norm.eps: 1e-05 and 2e-05"),
         (in_config(vocab_size=136), "vocabulary: 131 and 136 tokens"),
     ],
     ids=["theta", "norm epsilon", "padding"],

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatrain.config.schema import RunConfig
 from megatrain.data.feed.training import TrainingData
+from tests.configs import run_config_of
 from tests.data.factory import make_dataset
 
 SEQ = 16
@@ -21,7 +22,7 @@ def make_sources(folder: Path, names: str = "abc") -> dict[str, dict[str, Any]]:
 
 
 def run_config(sources: Any, train: dict[str, Any] | None = None, **data: Any) -> RunConfig:
-    return RunConfig.model_validate(
+    return run_config_of(
         {
             "model": {"vocab_size": 300},
             "data": {"train": sources, "seq_len": SEQ, "seed": 5, **data},

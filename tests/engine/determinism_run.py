@@ -9,9 +9,15 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-MIXTURE: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 64}
+MIXTURE: dict[str, Any] = {"experts.num_experts": 8, "experts.per_token": 2, "experts.hidden_size": 64}
 # large enough that torch spreads its sums over threads
-SHAPE = {"num_layers": 2, "hidden_size": 128, "num_heads": 4, "ffn_hidden_size": 256, "vocab_size": 512}
+SHAPE = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "attention.num_heads": 4,
+    "feed_forward.hidden_size": 256,
+    "vocab_size": 512,
+}
 SEQ_LEN = 64
 
 
@@ -25,8 +31,8 @@ def configs(on_gpu: bool, num_ranks: int) -> dict[str, Any]:
         return run_config(family, layout, model=model, data={"seq_len": SEQ_LEN}, **sections)
 
     found = {
-        "gpt": made("gpt", {"dropout": 0.1, "attention_dropout": 0.1}),
-        "mixture": made("llama", MIXTURE | {"expert_capacity": 0.75}),
+        "gpt": made("gpt", {"dropout": 0.1, "attention.dropout": 0.1}),
+        "mixture": made("llama", MIXTURE | {"experts.capacity": 0.75}),
     }
     if on_gpu:
         bf16 = {"precision": {"dtype": "bf16"}}
@@ -37,7 +43,9 @@ def configs(on_gpu: bool, num_ranks: int) -> dict[str, Any]:
         }
         for kernel in ("flex", "varlen"):
             data = {"seq_len": SEQ_LEN, "sequences": "mask_documents"}
-            found[kernel] = run_config("llama", layout, model=SHAPE | {"document_attention": kernel}, data=data, **bf16)
+            found[kernel] = run_config(
+                "llama", layout, model=SHAPE | {"attention.documents": kernel}, data=data, **bf16
+            )
     return found
 
 

@@ -6,6 +6,7 @@ import torch
 from megatrain.models.build import build_model
 from megatrain.optim.optimizer import build_optimizer
 from megatrain.optim.schedule import learning_rate
+from megatrain.spec.parts import parameters
 from tests.layouts import ONE_PROCESS, global_batch, run_config, train
 from tests.pool import Pool
 
@@ -14,7 +15,7 @@ from tests.pool import Pool
 def test_engine_equals_bare_loop(pool: Pool, family: str) -> None:
     config = run_config(family, ONE_PROCESS)
     model = build_model(config.model, config.train.seed)
-    optimizer = build_optimizer(list(model.named_parameters()), config.optimizer)
+    optimizer = build_optimizer(list(model.named_parameters()), config.optimizer, parameters(config.model))
     losses, norms = [], []
     for step in range(1, 6):
         batch = global_batch(step)

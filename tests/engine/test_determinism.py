@@ -56,7 +56,7 @@ def run_and_restart(layout: Layout, folder: str, start: str | None) -> Bits:
     from megatrain.checkpoint.save import save_checkpoint
 
     determinism.make_deterministic()
-    model = {"dropout": 0.1, "attention_dropout": 0.1} | (MIXTURE if layout.ep > 1 or layout == Layout() else {})
+    model = {"dropout": 0.1, "attention.dropout": 0.1} | (MIXTURE if layout.ep > 1 or layout == Layout() else {})
     engine = build_engine(run_config("llama", layout, model=model, train={"deterministic": True}))
     try:
         steps_of(engine, 1, 2)

@@ -10,7 +10,7 @@ from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
 
 # DeepSpeed swaps no piece below 1 MiB
-MODEL = {"num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 2048}
+MODEL = {"num_layers": 2, "hidden_size": 512, "feed_forward.hidden_size": 2048}
 
 
 def train_on(layout: Layout, disk: Path | None, **sections: dict[str, str]) -> tuple[Trained, int]:

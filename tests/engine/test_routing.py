@@ -8,14 +8,19 @@ import torch
 from megatrain.engine.engine import RankModel
 from megatrain.engine.routing import Routers
 from megatrain.models.build import build_model
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from tests.configs import model_spec
 
-SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "vocab_size": 16, "num_experts": 4}
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 8,
+    "attention.num_heads": 2,
+    "vocab_size": 16,
+    "experts.num_experts": 4,
+}
 
 
 def routers(rate: float) -> tuple[Routers, torch.nn.Module]:
-    config = resolve_model(ModelConfig.model_validate({**SIZES, "num_dense_layers": 1, "router_balance_rate": rate}))
+    config = model_spec({**SIZES, "experts.num_dense_layers": 1, "router.balance_rate": rate})
     model = build_model(config, seed=1)
     mesh: Any = SimpleNamespace(device=torch.device("cpu"))
     return Routers(config, RankModel([model]), mesh), model.layers["1"].feed_forward.router

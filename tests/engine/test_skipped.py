@@ -9,11 +9,11 @@ from tests.pool import Pool
 
 MIXTURE = {
     "num_layers": 2,
-    "num_experts": 4,
-    "expert_hidden_size": 16,
-    "router_balance_rate": 0.125,
-    "router_balance_loss": 0.5,
-    "router_z_loss": 0.5,
+    "experts.num_experts": 4,
+    "experts.hidden_size": 16,
+    "router.balance_rate": 0.125,
+    "router.balance_loss": 0.5,
+    "router.z_loss": 0.5,
 }
 ROUTER = "layers.1.feed_forward.router.weight"
 

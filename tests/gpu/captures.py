@@ -11,7 +11,7 @@ from typing import Any
 from megatrain.config.schema import RunConfig
 from tests.layouts import Layout, run_config
 
-MIXTURE: dict[str, Any] = {"num_experts": 8, "expert_hidden_size": 32, "router_z_loss": 0.01}
+MIXTURE: dict[str, Any] = {"experts.num_experts": 8, "experts.hidden_size": 32, "router.z_loss": 0.01}
 
 
 def configs() -> dict[str, RunConfig]:
@@ -21,13 +21,13 @@ def configs() -> dict[str, RunConfig]:
         return run_config(family, Layout(zero_stage=zero_stage), **sections)
 
     found = {
-        "gpt": made("gpt", model={"dropout": 0.1, "attention_dropout": 0.1}),
+        "gpt": made("gpt", model={"dropout": 0.1, "attention.dropout": 0.1}),
         "llama": made(),
         "qwen3": made("qwen3"),
         "compiled": made(train={"compile": True}),
-        "mixture": made(model=MIXTURE | {"num_shared_experts": 1}),
-        "mixture compiled": made(model=MIXTURE | {"num_shared_experts": 1}, train={"compile": True}),
-        "mixture with drops": made("gpt", model=MIXTURE | {"expert_capacity": 0.75}, train={"compile": True}),
+        "mixture": made(model=MIXTURE | {"experts.num_shared": 1}),
+        "mixture compiled": made(model=MIXTURE | {"experts.num_shared": 1}, train={"compile": True}),
+        "mixture with drops": made("gpt", model=MIXTURE | {"experts.capacity": 0.75}, train={"compile": True}),
     }
     for stage in (1, 2, 3):
         found[f"ZeRO {stage}"] = made(zero_stage=stage)

@@ -113,8 +113,8 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(str(value) for value in mode.values()))
 def test_recomputation_has_the_same_bits(mode: dict[str, Any], mixture: bool) -> None:
     """With torch's deterministic kernels: others add in an order of their own each time."""
-    more = {"num_experts": 8, "expert_hidden_size": 32} if mixture else {}
-    config = run_config("llama", ONE_PROCESS, model={"dropout": 0.1, "attention_dropout": 0.1, **more})
+    more = {"experts.num_experts": 8, "experts.hidden_size": 32} if mixture else {}
+    config = run_config("llama", ONE_PROCESS, model={"dropout": 0.1, "attention.dropout": 0.1, **more})
     batch, gradients = global_batch(1), []
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -138,7 +138,7 @@ def test_documents_train_with_the_kernels_of_gpus(kernel: str) -> None:
     positions = random_positions(torch.Generator().manual_seed(2)).to(CUDA)
     found = []
     for name in ("dense", kernel):
-        shape = {"document_attention": name, "hidden_size": 128, "num_heads": 4, "num_kv_heads": 2}
+        shape = {"attention.documents": name, "hidden_size": 128, "attention.num_heads": 4, "attention.num_kv_heads": 2}
         model = build_model(run_config("llama", ONE_PROCESS, model=shape).model, 3, CUDA).to(torch.bfloat16)
         losses = model(batch.tokens.to(CUDA), batch.labels.to(CUDA), positions_BT=positions)
         losses.sum().backward()

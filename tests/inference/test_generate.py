@@ -19,8 +19,8 @@ from megatrain.convert.native import NativeWriter
 from megatrain.inference.generate import generate
 from megatrain.inference.prompt import Speech
 from megatrain.models.build import build_model
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
+from tests.configs import model_spec
 from tests.data.factory import byte_tokenizer, make_dataset
 from tests.pool import Pool
 from tests.train.test_saving import config_of, train
@@ -34,9 +34,9 @@ def wordpiece() -> bytes:
     return BertWordPieceTokenizer({word: number for number, word in enumerate(WORDS)}).to_str().encode()
 
 
-def model_config() -> ModelConfig:
-    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 8, "vocab_padding": 1}
-    return resolve_model(ModelConfig(**sizes, max_seq_len=POSITIONS))  # type: ignore[arg-type]
+def model_config() -> ModelSpec:
+    sizes = {"num_layers": 1, "hidden_size": 16, "attention.num_heads": 2, "vocab_size": 8, "vocab_padding": 1}
+    return model_spec({**sizes, "max_seq_len": POSITIONS})
 
 
 @pytest.fixture

@@ -157,10 +157,10 @@ def test_a_rank_alone_with_a_mistake_says_where(arguments: list[str]) -> None:
 def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: list[str]) -> None:
     one_step = [*arguments, "--train.steps", "1"]
     assert alone(*one_step).returncode == 0
-    result = alone(*one_step, "--model.num_heads", "2", "--model.rope_theta", "5e5")
+    result = alone(*one_step, "--model.attention.num_heads", "2", "--model.rope.theta", "5e5")
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
-    for field in ("model.num_heads: 4 saved, 2 asked", "model.rope_theta"):
+    for field in ("model.attention.num_heads: 4 saved, 2 asked", "model.rope.theta"):
         assert field in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -169,7 +169,7 @@ def test_another_models_checkpoint_gets_one_message(tmp_path: Path, arguments: l
     ("extra", "expected"),
     [
         (["--parallel.tp", "2", "--parallel.pp", "2"], "parallel"),
-        (["--model.num_head", "4"], "model.num_heads"),
+        (["--model.num_head", "4"], "model.attention.num_heads"),
         (["--model.vocab_size", "200"], "vocab"),
         (["--data.train", "nowhere"], "nowhere"),
     ],

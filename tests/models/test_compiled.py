@@ -45,7 +45,7 @@ def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
-MIXTURE = {"num_experts": 4, "num_layers": 2, "expert_hidden_size": 16}
+MIXTURE = {"experts.num_experts": 4, "num_layers": 2, "experts.hidden_size": 16}
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ MIXTURE = {"num_experts": 4, "num_layers": 2, "expert_hidden_size": 16}
     ("family", "model"),
     [
         ("llama", {}),
-        ("llama", MIXTURE | {"num_shared_experts": 1}),
-        ("gpt", MIXTURE | {"expert_capacity": 0.6, "router_score": "sigmoid"}),
+        ("llama", MIXTURE | {"experts.num_shared": 1}),
+        ("gpt", MIXTURE | {"experts.capacity": 0.6, "router.score": "sigmoid"}),
     ],
     ids=["dense", "mixture", "drops"],
 )

@@ -81,7 +81,7 @@ def test_a_model_gives_the_same_losses_and_gradients(family: str) -> None:
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
     results = []
     for kernel in ("dense", "per_document"):
-        model = build_model(run_config(family, ONE_PROCESS, model={"document_attention": kernel}).model, seed=3)
+        model = build_model(run_config(family, ONE_PROCESS, model={"attention.documents": kernel}).model, seed=3)
         losses = model(tokens[:, :-1], tokens[:, 1:], positions_BT=positions)
         losses.sum().backward()
         results.append([losses, *(parameter.grad for parameter in model.parameters())])
@@ -106,7 +106,7 @@ def test_no_tensor_is_quadratic_in_the_sequence() -> None:
     length, sizes = 2048, {}
     positions = positions_of([64] * (length // 64))
     for kernel in ("dense", "per_document"):
-        options = {"document_attention": kernel, "max_seq_len": length, "num_layers": 1}
+        options = {"attention.documents": kernel, "max_seq_len": length, "num_layers": 1}
         model = build_model(run_config("llama", ONE_PROCESS, model=options).model, seed=3)
         with LargestTensor() as largest:
             model(torch.zeros(1, length, dtype=torch.int64), positions_BT=positions).sum().backward()
@@ -117,6 +117,6 @@ def test_no_tensor_is_quadratic_in_the_sequence() -> None:
 
 @pytest.mark.parametrize("kernel", ["flex", "varlen"])
 def test_kernels_of_gpus_are_refused_on_cpus(kernel: str) -> None:
-    config = run_config("llama", ONE_PROCESS, model={"document_attention": kernel})
-    with pytest.raises(ConfigError, match=f"document_attention = {kernel}\\s+trains on GPUs only"):
+    config = run_config("llama", ONE_PROCESS, model={"attention.documents": kernel})
+    with pytest.raises(ConfigError, match=f"attention.documents = {kernel}\\s+trains on GPUs only"):
         build_engine(config, torch.device("cpu"))

@@ -12,7 +12,7 @@ LENGTHS = [5, 1, 7, 3]  # a sequence of 16 tokens
 @pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["fused", "dense"])  # 1e-9: no element falls out
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_a_packed_sequence_equals_its_documents_alone(family: str, dropout: float) -> None:
-    model = build_model(run_config(family, ONE_PROCESS, model={"attention_dropout": dropout}).model, seed=3)
+    model = build_model(run_config(family, ONE_PROCESS, model={"attention.dropout": dropout}).model, seed=3)
     with torch.no_grad():  # positions that matter
         for parameter in model.parameters():
             parameter.mul_(4)

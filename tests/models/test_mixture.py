@@ -1,6 +1,8 @@
 """The router's rules one by one, and the mixture against the same sum written out expert by expert."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -8,29 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatrain.config.reading.fields import with_value
 from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
 from megatrain.models.parts.experts import grouped_matmul
 from megatrain.models.parts.mixture import MixtureOfExperts, Router
 from megatrain.parallel.layers import Layers
 from megatrain.spec.counts import num_parameters
-from megatrain.spec.derive import mixture_layers, resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.derive import mixture_layers
+from megatrain.spec.schema import ModelSpec
+from tests.configs import model_spec
 
 S, B, D, E = 12, 3, 16, 6
 Z = 0.1
 
 
-def config(**fields: Any) -> ModelConfig:
+def config(fields: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
     defaults: dict[str, Any] = {
-        "num_layers": 3, "hidden_size": D, "num_heads": 2, "ffn_hidden_size": 24, "vocab_size": 32, "max_seq_len": S,
-        "num_experts": E, "expert_hidden_size": 8,
+        "num_layers": 3, "hidden_size": D, "attention.num_heads": 2, "feed_forward.hidden_size": 24, "vocab_size": 32,
+        "max_seq_len": S, "experts.num_experts": E, "experts.hidden_size": 8,
     }  # fmt: skip
-    return resolve_model(ModelConfig.model_validate({**defaults, **fields}))
+    return model_spec({**defaults, **fields})
 
 
-def router(**fields: Any) -> Router:
-    made = Router(config(**fields), Layers())
+def router(fields: Mapping[str, Any] = MappingProxyType({})) -> Router:
+    made = Router(config(fields), Layers())
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(1))
     made.state.begin_step(1.0)
     return made
@@ -40,8 +44,8 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randn(S, B, D, generator=torch.Generator().manual_seed(seed))
 
 
-def mixture(**fields: Any) -> MixtureOfExperts:
-    layer = build_model(config(**fields), seed=1).layers["1"].feed_forward
+def mixture(fields: Mapping[str, Any] = MappingProxyType({})) -> MixtureOfExperts:
+    layer = build_model(config(fields), seed=1).layers["1"].feed_forward
     assert isinstance(layer, MixtureOfExperts)
     torch.nn.init.normal_(layer.router.weight, generator=torch.Generator().manual_seed(1))
     return layer
@@ -68,14 +72,14 @@ def written_out(layer: MixtureOfExperts, x: Tensor) -> Tensor:
     "fields",
     [
         {},
-        {"family": "gpt", "num_shared_experts": 2, "experts_per_token": 3},
-        {"router_score": "sigmoid", "router_normalize": False, "router_scale": 2.0, "expert_capacity": 0.5},
-        {"expert_hidden_size": 7},  # rows that torch's grouped product refuses: the loop
+        {"family": "gpt", "experts.num_shared": 2, "experts.per_token": 3},
+        {"router.score": "sigmoid", "router.normalize": False, "router.scale": 2.0, "experts.capacity": 0.5},
+        {"experts.hidden_size": 7},  # rows that torch's grouped product refuses: the loop
     ],
     ids=["swiglu", "gelu-shared", "sigmoid-capacity", "odd-width"],
 )
 def test_a_mixture_is_the_sum_of_its_experts(fields: dict[str, Any]) -> None:
-    layer, x = mixture(**fields).eval(), tokens()
+    layer, x = mixture(fields).eval(), tokens()
     torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-5, atol=1e-6)
 
 
@@ -94,14 +98,14 @@ def test_gates_of_softmax_and_sigmoid() -> None:
     logits = F.linear(x, mixed.weight)
     experts, gates = mixed(x)
     torch.testing.assert_close(gates, logits.gather(-1, experts).softmax(-1))
-    single = router(router_score="sigmoid", router_normalize=False, router_scale=3.0)
+    single = router({"router.score": "sigmoid", "router.normalize": False, "router.scale": 3.0})
     experts, gates = single(x)
     torch.testing.assert_close(gates, 3.0 * logits.gather(-1, experts).sigmoid())
     assert torch.equal(experts, logits.topk(2).indices)
 
 
 def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
-    made, x = router(router_score="sigmoid", router_normalize=False), tokens()
+    made, x = router({"router.score": "sigmoid", "router.normalize": False}), tokens()
     made.state.bias_E = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 0.0])
     experts, gates = made(x)
     assert (experts == 4).any(-1).all()
@@ -109,7 +113,7 @@ def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
 
 
 def test_limited_groups() -> None:
-    made, x = router(router_groups=3, router_groups_per_token=1), tokens()
+    made, x = router({"router.groups": 3, "router.groups_per_token": 1}), tokens()
     scores = F.linear(x, made.weight).softmax(-1)
     best = scores.unflatten(-1, (3, 2)).sum(-1).argmax(-1)
     experts, _ = made(x)
@@ -117,14 +121,14 @@ def test_limited_groups() -> None:
 
 
 def test_limited_groups_hold_where_biases_make_scores_negative() -> None:
-    made = router(router_score="sigmoid", router_groups=3, router_groups_per_token=1)
+    made = router({"router.score": "sigmoid", "router.groups": 3, "router.groups_per_token": 1})
     made.state.bias_E = torch.full((E,), -3.0)
     experts, _ = made.eval()(tokens())
     assert torch.equal(experts[..., 0] // 2, experts[..., 1] // 2), "both of one group"
 
 
 def test_capacity_drops_what_comes_late_in_each_sequence() -> None:
-    free, limited, x = router(), router(expert_capacity=0.75), tokens()
+    free, limited, x = router(), router({"experts.capacity": 0.75}), tokens()
     capacity = math.ceil(0.75 * 2 * S / E)
     wanted, (kept, gates) = free(x).experts, limited(x)
     seen: dict[tuple[int, int], int] = {}
@@ -142,7 +146,7 @@ def test_capacity_drops_what_comes_late_in_each_sequence() -> None:
 
 
 def test_side_losses_are_added_to_the_token_losses() -> None:
-    made, x = router(router_balance_loss=0.3, router_z_loss=Z, experts_per_token=3), tokens()
+    made, x = router({"router.balance_loss": 0.3, "router.z_loss": Z, "experts.per_token": 3}), tokens()
     made.state.begin_step(0.5)
     made(x).gates.mul(torch.randn(S, B, 3, generator=torch.Generator().manual_seed(2))).sum().backward()
     found, made.weight.grad = made.weight.grad, None
@@ -172,7 +176,7 @@ def side_gradient(made: Router, x: Tensor, lengths: Tensor | None = None) -> Ten
 
 def test_the_balance_loss_counts_the_choice_without_the_bias() -> None:
     """DeepSeek-AI 2024 (V3), eq. 17 to 20: the share of the top k of the affinities, as they are without the bias."""
-    made, x = router(router_balance_loss=0.3, router_score="sigmoid"), tokens()
+    made, x = router({"router.balance_loss": 0.3, "router.score": "sigmoid"}), tokens()
     made.state.bias_E = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 0.0])
     found = side_gradient(made, x)
     assert made.state.statistics[4] == S * B, "the bias moves the choice"
@@ -192,9 +196,9 @@ def test_the_balance_loss_counts_the_choice_without_the_bias() -> None:
 
 def test_padding_counts_in_no_loss_and_no_statistic() -> None:
     """A sequence and its padding have the side losses and statistics of the sequence alone."""
-    fields = {"router_balance_loss": 0.3, "router_z_loss": Z, "expert_capacity": 0.75}
+    fields = {"router.balance_loss": 0.3, "router.z_loss": Z, "experts.capacity": 0.75}
     x, lengths = tokens(), (7, 0, S)
-    padded, alone = router(**fields), router(**fields)
+    padded, alone = router(fields), router(fields)
     found = side_gradient(padded, x, torch.tensor(lengths))
 
     weight = alone.weight.detach().clone().requires_grad_()
@@ -222,7 +226,7 @@ def test_padding_counts_in_no_loss_and_no_statistic() -> None:
 
 
 def test_even_routing_has_a_balance_loss_of_one_per_token() -> None:
-    made = router(router_balance_loss=1.0)
+    made = router({"router.balance_loss": 1.0})
     logits = torch.zeros(S, B, E)
     chosen = torch.zeros(S, B, E, dtype=torch.bool)
     for s in range(S):
@@ -246,7 +250,7 @@ def test_statistics_count_training_only() -> None:
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_counted_parameters_are_those_of_the_model(family: str) -> None:
-    made = config(family=family, num_dense_layers=1, num_shared_experts=2)
+    made = config({"family": family, "experts.num_dense_layers": 1, "experts.num_shared": 2})
     assert mixture_layers(made) == range(1, 3)
     weights = {name: p.numel() for name, p in build_model(made, seed=1).named_parameters()}
     assert num_parameters(made) == sum(weights.values())
@@ -256,9 +260,9 @@ def test_counted_parameters_are_those_of_the_model(family: str) -> None:
 
 def test_experts_may_stand_in_every_other_block() -> None:
     """Qwen's decoder_sparse_step: block i has experts where i + 1 is a multiple."""
-    made = config(num_layers=6, expert_interval=2)
+    made = config({"num_layers": 6, "experts.interval": 2})
     assert list(mixture_layers(made)) == [1, 3, 5]
-    assert list(mixture_layers(made.model_copy(update={"num_dense_layers": 2}))) == [3, 5]
+    assert list(mixture_layers(with_value(made, "experts.num_dense_layers", 2))) == [3, 5]
     model = build_model(made, seed=1)
     assert [hasattr(block.feed_forward, "router") for block in model.layers.values()] == [False, True] * 3
 
@@ -269,7 +273,7 @@ def test_recomputed_routing_is_identical() -> None:
 
     results = []
     for mode in ("none", "full", "feed_forward", "budget"):
-        model = build_model(config(expert_capacity=1.0, router_z_loss=0.01, dropout=0.1), seed=1)
+        model = build_model(config({"experts.capacity": 1.0, "router.z_loss": 0.01, "dropout": 0.1}), seed=1)
         apply_recompute(model, TrainConfig.model_validate({"activation_checkpointing": mode}))
         routers = [m for m in model.modules() if isinstance(m, Router)]
         for made in routers:

@@ -27,7 +27,7 @@ MODES: list[dict[str, Any]] = [
 
 
 def model_with(mode: dict[str, Any], family: str = "llama") -> nn.Module:
-    config = run_config(family, ONE_PROCESS, model={"dropout": 0.1, "attention_dropout": 0.1})
+    config = run_config(family, ONE_PROCESS, model={"dropout": 0.1, "attention.dropout": 0.1})
     model = build_model(config.model, seed=3).train()
     apply_recompute(model, TrainConfig.model_validate(mode))
     return model
@@ -113,8 +113,8 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
 
 def test_a_budget_meets_experts_without_rows() -> None:
     # a width for which experts are multiplied one by one
-    model = {"num_experts": 8, "experts_per_token": 1, "router_normalize": False, "expert_hidden_size": 3}
-    model["router_balance_loss"] = 0.0
+    model = {"experts.num_experts": 8, "experts.per_token": 1, "router.normalize": False, "experts.hidden_size": 3}
+    model["router.balance_loss"] = 0.0
     train = {"activation_checkpointing": "budget", "activation_budget": 0.5}
     config = run_config("llama", ONE_PROCESS, model=model, train=train)
     net = build_model(config.model, config.train.seed)

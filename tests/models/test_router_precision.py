@@ -5,12 +5,11 @@ from torch import nn
 
 from megatrain.models.parts.mixture import Router
 from megatrain.parallel.layers import Layers
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from tests.configs import model_spec
 
 
 def test_a_router_of_16_bit_weights_has_fp32_logits() -> None:
-    config = resolve_model(ModelConfig(hidden_size=64, num_heads=4, num_experts=8, experts_per_token=2))
+    config = model_spec({"hidden_size": 64, "attention.num_heads": 4, "experts.num_experts": 8})
     router = Router(config, Layers())
     generator = torch.Generator().manual_seed(0)
     router.weight = nn.Parameter(torch.randn(8, 64, generator=generator).bfloat16())

@@ -11,6 +11,8 @@ from megatrain.models.build import build_model
 from megatrain.optim.lion import Lion
 from megatrain.optim.muon import orthogonalize
 from megatrain.optim.optimizer import build_optimizer, parameter_groups
+from megatrain.spec.parameter import Parameter, Role
+from megatrain.spec.parts import parameters
 from tests.layouts import ONE_PROCESS, run_config
 
 
@@ -52,10 +54,17 @@ ROWS = {"queries": (0, 1, 2, 3, 8, 9, 10, 11), "keys": (4, 5, 12, 13), "values":
 @pytest.mark.parametrize("split", [True, False])
 def test_muon_orthogonalises_queries_keys_and_values_by_themselves(split: bool) -> None:
     """Against the iteration's polynomial applied to singular values, of a real model's fused matrix."""
-    shape = {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "ffn_hidden_size": 12}
-    model = build_model(run_config("llama", ONE_PROCESS, model=shape).model, seed=1).double()
+    shape = {
+        "hidden_size": 8,
+        "attention.num_heads": 4,
+        "attention.num_kv_heads": 2,
+        "num_layers": 1,
+        "feed_forward.hidden_size": 12,
+    }
+    spec = run_config("llama", ONE_PROCESS, model=shape).model
+    model = build_model(spec, seed=1).double()
     config = OptimizerConfig(name="muon", lr=0.1, weight_decay=0.5, muon_split_qkv=split)
-    optimizer = build_optimizer(list(model.named_parameters()), config)
+    optimizer = build_optimizer(list(model.named_parameters()), config, parameters(spec))
     weight = model.layers["0"].attention.query_key_value.weight
     expected = weight.detach() * (1 - 0.1 * 0.5)
     torch.manual_seed(0)
@@ -80,7 +89,11 @@ def test_adafactor_is_torchs() -> None:
     mine = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     theirs = [nn.Parameter(value.clone()) for value in start.values()]
     groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
-    a = build_optimizer(list(mine.items()), config)
+    table = {
+        "layers.0.feed_forward.up.weight": Parameter("up", (12, 5), Role.MATRIX, "normal"),
+        "final_norm.weight": Parameter("norm", (5,), Role.NORM, "ones"),
+    }
+    a = build_optimizer(list(mine.items()), config, table)
     b = torch.optim.Adafactor(groups, lr=1e-2, eps=(1e-30, 1e-3))
     for _ in range(6):
         for ours, other in zip(mine.values(), theirs, strict=True):
@@ -96,7 +109,8 @@ def test_muons_adamw_is_torchs() -> None:
     config = OptimizerConfig(name="muon", lr=1e-2)
     torch.manual_seed(0)
     mine, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    a = build_optimizer([("final_norm.weight", mine)], config)
+    table = {"final_norm.weight": Parameter("final_norm.weight", (5,), Role.NORM, "ones")}
+    a = build_optimizer([("final_norm.weight", mine)], config, table)
     b = torch.optim.AdamW([theirs], lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0)
     for _ in range(4):
         mine.grad = torch.randn(5)
@@ -107,10 +121,11 @@ def test_muons_adamw_is_torchs() -> None:
 
 
 def groups_of(**options: object) -> dict[str, dict]:
-    model = build_model(run_config("llama", ONE_PROCESS).model, seed=1)
+    spec = run_config("llama", ONE_PROCESS).model
+    model = build_model(spec, seed=1)
     names = {parameter: name for name, parameter in model.named_parameters()}
     config = OptimizerConfig.model_validate(options)
-    groups = parameter_groups(list(model.named_parameters()), config)
+    groups = parameter_groups(list(model.named_parameters()), config, parameters(spec))
     assert sum(len(group["params"]) for group in groups) == len(names)
     return {names[parameter]: group for group in groups for parameter in group["params"]}
 

@@ -15,9 +15,9 @@ from tests.parallel.test_layouts import LOSS, NORM, WEIGHT
 from tests.pool import Pool
 
 # masks that depend on positions and heads: a rank that is wrong about either has other losses
-DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
+DROPOUT = {"dropout": 0.1, "attention.dropout": 0.1}
 # what each family has in the layouts: llama one key/value head for four queries, which no axis divides
-MODELS = {"gpt": {"num_kv_heads": 4}, "llama": {"num_kv_heads": 1}}
+MODELS = {"gpt": {"attention.num_kv_heads": 4}, "llama": {"attention.num_kv_heads": 1}}
 
 
 def layouts(family: str) -> list[Layout]:

@@ -36,7 +36,7 @@ SMALLEST = {axis.name: int(axis.name == "reduce_bucket_size") for axis in ZERO_K
 MIDDLE = {name: raw(name, "number") for name in SMALLEST}  # between the sizes of weights: some are larger
 HUGE = dict.fromkeys(SMALLEST, 10**30)
 OVERLAP = {"overlap_comm": True}
-MIXTURE = {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 16}
+MIXTURE = {"experts.num_experts": 8, "experts.per_token": 2, "experts.hidden_size": 16}
 WEIGHT = 1e-5  # as in test_matrix.py
 
 

@@ -19,14 +19,14 @@ WEIGHT = 5e-3
 
 # every option of the model that the families' own defaults leave out
 OPTIONS = {
-    "head_width": 16,
-    "attention_bias": True,
+    "attention.head_width": 16,
+    "attention.bias": True,
     "vocab_size": VOCAB_SIZE + 4,
     "vocab_padding": 4,
     "tie_embeddings": True,
-    "rope_scaling": "llama3",
-    "rope_scaling_factor": 4.0,
-    "rope_original_max_seq_len": 8,
+    "rope.scaling": "llama3",
+    "rope.factor": 4.0,
+    "rope.original_max_seq_len": 8,
 }
 
 
@@ -106,7 +106,7 @@ def test_documents_in_any_layout_equal_one_process(pool: Pool, family: str, layo
 
 @pytest.mark.parametrize("layout", [DOCUMENT_LAYOUTS[1], DOCUMENT_LAYOUTS[3]], ids=str)
 def test_documents_one_by_one_in_any_layout_equal_the_dense_mask(pool: Pool, layout: Layout) -> None:
-    model = {**options("llama", 3), "document_attention": "per_document"}
+    model = {**options("llama", 3), "attention.documents": "per_document"}
     check_equal(pool, "llama", layout, documents=True, model=model)
 
 

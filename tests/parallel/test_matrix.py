@@ -18,6 +18,7 @@ import torch
 
 from megatrain.config.rules.check import check
 from megatrain.config.rules.compatibility import AXES
+from megatrain.spec.keys import flat
 from tests.covering import (
     GPU_ONLY,
     IN_SAMPLE,
@@ -80,12 +81,13 @@ def layout_of(case: Case) -> Layout:
 def config_of(case: Case, folder: str) -> Any:
     """The resolved config of a case."""
     values = sections(case)
+    values["model"] = flat(values["model"])
     values.pop("parallel")  # the layout says it
-    if case["num_experts"] != "null":
-        values["model"] |= {"experts_per_token": 2, "expert_hidden_size": 16}
+    if case["num_experts"] != "0":
+        values["model"] |= {"experts.per_token": 2, "experts.hidden_size": 16}
     if case["optimizer"] in ("lion", "adafactor"):  # a key's bias has a gradient of zero but for rounding,
         # of which Lion takes the sign, and Adafactor divides it by its own size
-        values["model"]["attention_bias"] = False
+        values["model"]["attention.bias"] = False
     values["optimizer"] |= OPTIMIZERS.get(case["optimizer"], OPTIMIZERS[""])
     if "nvme" in (case["offload_optimizer"], case["offload_parameters"]):
         values["offload"] |= {"nvme_path": folder}

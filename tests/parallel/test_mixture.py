@@ -19,27 +19,27 @@ from tests.pool import Pool
 # where lr * g / |g| would turn the rounding of a gradient near zero into a step of full length.
 OPTIMIZER = {"eps": 1e-2}
 WEIGHT = 1e-5  # so the weights follow as closely as the losses
-COMMON: dict[str, Any] = {"num_layers": 4, "num_dense_layers": 1, "expert_hidden_size": 16, "dropout": 0.1}
+COMMON: dict[str, Any] = {"num_layers": 4, "experts.num_dense_layers": 1, "experts.hidden_size": 16, "dropout": 0.1}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON
     | {
-        "num_experts": 4,
-        "experts_per_token": 2,
-        "num_shared_experts": 1,
-        "router_balance_loss": 0.1,
-        "router_z_loss": 0.01,
+        "experts.num_experts": 4,
+        "experts.per_token": 2,
+        "experts.num_shared": 1,
+        "router.balance_loss": 0.1,
+        "router.z_loss": 0.01,
     },
     "gpt": COMMON
     | {
-        "num_experts": 8,
-        "experts_per_token": 3,
-        "router_score": "sigmoid",
-        "router_scale": 1.5,
-        "router_groups": 4,
-        "router_groups_per_token": 2,
-        "router_balance_rate": 0.01,
-        "router_balance_loss": 0.01,
-        "expert_capacity": 1.0,
+        "experts.num_experts": 8,
+        "experts.per_token": 3,
+        "router.score": "sigmoid",
+        "router.scale": 1.5,
+        "router.groups": 4,
+        "router.groups_per_token": 2,
+        "router.balance_rate": 0.01,
+        "router.balance_loss": 0.01,
+        "experts.capacity": 1.0,
     },
 }
 # The sequences are padded, as what is counted over one depends on how much of it is no padding.

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatrain.config.reading.fields import with_value
+
 
 def modules(engine: Any, kind: type) -> list[nn.Module]:
     return [module for module in engine.model.modules() if isinstance(module, kind)]
@@ -133,8 +135,8 @@ def in_place_of(name: str, other: Callable[..., Any]) -> Any:
 
 
 def move_biases_the_wrong_way(engine: Any) -> None:
-    rate = engine.config.model.router_balance_rate
-    model = engine.routers.config.model_copy(update={"router_balance_rate": -rate})
+    rate = engine.config.model.router.balance_rate
+    model = with_value(engine.routers.config, "router.balance_rate", -rate)
     engine.routers.config = model
 
 

@@ -159,7 +159,16 @@ def test_an_experts_gradient_summed_over_the_wrong_group(pool: Pool) -> None:
 
 
 def test_the_program_says_equal_and_refuses(tmp_path: Path) -> None:
-    small = ["--model.num_layers", "2", "--model.hidden_size", "32", "--model.num_heads", "4", "--data.seq_len", "16"]
+    small = [
+        "--model.num_layers",
+        "2",
+        "--model.hidden_size",
+        "32",
+        "--model.attention.num_heads",
+        "4",
+        "--data.seq_len",
+        "16",
+    ]
     command = [sys.executable, "launch/parity.py", "--layout", "pp=2", *small, "--precision.dtype", "bf16"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)

@@ -31,7 +31,7 @@ LAYOUTS = [
 MODEL_OF = {
     "gpt": ("gpt", {}),
     "llama": ("llama", {}),
-    "qwen3": ("qwen3", {"model": {"dropout": 0.1, "attention_dropout": 0.1}}),
+    "qwen3": ("qwen3", {"model": {"dropout": 0.1, "attention.dropout": 0.1}}),
     "gpt mixture": ("gpt", {"model": MODELS["gpt"]}),
     "llama mixture": ("llama", {"model": MODELS["llama"]}),
     "recomputed": ("llama", {"train": {"activation_checkpointing": "full", "micro_batch_size": 1}}),
@@ -59,7 +59,7 @@ def test_right_layouts_raise_no_alarm(pool: Pool, model: str, dtype: str, optimi
 
 def goes_together(family: str, layout: Layout, sections: dict[str, Any]) -> bool:
     """Whether the rules have the config (experts' ranks without experts, Muon under ZeRO 3)."""
-    if layout.ep > 1 and not sections.get("model", {}).get("num_experts"):
+    if layout.ep > 1 and not sections.get("model", {}).get("experts.num_experts"):
         return False
     try:
         config = run_config(

@@ -14,8 +14,8 @@ from megatrain.checkpoint.store.errors import StorageError
 from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import OptimizerConfig, RunConfig
 from megatrain.record.run_folder import RunFolder, RunFolderError, other_versions, require_steps_left, versions
-from megatrain.spec.schema import ModelConfig
 from megatrain.train.run import require_room
+from tests.configs import model_spec
 
 
 def config_in(tmp_path: Path) -> RunConfig:
@@ -89,7 +89,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW keeps a weight and two moments of each parameter, four bytes each; Lion one moment."""
-    config = config_in(tmp_path).model_copy(update={"model": ModelConfig(vocab_size=100, num_layers=1)})
+    config = config_in(tmp_path).model_copy(update={"model": model_spec({"vocab_size": 100, "num_layers": 1})})
     D, F = 256, 704
     parameters = 2 * 100 * D + D + 4 * D * D + 3 * D * F + 2 * D
     for optimizer, need in (("adamw", 12 * parameters), ("lion", 8 * parameters)):

@@ -11,24 +11,34 @@ from megatrain.data.feed.rows import Batch
 from megatrain.models.build import build_model
 from megatrain.record.throughput import Work, tokens_and_pairs
 from megatrain.spec.counts import flops_per_token
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
+from tests.configs import model_spec
 
 B, S = 2, 12
-SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "vocab_size": 40, "max_seq_len": 32}
-MIXTURE: dict[str, Any] = {"num_experts": 5, "experts_per_token": 2, "expert_hidden_size": 7}  # odd: one by one
+SIZES: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 16,
+    "attention.num_heads": 4,
+    "vocab_size": 40,
+    "max_seq_len": 32,
+}
+MIXTURE: dict[str, Any] = {
+    "experts.num_experts": 5,
+    "experts.per_token": 2,
+    "experts.hidden_size": 7,
+}  # odd: one by one
 MODELS: dict[str, dict[str, Any]] = {
     "gpt": {"family": "gpt"},
     "gpt-untied": {"family": "gpt", "tie_embeddings": False},
-    "llama-grouped": {"num_kv_heads": 2, "ffn_hidden_size": 24},
-    "llama-tied": {"tie_embeddings": True, "head_width": 6, "attention_bias": True},
-    "qwen3": {"family": "qwen3", "num_kv_heads": 1, "head_width": 10, "vocab_padding": 8},
-    "mixture": {**MIXTURE, "num_shared_experts": 2, "num_dense_layers": 1, "router_score": "sigmoid"},
-    "gpt-mixture": {**MIXTURE, "family": "gpt", "expert_interval": 2, "router_balance_loss": 0.1},
+    "llama-grouped": {"attention.num_kv_heads": 2, "feed_forward.hidden_size": 24},
+    "llama-tied": {"tie_embeddings": True, "attention.head_width": 6, "attention.bias": True},
+    "qwen3": {"family": "qwen3", "attention.num_kv_heads": 1, "attention.head_width": 10, "vocab_padding": 8},
+    "mixture": {**MIXTURE, "experts.num_shared": 2, "experts.num_dense_layers": 1, "router.score": "sigmoid"},
+    "gpt-mixture": {**MIXTURE, "family": "gpt", "experts.interval": 2, "router.balance_loss": 0.1},
 }
 
 
-def counted(model: ModelConfig, positions: torch.Tensor | None = None) -> int:
+def counted(model: ModelSpec, positions: torch.Tensor | None = None) -> int:
     """What torch counts of a step, with attention as plain products: fused kernels compute scores twice."""
     made = build_model(model, seed=1)
     tokens = torch.randint(0, 32, (B, S), generator=torch.Generator().manual_seed(0))
@@ -39,12 +49,12 @@ def counted(model: ModelConfig, positions: torch.Tensor | None = None) -> int:
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_operations_are_those_that_torch_counts(fields: dict[str, Any]) -> None:
-    model = resolve_model(ModelConfig.model_validate({**SIZES, **fields}))
+    model = model_spec({**SIZES, **fields})
     assert flops_per_token(model, S) * B * S == counted(model)
 
 
 def test_masked_documents_count_by_their_lengths() -> None:
-    model = resolve_model(ModelConfig.model_validate({**SIZES, "document_attention": "per_document"}))
+    model = model_spec({**SIZES, "attention.documents": "per_document"})
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
     batch = Batch(positions, positions, torch.arange(B), positions, torch.zeros(B, dtype=torch.int64))
     assert tokens_and_pairs(batch) == (24, 25 + 49 + 1 + 4 + 81)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.configs import run_config_of
+
 Run = Callable[..., Path]
 
 
@@ -51,7 +53,6 @@ def _start(sections: dict[str, Any]) -> Path:
     """One start of a run, as train/run.py makes it, in a process group that is there already."""
     from megatrain.config.derive import resolve
     from megatrain.config.rules.check import check
-    from megatrain.config.schema import RunConfig
     from megatrain.data.feed.training import TrainingData
     from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.record.run_folder import RunFolder
@@ -59,7 +60,7 @@ def _start(sections: dict[str, Any]) -> Path:
     from megatrain.train.loop import Trainer
     from tests.layouts import build_engine
 
-    asked = RunConfig.model_validate(sections)
+    asked = run_config_of(sections)
     assert (problems := check(asked, 1)) == [], problems
     config = resolve(asked, 1)
     RunFolder.of(config).prepare(config)

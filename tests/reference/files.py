@@ -58,6 +58,14 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
     return json.loads((folder / "manifest.json").read_text())["state"], arrays
 
 
+def dotted(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as docs/config.md names their keys: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for name, value in sections.items():
+        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The resolved config of a run. YAML 1.2 has numbers like 1e-05, which PyYAML takes for text."""
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 def mixture_blocks(model: dict[str, Any]) -> list[int]:
     """Blocks with experts: after the dense ones, the last of every ``expert_interval`` blocks."""
-    if not model["num_experts"]:
+    if not model["experts.num_experts"]:
         return []
-    blocks, every = range(model["num_dense_layers"], model["num_layers"]), model["expert_interval"]
+    blocks, every = range(model["experts.num_dense_layers"], model["num_layers"]), model["experts.interval"]
     return [block for block in blocks if (block + 1) % every == 0]
 
 
@@ -33,8 +33,10 @@ def shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _block(model: dict[str, Any], mixture: bool) -> dict[str, tuple[int, ...]]:
-    D, H, G, K = (model[key] for key in ("hidden_size", "num_heads", "num_kv_heads", "head_width"))
-    gpt, bias = model["family"] == "gpt", model["attention_bias"]
+    D, H, G, K = (
+        model[key] for key in ("hidden_size", "attention.num_heads", "attention.num_kv_heads", "attention.head_width")
+    )
+    gpt, bias = model["family"] == "gpt", model["attention.bias"]
     found = _norm("attention_norm", D, gpt) | _norm("feed_forward_norm", D, gpt)
     found |= _linear("attention.query_key_value", D, (H + 2 * G) * K, bias) | _linear(
         "attention.output", H * K, D, bias
@@ -42,13 +44,13 @@ def _block(model: dict[str, Any], mixture: bool) -> dict[str, tuple[int, ...]]:
     if model["family"] == "qwen3":
         found |= {"attention.query_norm.weight": (K,), "attention.key_norm.weight": (K,)}
     if not mixture:
-        return found | _feed_forward("feed_forward", D, model["ffn_hidden_size"], gpt)
-    E, F = model["num_experts"], model["expert_hidden_size"] or model["ffn_hidden_size"]
+        return found | _feed_forward("feed_forward", D, model["feed_forward.hidden_size"], gpt)
+    E, F = model["experts.num_experts"], model["experts.hidden_size"] or model["feed_forward.hidden_size"]
     found |= {"feed_forward.router.weight": (E, D), "feed_forward.experts.down": (E, F, D)}
     for name in ("up",) if gpt else ("up", "gate"):
         found[f"feed_forward.experts.{name}"] = E, D, F
-    if model["num_shared_experts"]:
-        found |= _feed_forward("feed_forward.shared", D, F * model["num_shared_experts"], gpt)
+    if model["experts.num_shared"]:
+        found |= _feed_forward("feed_forward.shared", D, F * model["experts.num_shared"], gpt)
     return found
 
 

@@ -95,7 +95,7 @@ def _norm(model: dict[str, Any], weights: dict[str, Tensor], name: str, x: Tenso
     """LayerNorm (Ba et al. 2016) in GPT, RMSNorm (Zhang & Sennrich 2019) in the others."""
     if model["family"] == "gpt":
         x = x - x.mean(-1, keepdim=True)
-    normed = x / (x.square().mean(-1, keepdim=True) + model["norm_eps"]).sqrt() * weights[f"{name}.weight"]
+    normed = x / (x.square().mean(-1, keepdim=True) + model["norm.eps"]).sqrt() * weights[f"{name}.weight"]
     return normed + weights[f"{name}.bias"] if model["family"] == "gpt" else normed
 
 
@@ -103,7 +103,7 @@ def _attention(
     model: dict[str, Any], weights: dict[str, Tensor], name: str, x_BSD: Tensor, places: Places, dropout: Dropout
 ) -> Tensor:
     """Vaswani et al. 2017, eq. 1, group by group (Ainslie et al. 2023): its queries, its key, its value."""
-    groups, K = model["num_kv_heads"], model["head_width"]
+    groups, K = model["attention.num_kv_heads"], model["attention.head_width"]
     rows = linear(weights, f"{name}.attention.query_key_value", x_BSD).unflatten(-1, (groups, -1, K))
     query, key, value = rows[..., :-2, :], rows[..., -2, :], rows[..., -1, :]  # B, S, G, (queries,) K
     query = query.flatten(2, 3)

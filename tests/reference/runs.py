@@ -9,7 +9,7 @@ CORPORA = {"large": 3000, "small": 1200, "held_out": 700}  # tokens
 
 # Wide initial weights: attention is far from uniform, so its scale and positions count in the loss.
 BASE: Sections = {
-    "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "max_seq_len": 64,
+    "model": {"num_layers": 2, "hidden_size": 32, "attention.num_heads": 4, "vocab_size": VOCAB, "max_seq_len": 64,
               "init_std": 0.15},
     "precision": {"dtype": "fp32"},
     "parallel": {"zero_stage": 0},
@@ -26,41 +26,41 @@ RULES = [
     {"pattern": "layers.*.attention.output.weight", "lr_scale": 0.25, "weight_decay": 1.0},
 ]
 SOFTMAX = {
-    "num_experts": 4,
-    "experts_per_token": 2,
-    "expert_hidden_size": 24,
-    "num_shared_experts": 1,
-    "expert_capacity": 0.8,
-    "router_balance_loss": 0.3,
-    "router_z_loss": 0.05,
-    "router_scale": 1.5,
+    "experts.num_experts": 4,
+    "experts.per_token": 2,
+    "experts.hidden_size": 24,
+    "experts.num_shared": 1,
+    "experts.capacity": 0.8,
+    "router.balance_loss": 0.3,
+    "router.z_loss": 0.05,
+    "router.scale": 1.5,
 }
 SIGMOID = {
-    "num_experts": 8,
-    "experts_per_token": 3,
-    "expert_hidden_size": 16,
-    "num_shared_experts": 2,
-    "router_score": "sigmoid",
-    "router_groups": 4,
-    "router_groups_per_token": 2,
-    "router_balance_loss": 0.3,
-    "router_balance_rate": 0.05,
+    "experts.num_experts": 8,
+    "experts.per_token": 3,
+    "experts.hidden_size": 16,
+    "experts.num_shared": 2,
+    "router.score": "sigmoid",
+    "router.groups": 4,
+    "router.groups_per_token": 2,
+    "router.balance_loss": 0.3,
+    "router.balance_rate": 0.05,
 }
 # both ends of the transition lie between two frequencies
-YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_theta": 100.0, "rope_beta_fast": 3.0}
+YARN = {"rope.scaling": "yarn", "rope.factor": 4.0, "rope.theta": 100.0, "rope.beta_fast": 3.0}
 LONGROPE = {
-    "rope_scaling": "longrope",
-    "rope_scaling_factor": 4.0,
-    "rope_original_max_seq_len": 16,
-    "rope_short_factors": [1.0, 1.2, 1.5, 2.0],
-    "rope_long_factors": [1.1, 1.7, 3.0, 4.0],
+    "rope.scaling": "longrope",
+    "rope.factor": 4.0,
+    "rope.original_max_seq_len": 16,
+    "rope.short_factors": [1.0, 1.2, 1.5, 2.0],
+    "rope.long_factors": [1.1, 1.7, 3.0, 4.0],
 }
-LLAMA3 = {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_original_max_seq_len": 32,
-          "rope_theta": 100.0}  # fmt: skip
+LLAMA3 = {"rope.scaling": "llama3", "rope.factor": 8.0, "rope.original_max_seq_len": 32,
+          "rope.theta": 100.0}  # fmt: skip
 
 RUNS: dict[str, Sections] = {
     "gpt: adamw, cosine, masked documents, dropout, ramp, rules, clipping": {
-        "model": {"family": "gpt", "dropout": 0.2, "attention_dropout": 0.3},
+        "model": {"family": "gpt", "dropout": 0.2, "attention.dropout": 0.3},
         "optimizer": {"rules": RULES, "weight_decay": 0.5, "grad_clip": 0.5, "beta2": 0.9},
         "schedule": {"warmup_steps": 3, "min_lr_ratio": 0.2, "decay_steps": 5},
         "data": {"sequences": "mask_documents"},
@@ -68,13 +68,14 @@ RUNS: dict[str, Sections] = {
                                                         {"until_step": 2, "global_batch_size": 4}]},
     },
     "llama: lion, linear, packed documents, grouped queries, llama3": {
-        "model": {"family": "llama", "num_kv_heads": 2, "dropout": 0.1, **LLAMA3},
+        "model": {"family": "llama", "attention.num_kv_heads": 2, "dropout": 0.1, **LLAMA3},
         "optimizer": {"name": "lion", "lr": 3e-3, "beta2": 0.8, "weight_decay": 1.0, "grad_clip": 0.0},
         "schedule": {"name": "linear", "warmup_steps": 1, "min_lr_ratio": 0.0},
         "data": {"sequences": "pack_documents"},
     },
     "llama: adafactor, inverse square root, two sources, tied": {
-        "model": {"family": "llama", "tie_embeddings": True, "vocab_size": 104, "vocab_padding": 8, "num_kv_heads": 1},
+        "model": {"family": "llama", "tie_embeddings": True, "vocab_size": 104, "vocab_padding": 8,
+                  "attention.num_kv_heads": 1},
         "optimizer": {"name": "adafactor", "lr": 3e-2, "rules": RULES[1:], "grad_clip": 10.0},
         "schedule": {"name": "inverse_sqrt", "warmup_steps": 2, "min_lr_ratio": 0.6},
         "data": {"eod_loss": False, "train": {"a": {"path": "large", "weight": "3/7"}, "b": {"path": "small"}},
@@ -84,15 +85,15 @@ RUNS: dict[str, Sections] = {
         "train": {"steps": 6, "activation_checkpointing": "full"},
     },
     "qwen3: muon, wsd, one document, yarn": {
-        "model": {"family": "qwen3", "head_width": 12, "num_kv_heads": 2, "norm_eps": 1e-2, "attention_dropout": 0.2,
-                  **YARN},
+        "model": {"family": "qwen3", "attention.head_width": 12, "attention.num_kv_heads": 2, "norm.eps": 1e-2,
+                  "attention.dropout": 0.2, **YARN},
         "optimizer": {"name": "muon", "rules": RULES, "muon_momentum": 0.8, "grad_clip": 1.0, "weight_decay": 0.3},
         "schedule": {"name": "wsd", "warmup_steps": 2, "decay_steps": 3, "min_lr_ratio": 0.1},
         "data": {"sequences": "one_document"},
         "train": {"steps": 5},
     },
     "softmax mixture of llama: adamw, constant, eod loss in masks": {
-        "model": {"family": "llama", "dropout": 0.1, "num_layers": 3, "num_dense_layers": 1, **SOFTMAX},
+        "model": {"family": "llama", "dropout": 0.1, "num_layers": 3, "experts.num_dense_layers": 1, **SOFTMAX},
         "optimizer": {"weight_decay": 0.2, "grad_clip": 0.3},
         "schedule": {"name": "constant", "warmup_steps": 2},
         "data": {"sequences": "mask_documents", "eod_loss": True},
@@ -100,27 +101,27 @@ RUNS: dict[str, Sections] = {
                                                                 "global_batch_size": 8}]},
     },
     "sigmoid mixture of gpt: muon, balance bias, groups": {
-        "model": {"family": "gpt", **SIGMOID, "expert_interval": 2},
+        "model": {"family": "gpt", **SIGMOID, "experts.interval": 2},
         "optimizer": {"name": "muon"},
         "schedule": {"warmup_steps": 1, "decay_steps": 6},
         "train": {"eval_every": 2},
     },
     "sigmoid mixture of qwen3: lion, gates as they are, packed documents, longrope": {
-        "model": {"family": "qwen3", **LONGROPE, **SIGMOID, "router_normalize": False, "expert_capacity": 1.0,
-                  "num_shared_experts": 0, "experts_per_token": 2},
+        "model": {"family": "qwen3", **LONGROPE, **SIGMOID, "router.normalize": False, "experts.capacity": 1.0,
+                  "experts.num_shared": 0, "experts.per_token": 2},
         "optimizer": {"name": "lion", "lr": 2e-3},
         "data": {"sequences": "pack_documents"},
         "train": {"micro_batch_size": 4},
     },
     "llama: adamw, dynamic, documents by a kernel of their own": {
-        "model": {"family": "llama", "attention_bias": True, "document_attention": "per_document",
-                  "rope_scaling": "dynamic", "rope_scaling_factor": 3.0, "rope_original_max_seq_len": 16},
+        "model": {"family": "llama", "attention.bias": True, "attention.documents": "per_document",
+                  "rope.scaling": "dynamic", "rope.factor": 3.0, "rope.original_max_seq_len": 16},
         "optimizer": {"eps": 1e-2, "beta1": 0.5, "rules": [{"pattern": "*.bias", "weight_decay": 0.2}]},
         "data": {"sequences": "mask_documents", "eod_loss": True},
         "train": {"steps": 3},
     },
     "llama: adamw, linear positions": {
-        "model": {"family": "llama", "rope_scaling": "linear", "rope_scaling_factor": 2.0, "num_kv_heads": 2},
+        "model": {"family": "llama", "rope.scaling": "linear", "rope.factor": 2.0, "attention.num_kv_heads": 2},
         "train": {"steps": 2, "eval_batches": 1},
     },
 }  # fmt: skip

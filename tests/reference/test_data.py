@@ -9,6 +9,7 @@ from megatrain.config.derive import resolve
 from megatrain.config.schema import RunConfig
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.feed.validation import num_batches, validation_loader, validation_sets
+from tests.configs import run_config_of
 from tests.data.factory import random_documents, write_documents
 from tests.reference.trainer import Trainer
 
@@ -55,9 +56,9 @@ def config_of(data: dict[str, Any], steps: int) -> RunConfig:
     sections = {
         "data": {"seq_len": 16, "seed": 3, **data},
         "train": {"steps": steps, "global_batch_size": 4, "ramp": RAMP, "eval_batches": 1000},
-        "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "vocab_size": VOCAB, "max_seq_len": 16},
+        "model": {"num_layers": 1, "hidden_size": 8, "attention.num_heads": 1, "vocab_size": VOCAB, "max_seq_len": 16},
     }
-    return resolve(RunConfig.model_validate(sections), 1)
+    return resolve(run_config_of(sections), 1)
 
 
 def require_same_batches(config: RunConfig) -> None:

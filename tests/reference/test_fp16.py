@@ -19,8 +19,14 @@ from tests.reference.scaler import LossScaler
 BANDS = Bands(loss=2e-5, norm=1e-3, update=2e-2, moment=3e-2)
 GPT = {"family": "gpt", "dropout": 0.1, "init_std": 0.05}
 # initial weights with which no token is so near to another expert that FP16 sends it there
-MIXTURE = {"family": "llama", "init_std": 0.11, "num_dense_layers": 1, "num_experts": 4, "expert_hidden_size": 16}
-MIXTURE |= {"router_balance_loss": 0.0, "router_z_loss": 0.3, "router_balance_rate": 0.05}
+MIXTURE = {
+    "family": "llama",
+    "init_std": 0.11,
+    "experts.num_dense_layers": 1,
+    "experts.num_experts": 4,
+    "experts.hidden_size": 16,
+}
+MIXTURE |= {"router.balance_loss": 0.0, "router.z_loss": 0.3, "router.balance_rate": 0.05}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,10 @@ def test_scale_over_a_long_pattern_of_overflows(world: None, window: int, hyster
     """Steps whose gradients are made infinite, or left as they are, at random."""
     precision = {"dtype": "fp16", "loss_scale_window": window, "loss_scale_hysteresis": hysteresis}
     precision |= {"initial_loss_scale": 2.0**10}
-    train, model = {"steps": 100, "micro_batch_size": 16}, {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8}
+    train, model = (
+        {"steps": 100, "micro_batch_size": 16},
+        {"num_layers": 1, "hidden_size": 8, "feed_forward.hidden_size": 8},
+    )
     config = run_config("llama", Layout(), model=model, precision=precision, train=train)
     random, scaler = np.random.default_rng(window), LossScaler(config.precision.model_dump())
     engine = build_engine(config)

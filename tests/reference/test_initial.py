@@ -7,30 +7,37 @@ import pytest
 import torch
 
 from megatrain.models.build import build_model
-from megatrain.spec.derive import resolve_model
-from megatrain.spec.schema import ModelConfig
+from tests.configs import model_spec
+from tests.reference.files import dotted
 from tests.reference.initial import initial_weights
 from tests.reference.runs import SIGMOID, SOFTMAX
 
-SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 96, "max_seq_len": 32}
+SIZES = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "attention.num_heads": 4,
+    "attention.num_kv_heads": 2,
+    "vocab_size": 96,
+    "max_seq_len": 32,
+}
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        {"family": "gpt", **SIGMOID, "expert_interval": 2},
-        {"family": "gpt", "tie_embeddings": False, "attention_bias": False},
-        {"family": "llama", **SOFTMAX, "num_dense_layers": 1, "expert_interval": 2},
-        {"family": "llama", "tie_embeddings": True, "attention_bias": True, "head_width": 12},
-        {"family": "qwen3", **SOFTMAX, "num_shared_experts": 0, "num_dense_layers": 3, "init_std": 0.5},
+        {"family": "gpt", **SIGMOID, "experts.interval": 2},
+        {"family": "gpt", "tie_embeddings": False, "attention.bias": False},
+        {"family": "llama", **SOFTMAX, "experts.num_dense_layers": 1, "experts.interval": 2},
+        {"family": "llama", "tie_embeddings": True, "attention.bias": True, "attention.head_width": 12},
+        {"family": "qwen3", **SOFTMAX, "experts.num_shared": 0, "experts.num_dense_layers": 3, "init_std": 0.5},
     ],
     ids=str,
 )
 def test_weights_of_a_seed(model: dict[str, Any]) -> None:
-    config = resolve_model(ModelConfig.model_validate({**SIZES, **model}))
+    config = model_spec({**SIZES, **model})
     for seed in (0, 11):
         ours = {name: weight.double() for name, weight in build_model(config, seed).named_parameters()}
-        expected = initial_weights(config.model_dump(), seed)
+        expected = initial_weights(dotted(config.model_dump()), seed)
         assert sorted(ours) == sorted(expected)
         for name, weight in ours.items():
             assert torch.equal(weight, expected[name]), name
@@ -38,9 +45,9 @@ def test_weights_of_a_seed(model: dict[str, Any]) -> None:
 
 def test_weights_are_normal_and_branches_end_smaller() -> None:
     """Radford et al. 2019, section 2.3. Each matrix' mean, deviation and fourth moment within five standard errors."""
-    model = {"num_layers": 2, "hidden_size": 128, "num_heads": 4, "vocab_size": 256, "init_std": 0.3}
-    own = {"num_experts": 4, "expert_interval": 2, "num_shared_experts": 1, "expert_hidden_size": 64}
-    config = resolve_model(ModelConfig.model_validate({"family": "gpt", **model, **own}))
+    model = {"num_layers": 2, "hidden_size": 128, "attention.num_heads": 4, "vocab_size": 256, "init_std": 0.3}
+    own = {"experts.num_experts": 4, "experts.interval": 2, "experts.num_shared": 1, "experts.hidden_size": 64}
+    config = model_spec({"family": "gpt", **model, **own})
     weights = dict(build_model(config, 3).named_parameters())
     matrices = {name: weight.detach().double().flatten() for name, weight in weights.items() if weight.dim() > 1}
     for name, values in matrices.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.reference.data_order import Blend, stages
 from tests.reference.dropout import Dropout
-from tests.reference.files import Corpus, read_corpus
+from tests.reference.files import Corpus, dotted, read_corpus
 from tests.reference.initial import initial_weights, mixture_blocks
 from tests.reference.model import Output, Places, run
 from tests.reference.optimizers import State, update_of
@@ -59,13 +59,13 @@ class Trainer:
     """``config``: of a run, resolved. ``steps`` trains it; ``weights``, ``kept`` and ``biases`` are what came out."""
 
     def __init__(self, config: dict[str, Any]):
-        self.config, self.model, data = config, config["model"], config["data"]
+        self.config, self.model, data = config, dotted(config["model"]), config["data"]
         self.weights = initial_weights(self.model, config["train"]["seed"])
         if config["precision"]["dtype"] == "fp16":  # DeepSpeed makes the FP32 weights of those of the step
             self.weights = {name: weight.half().double() for name, weight in self.weights.items()}
         self.kept: dict[str, State] = {name: {} for name in self.weights}
-        balanced = mixture_blocks(self.model) if self.model["router_balance_rate"] else []
-        zeros = torch.zeros(self.model["num_experts"] or 0, dtype=torch.float64)
+        balanced = mixture_blocks(self.model) if self.model["router.balance_rate"] else []
+        zeros = torch.zeros(self.model["experts.num_experts"] or 0, dtype=torch.float64)
         self.biases = dict.fromkeys(balanced, zeros)
         self.num_updates = 0
         self._scaler = LossScaler(config["precision"])
@@ -140,7 +140,7 @@ class Trainer:
         return found
 
     def _run(self, weights: dict[str, Tensor], batch: Batch) -> Output:
-        chances = (self.model[key] for key in ("dropout", "attention_dropout"))
+        chances = (self.model[key] for key in ("dropout", "attention.dropout"))
         hidden, scores = (Dropout(chance, self.config["train"]["seed"], batch.ids) for chance in chances)
         return run(
             self.model,
@@ -171,14 +171,14 @@ class Trainer:
         """Rows of a group's queries, key and value, where Muon takes these apart."""
         if not (self.config["optimizer"].get("muon_split_qkv") and name.endswith("query_key_value.weight")):
             return None
-        width = self.model["head_width"]
-        return [self.model["num_heads"] // self.model["num_kv_heads"] * width, width, width]
+        width = self.model["attention.head_width"]
+        return [self.model["attention.num_heads"] // self.model["attention.num_kv_heads"] * width, width, width]
 
     def _move_biases(self, output: Output) -> None:
         """Wang et al. 2024, algorithm 1: against the load of the whole batch."""
         for block, bias in self.biases.items():
             counts = output.routing[block].counts_E.double()
-            self.biases[block] = bias + self.model["router_balance_rate"] * (counts.mean() - counts).sign()
+            self.biases[block] = bias + self.model["router.balance_rate"] * (counts.mean() - counts).sign()
 
     def _overflows(self, output: Output, gradients: dict[str, Tensor]) -> bool:
         """Whether a scaled gradient leaves FP16's range; the case must be clear, for FP64 rounds nothing."""

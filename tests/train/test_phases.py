@@ -94,32 +94,32 @@ def test_fewer_steps_than_were_made_are_a_mistake(pool: Pool, folder: Path) -> N
 
 
 def test_a_resume_tells_what_differs_and_refuses_only_what_cannot_be_loaded(pool: Pool, folder: Path) -> None:
-    mixture = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 16}
+    mixture = {"experts.num_experts": 4, "experts.per_token": 2, "experts.hidden_size": 16}
     first = config_of(folder, model=mixture)
     assert pool.run(start, 1, first) == [""]
-    changed = {"expert_capacity": 2.0, "router_balance_rate": 0.01, "document_attention": "per_document"}
+    changed = {"experts.capacity": 2.0, "router.balance_rate": 0.01, "attention.documents": "per_document"}
     second = config_of(
         folder, steps=5, model={**mixture, **changed}, optimizer={"lr": 2e-2}, schedule={"warmup_steps": 1}
     )
     assert pool.run(start, 1, second) == [""]
     (told,) = records(folder, "resume")
     assert {(change["key"], change["before"], change["now"], change["numbers"]) for change in told["changes"]} == {
-        ("model.expert_capacity", None, 2.0, True),
-        ("model.router_balance_rate", 0.0, 0.01, True),
-        ("model.document_attention", "dense", "per_document", False),
+        ("model.experts.capacity", None, 2.0, True),
+        ("model.router.balance_rate", 0.0, 0.01, True),
+        ("model.attention.documents", "dense", "per_document", False),
         ("optimizer.lr", 1e-2, 2e-2, True),
         ("schedule.warmup_steps", 2, 1, True),
         ("train.steps", 4, 5, False),
     }
-    (text,) = pool.run(start, 1, config_of(folder, steps=6, model={**mixture, "num_experts": 8}))
-    assert "UnfitError" in text and "model.num_experts: 4 saved, 8 asked\n" in text
-    assert "model.router_balance_rate: 0.01 saved, 0.0 asked (may change)" in text
+    (text,) = pool.run(start, 1, config_of(folder, steps=6, model={**mixture, "experts.num_experts": 8}))
+    assert "UnfitError" in text and "model.experts.num_experts: 4 saved, 8 asked\n" in text
+    assert "model.router.balance_rate: 0.01 saved, 0.0 asked (may change)" in text
 
 
 def second_phase(folder: Path, what: str, **sections: dict[str, Any]) -> RunConfig:
     load = {"load": str(folder / "runs/first/checkpoints/step-00000004"), "load_what": what, "background": False}
     changes: dict[str, dict[str, Any]] = {
-        "model": {"num_layers": 1, "vocab_size": 304, "vocab_padding": 4, "max_seq_len": 32, "rope_theta": 5e5},
+        "model": {"num_layers": 1, "vocab_size": 304, "vocab_padding": 4, "max_seq_len": 32, "rope.theta": 5e5},
         "data": {"train": str(folder / "other"), "validation": {"a": str(folder / "data")}, "seq_len": 32, "seed": 5},
         "checkpoint": load,
     }
@@ -147,7 +147,7 @@ def test_a_second_phase_begins_anew_with_what_was_loaded(pool: Pool, folder: Pat
         assert loaded == f"loaded 10 weights, {moments}, the optimizer's update count (4)"
         assert left == ["not loaded: step 4 and the place in the data: both start anew"]
     assert grown == "rows 300 to 303 of the vocabulary are not in it: they keep their initial weights"
-    assert {change["key"] for change in resumed["changes"]} >= {"model.rope_theta", "data.seq_len", "model.vocab_size"}
+    assert {change["key"] for change in resumed["changes"]} >= {"model.rope.theta", "data.seq_len", "model.vocab_size"}
     # the run folder has checkpoints of its own by now: these count
     assert pool.run(start, 1, second_phase(folder, what, train={"steps": 4, "global_batch_size": 4})) == [""]
     assert [row["step"] for row in records(folder, "step", "second")] == [1, 2, 3, 4]

@@ -4,12 +4,14 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from megatrain.config.schema import RunConfig
-from megatrain.spec.section import PATTERNS
+from megatrain.spec.section import PATTERNS, Section
+
+Settings = TypeVar("Settings", bound=Section)
 
 _KINDS = {
     "integer": "a whole number",
@@ -43,27 +45,32 @@ class Field:
 @functools.cache
 def all_fields() -> dict[str, Field]:
     """Every field by its dotted key, in the schema's order."""
+    return {key: _field(key, entry) for key, entry in _entries() if "$ref" not in entry}
+
+
+def _entries() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schema's entry of each field and, before its fields, of each section, by dotted key."""
     schema = RunConfig.model_json_schema()
-    found = {}
-    for name, entry in schema["properties"].items():
-        if "$ref" in entry:
-            section = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
-            found.update(
-                {f"{name}.{key}": _field(f"{name}.{key}", inner) for key, inner in section["properties"].items()}
-            )
-        else:
-            found[name] = _field(name, entry)
+
+    def below(properties: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, entry in properties.items():
+            yield prefix + name, entry
+            if "$ref" in entry:
+                yield from below(_definition(schema, entry["$ref"])["properties"], f"{prefix}{name}.")
+
+    return below(schema["properties"], "")
+
+
+def _definition(schema: dict[str, Any], reference: str) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][reference.rsplit("/", 1)[1]]
     return found
 
 
 @functools.cache
 def item_fields(key: str) -> dict[str, Field]:
     """Keys of one item, by name, of a field whose value is a list or a mapping of such items; else none."""
-    schema = RunConfig.model_json_schema()
-    section, _, name = key.partition(".")
-    entry = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]["properties"][name]
-    kind = re.search(r"#/\$defs/(\w+)", json.dumps(entry))
-    inner = schema["$defs"][kind[1]]["properties"] if kind else {}
+    kind = re.search(r"#/\$defs/\w+", json.dumps(dict(_entries())[key]))
+    inner = _definition(RunConfig.model_json_schema(), kind[0])["properties"] if kind else {}
     return {name: _field(f"{key}.{name}", inner_entry) for name, inner_entry in inner.items()}
 
 
@@ -78,13 +85,9 @@ def field_of(key: str) -> Field:
 
 @functools.cache
 def all_sections() -> dict[str, str]:
-    """Names of the sections, with what each is about."""
+    """Dotted names of the sections, with what each is about."""
     schema = RunConfig.model_json_schema()
-    return {
-        name: schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]["description"]
-        for name, entry in schema["properties"].items()
-        if "$ref" in entry
-    }
+    return {name: _definition(schema, entry["$ref"])["description"] for name, entry in _entries() if "$ref" in entry}
 
 
 def value_at(config: RunConfig, key: str) -> object:
@@ -92,6 +95,12 @@ def value_at(config: RunConfig, key: str) -> object:
     if key.startswith("deepspeed."):
         return functools.reduce(_below, key.split(".")[1:], config.deepspeed)
     return functools.reduce(getattr, key.split("."), config)
+
+
+def with_value(config: Settings, key: str, value: object) -> Settings:
+    """``config`` with another value at a dotted key of its schema."""
+    name, _, inner = key.partition(".")
+    return config.model_copy(update={name: with_value(getattr(config, name), inner, value) if inner else value})
 
 
 def _below(section: Any, key: str) -> Any:
@@ -113,6 +122,7 @@ def nearest_keys(key: str, known: Iterable[str], count: int = 3) -> list[str]:
 
     ranked = sorted(known, key=likeness, reverse=True)
     best = [candidate for candidate in ranked if likeness(candidate) >= 0.7]
+    best = [candidate for candidate in best if candidate.rpartition(".")[0] == section] or best
     return [candidate for candidate in best if likeness(candidate) >= likeness(best[0]) - 0.15][:count]
 
 

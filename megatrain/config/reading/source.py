@@ -60,6 +60,13 @@ class Node:
         return node.origin
 
 
+def node_of(value: Any, origin: str) -> Node:
+    """A tree of a plain value, all of one origin."""
+    if isinstance(value, dict):
+        return Node({key: node_of(entry, origin) for key, entry in value.items()}, origin)
+    return Node([node_of(entry, origin) for entry in value] if isinstance(value, list) else value, origin)
+
+
 NAMED = ("data.train", "data.validation")
 """Fields whose keys are names: together they are one value."""
 

@@ -14,6 +14,7 @@ from megatrain.config.reading.problems import Problem
 from megatrain.config.reading.source import Node
 from megatrain.config.reading.yaml_text import one_line
 from megatrain.config.schema import RunConfig
+from megatrain.spec.older import NEW_KEYS
 from megatrain.spec.section import PATTERNS
 
 # the beginning of pydantic's error type -> what is wrong
@@ -74,7 +75,17 @@ def validate(tree: Node) -> tuple[RunConfig, list[Problem], set[str]]:
 def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
     """A section above nothing but comments reads as null, and means: nothing set."""
     may_be_empty = {*all_sections(), "deepspeed"}
-    return {key: value for key, value in values.items() if value is not None or key not in may_be_empty}
+
+    def below(section: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {
+            name: below(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and prefix + name in all_sections()
+            else value
+            for name, value in section.items()
+            if value is not None or prefix + name not in may_be_empty
+        }
+
+    return below(values, "")
 
 
 def _remove(values: dict[str, Any], path: list[str]) -> None:
@@ -97,18 +108,25 @@ def _unknown_key(key: str, value: Any) -> tuple[str, str, str]:
         cure = f"did you mean {near[0]}?" if near else "leave it out; docs/config.md lists all keys"
         return "is not a key of the configuration", f"keys of {section}: {', '.join(names)}", cure
     if section in sections:
-        allowed = f"keys of {section}: " + ", ".join(
-            k.rpartition(".")[2] for k in fields if k.startswith(f"{section}.")
-        )
+        allowed = f"keys of {section}: {_keys_of(section)}"
     else:
         allowed = "sections and keys: " + ", ".join([*(k for k in fields if "." not in k), *sections])
     return "is not a key of the configuration", allowed, _cure_of_unknown(key, name, section, value)
+
+
+def _keys_of(section: str) -> str:
+    """What may stand in a section, further sections last."""
+    return ", ".join(
+        key.rpartition(".")[2] for key in (*all_fields(), *all_sections()) if key.rpartition(".")[0] == section
+    )
 
 
 def _cure_of_unknown(key: str, name: str, section: str, value: Any) -> str:
     fields = all_fields()
     if name in ("fp32", "bf16", "fp16") and section in ("", "precision"):
         return f"choose one: precision.dtype: {name}"
+    if section == "model" and name in NEW_KEYS:
+        return f"write model.{NEW_KEYS[name]}, as it is called since version 0.2"
     if key in fields:  # written with a dot in a file
         outer, _, inner = key.rpartition(".")
         return f"write it in two lines: `{outer}:`, and below it, indented, `{inner}: {one_line(value)}`"
@@ -120,8 +138,7 @@ def _wrong_value(key: str, detail: ErrorDetails) -> tuple[str, str, str]:
     """(message, allowed, cure) of a value that its field cannot have."""
     kind, value = detail["type"], detail["input"]
     if key in all_sections():
-        keys = ", ".join(k.rpartition(".")[2] for k in all_fields() if k.startswith(f"{key}."))
-        return "is a section and not a value", f"keys: {keys}", f"put `key: value` lines below `{key}:`"
+        return "is a section and not a value", f"keys: {_keys_of(key)}", f"put `key: value` lines below `{key}:`"
     field = field_of(key)
     message = next((text for start, text in _MESSAGES.items() if kind.startswith(start)), "has the wrong type")
     if kind == "value_error":

@@ -30,26 +30,27 @@ class Rule:
 
 
 _LAYOUT = ("parallel.tp", "parallel.cp", "parallel.pp", "parallel.dp")
-_HEADS = ("model.hidden_size", "model.num_heads", "model.head_width")
+_HEADS = ("model.hidden_size", "model.attention.num_heads", "model.attention.head_width")
+_EXPERTS = ("model.experts.num_experts", "model.experts.per_token")
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 
 RULES = (
     Rule(rules_model.heads_divide_width, _HEADS),
-    Rule(rules_model.rotary_needs_even_heads, ("model.family", *_HEADS)),
-    Rule(rules_model.groups_divide_heads, ("model.num_heads", "model.num_kv_heads")),
+    Rule(rules_model.rotary_needs_even_heads, ("model.family", "model.positions.kind", *_HEADS)),
+    Rule(rules_model.groups_divide_heads, ("model.attention.num_heads", "model.attention.num_kv_heads")),
     Rule(rules_model.padding_leaves_tokens, ("model.vocab_size", "model.vocab_padding")),
     Rule(
         rules_model.longrope_has_factors,
-        ("model.rope_scaling", "model.rope_short_factors", "model.rope_long_factors", *_HEADS),
+        ("model.rope.scaling", "model.rope.short_factors", "model.rope.long_factors", *_HEADS),
     ),
     Rule(
         rules_model.scaled_frequencies_differ,
         (
-            "model.rope_scaling",
-            "model.rope_low_freq_factor",
-            "model.rope_high_freq_factor",
-            "model.rope_beta_fast",
-            "model.rope_beta_slow",
+            "model.rope.scaling",
+            "model.rope.low_freq_factor",
+            "model.rope.high_freq_factor",
+            "model.rope.beta_fast",
+            "model.rope.beta_slow",
         ),
     ),
     Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
@@ -60,9 +61,10 @@ RULES = (
             "parallel.tp",
             "model.family",
             "model.hidden_size",
-            "model.num_heads",
-            "model.num_kv_heads",
-            "model.ffn_hidden_size",
+            "model.attention.num_heads",
+            "model.attention.num_kv_heads",
+            "model.feed_forward.hidden_size",
+            "model.feed_forward.activation",
             "model.vocab_size",
         ),
     ),
@@ -71,24 +73,35 @@ RULES = (
         ("parallel.sequence_parallel", "parallel.tp", "parallel.cp", "data.seq_len"),
     ),
     Rule(rules_layout.context_fits_sequence, ("parallel.cp", "parallel.cp_method", "data.seq_len")),
-    Rule(rules_layout.ulysses_divides_heads, ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.num_heads")),
+    Rule(
+        rules_layout.ulysses_divides_heads,
+        ("parallel.cp", "parallel.cp_method", "parallel.tp", "model.attention.num_heads"),
+    ),
     Rule(rules_layout.expert_ranks_share_data_ranks, (*_LAYOUT, "parallel.ep")),
-    Rule(rules_experts.tokens_find_experts, ("model.num_experts", "model.experts_per_token")),
-    Rule(rules_experts.experts_take_tokens, ("model.num_experts", "model.expert_capacity")),
+    Rule(rules_experts.tokens_find_experts, _EXPERTS),
+    Rule(rules_experts.experts_take_tokens, ("model.experts.num_experts", "model.experts.capacity")),
     Rule(
         rules_experts.router_learns,
-        ("model.num_experts", "model.experts_per_token", "model.router_normalize", "model.router_score"),
+        ("model.experts.num_experts", "model.experts.per_token", "model.router.normalize", "model.router.score"),
     ),
     Rule(
         rules_experts.groups_share_experts,
-        ("model.num_experts", "model.experts_per_token", "model.router_groups", "model.router_groups_per_token"),
+        (
+            "model.experts.num_experts",
+            "model.experts.per_token",
+            "model.router.groups",
+            "model.router.groups_per_token",
+        ),
     ),
     Rule(
         rules_experts.dense_blocks_leave_room,
-        ("model.num_experts", "model.num_layers", "model.num_dense_layers", "model.expert_interval"),
+        ("model.experts.num_experts", "model.num_layers", "model.experts.num_dense_layers", "model.experts.interval"),
     ),
-    Rule(rules_experts.expert_ranks_divide_experts, ("model.num_experts", "parallel.ep")),
-    Rule(rules_experts.tensor_ranks_divide_experts, ("model.num_experts", "model.expert_hidden_size", "parallel.tp")),
+    Rule(rules_experts.expert_ranks_divide_experts, ("model.experts.num_experts", "parallel.ep")),
+    Rule(
+        rules_experts.tensor_ranks_divide_experts,
+        ("model.experts.num_experts", "model.experts.hidden_size", "parallel.tp"),
+    ),
     Rule(rules_layout.layers_fill_stages, ("model.num_layers", "parallel.pp", "parallel.stages_per_rank")),
     Rule(rules_layout.schedule_fits_stages, ("parallel.pp_schedule", "parallel.stages_per_rank")),
     Rule(

@@ -15,7 +15,7 @@ from megatrain.config.stages import SCHEDULES
 
 CLASSES = {
     ">1": ("more than 1", "2 or more"),
-    ">0": ("more than 0", "more than 0"),
+    ">0": ("more than 0", "a positive number"),
     "number": ("set", "a number"),
     "null": ("not set", "null"),
     "one_length": ("of one sequence length", "stages without seq_len"),
@@ -81,8 +81,9 @@ def _number(raw: Any) -> bool:
 
 def _choices(key: str) -> tuple[str, ...]:
     """All values of a field that has a fixed number of them, as the schema names them."""
-    section, name = key.split(".")
-    kind = RunConfig.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
+    kind: Any = RunConfig
+    for name in key.split("."):
+        kind = kind.model_fields[name].annotation
     return ("false", "true") if kind is bool else tuple(str(choice) for choice in get_args(kind))
 
 
@@ -101,7 +102,7 @@ _ONE, _NONE, _UNSET = ("1", ">1"), ("0", ">0"), ("null", "number")
 _USED_WITH = {
     "document_attention": ("sequences", ("mask_documents", "pack_documents", "one_document")),
     "cp_method": ("cp", (">1",)),
-    **dict.fromkeys(("router_score", "router_groups", "router_balance_rate"), ("num_experts", ("number",))),
+    **dict.fromkeys(("router_score", "router_groups", "router_balance_rate"), ("num_experts", (">0",))),
     **dict.fromkeys(_OF_ZERO_3, ("zero_stage", ("3",))),
     "reduce_bucket_size": ("zero_stage", ("1", "2", "3")),
 }
@@ -109,16 +110,16 @@ _USED_WITH = {
 AXES = _axes(
     family="model.family",
     dropout=("model.dropout", _NONE),
-    attention_dropout=("model.attention_dropout", _NONE),
-    document_attention="model.document_attention",
-    num_experts=("model.num_experts", _UNSET),
-    expert_capacity=("model.expert_capacity", _UNSET),
-    num_shared_experts=("model.num_shared_experts", _NONE),
-    num_dense_layers=("model.num_dense_layers", _NONE),
-    expert_interval=("model.expert_interval", _ONE),
-    router_score="model.router_score",
-    router_groups=("model.router_groups", _ONE),
-    router_balance_rate=("model.router_balance_rate", _NONE),
+    attention_dropout=("model.attention.dropout", _NONE),
+    document_attention="model.attention.documents",
+    num_experts=("model.experts.num_experts", _NONE),
+    expert_capacity=("model.experts.capacity", _UNSET),
+    num_shared_experts=("model.experts.num_shared", _NONE),
+    num_dense_layers=("model.experts.num_dense_layers", _NONE),
+    expert_interval=("model.experts.interval", _ONE),
+    router_score="model.router.score",
+    router_groups=("model.router.groups", _ONE),
+    router_balance_rate=("model.router.balance_rate", _NONE),
     sequences="data.sequences",
     eod_loss=("data.eod_loss", ("null", "false", "true")),
     ramp=("train.ramp", ("one_length", "shorter_first")),
@@ -195,9 +196,9 @@ REFUSALS = (
     ),
     _refuse("pp_schedule", _SEVERAL, "pp", "1", "it puts several pipeline stages on a rank, and there is no pipeline"),
     _refuse("sequence_parallel", "true", "tp", "1", "there are no ranks to split the sequence over"),
-    _refuse("ep", ">1", "num_experts", "null", "a dense model has no experts to share"),
+    _refuse("ep", ">1", "num_experts", "0", "a dense model has no experts to share"),
     *(
-        _refuse(name, value, "num_experts", "null", "it is of a mixture of experts, and the model is dense")
+        _refuse(name, value, "num_experts", "0", "it is of a mixture of experts, and the model is dense")
         for name, value in (
             *(("expert_capacity", "number"), ("num_shared_experts", ">0")),
             *(("num_dense_layers", ">0"), ("expert_interval", ">1")),
@@ -222,7 +223,7 @@ REFUSALS = (
         "it updates weights in host memory, and they are kept elsewhere",
     ),
     _refuse(
-        "optimizer", "adafactor", "num_experts", "number",
+        "optimizer", "adafactor", "num_experts", ">0",
         "it scales a step by the size of the whole weight, and experts stand in one array that is spread over ranks",
     ),
     _refuse(

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.config.reading.fields import value_at
+from megatrain.config.reading.fields import value_at, with_value
 from megatrain.config.reading.problems import Problem
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import chosen, resolve_model
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,13 @@ def _one_of(other: str, *values: str) -> tuple[str, Callable[[Any], bool], str]:
     return other, lambda value: value in values, f"{other} = {' or '.join(values)}"
 
 
-_ROTARY = _one_of("model.family", "llama", "qwen3")
-_MIXTURE = "model.num_experts", lambda value: value is not None, "model.num_experts"
-_STRETCH = "model.rope_scaling", lambda value: value != "none", "another model.rope_scaling than none"
+_ROTARY = (
+    "model",
+    lambda model: chosen(model, "positions.kind") == "rotary",
+    "model.positions.kind = rotary",
+)
+_MIXTURE = "model.experts.num_experts", bool, "model.experts.num_experts"
+_STRETCH = "model.rope.scaling", lambda value: value != "none", "another model.rope.scaling than none"
 _FP16 = _one_of("precision.dtype", "fp16")
 _WITH_MOMENTS = _one_of("optimizer.name", "adamw", "lion", "muon", "cpu_adamw")
 _DISK = (
@@ -43,19 +48,19 @@ _DISK = (
 COUNTS_WITH = tuple(
     CountsWith(key, *condition)
     for condition, keys in (
-        (_MIXTURE, ("model.experts_per_token", "model.expert_hidden_size", "model.router_normalize")),
-        (_MIXTURE, ("model.router_scale", "model.router_groups_per_token", "model.router_balance_loss")),
-        (_MIXTURE, ("model.router_z_loss",)),
-        (_ROTARY, ("model.rope_theta", "model.rope_scaling")),
-        (_STRETCH, ("model.rope_scaling_factor",)),
+        (_MIXTURE, ("model.experts.per_token", "model.experts.hidden_size", "model.router.normalize")),
+        (_MIXTURE, ("model.router.scale", "model.router.groups_per_token", "model.router.balance_loss")),
+        (_MIXTURE, ("model.router.z_loss",)),
+        (_ROTARY, ("model.rope.theta", "model.rope.scaling")),
+        (_STRETCH, ("model.rope.factor",)),
         (
-            _one_of("model.rope_scaling", "dynamic", "llama3", "yarn", "longrope"),
-            ("model.rope_original_max_seq_len",),
+            _one_of("model.rope.scaling", "dynamic", "llama3", "yarn", "longrope"),
+            ("model.rope.original_max_seq_len",),
         ),
-        (_one_of("model.rope_scaling", "longrope"), ("model.rope_short_factors", "model.rope_long_factors")),
-        (_one_of("model.rope_scaling", "llama3"), ("model.rope_low_freq_factor", "model.rope_high_freq_factor")),
-        (_one_of("model.rope_scaling", "yarn"), ("model.rope_beta_fast", "model.rope_beta_slow")),
-        (_one_of("model.rope_scaling", "yarn", "longrope"), ("model.rope_attention_factor",)),
+        (_one_of("model.rope.scaling", "longrope"), ("model.rope.short_factors", "model.rope.long_factors")),
+        (_one_of("model.rope.scaling", "llama3"), ("model.rope.low_freq_factor", "model.rope.high_freq_factor")),
+        (_one_of("model.rope.scaling", "yarn"), ("model.rope.beta_fast", "model.rope.beta_slow")),
+        (_one_of("model.rope.scaling", "yarn", "longrope"), ("model.rope.attention_factor",)),
         (_FP16, ("precision.initial_loss_scale", "precision.loss_scale_window")),
         (_FP16, ("precision.loss_scale_hysteresis", "precision.min_loss_scale")),
         (_WITH_MOMENTS, ("optimizer.beta1", "optimizer.beta2")),
@@ -77,10 +82,16 @@ COUNTS_WITH = tuple(
 _DEFAULTS = RunConfig()
 
 
+def _left_open(config: RunConfig, key: str) -> Any:
+    """What a field of the model is where it is not set: a resolved config has that."""
+    open_config = with_value(config, key, value_at(_DEFAULTS, key))
+    return value_at(open_config.model_copy(update={"model": resolve_model(open_config.model)}), key)
+
+
 def has_effect(condition: CountsWith, config: RunConfig, world_size: int | None = None) -> Iterator[Problem]:
     """A rule (rules.py) for each of ``COUNTS_WITH``. A field at its default is not set."""
     value, default = value_at(config, condition.key), value_at(_DEFAULTS, condition.key)
-    if value == default or condition.holds(value_at(config, condition.other)):
+    if value in (default, _left_open(config, condition.key)) or condition.holds(value_at(config, condition.other)):
         return
     yield Problem(
         condition.key,

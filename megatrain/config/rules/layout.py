@@ -56,9 +56,13 @@ def _names(dp: int | None) -> str:
 def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each tensor rank holds an equal part of every split matrix: whole heads, equal rows."""
     model, tp = config.model, config.parallel.tp
-    sizes = {"num_heads": model.num_heads, "ffn_hidden_size": ffn_hidden_size(model), "vocab_size": model.vocab_size}
-    if model.num_kv_heads is not None:
-        sizes["num_kv_heads"] = model.num_kv_heads
+    sizes = {
+        "attention.num_heads": model.attention.num_heads,
+        "feed_forward.hidden_size": ffn_hidden_size(model),
+        "vocab_size": model.vocab_size,
+    }
+    if model.attention.num_kv_heads is not None:
+        sizes["attention.num_kv_heads"] = model.attention.num_kv_heads
     good = listed(divisors(math.gcd(*sizes.values())))
     for name, size in sizes.items():
         if size % tp:
@@ -104,12 +108,12 @@ def context_fits_sequence(config: RunConfig, world_size: int | None) -> Iterator
 
 def ulysses_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Ulysses gives each context rank an equal part of the query heads of its tensor rank."""
-    parallel, heads = config.parallel, config.model.num_heads
+    parallel, heads = config.parallel, config.model.attention.num_heads
     if parallel.cp == 1 or parallel.cp_method != "ulysses" or heads % parallel.tp:
         return
     if heads % (parallel.tp * parallel.cp):
         yield Problem(
-            "model.num_heads",
+            "model.attention.num_heads",
             heads,
             f"is not divisible by parallel.tp = {parallel.tp} × parallel.cp = {parallel.cp}, over which "
             "parallel.cp_method = ulysses splits the heads",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from megatrain.config.reading.problems import Problem
 from megatrain.config.schema import RunConfig
-from megatrain.spec.derive import head_width
+from megatrain.spec.derive import chosen, head_width
 
 
 def divisors(number: int) -> list[int]:
@@ -24,35 +24,36 @@ def listed(numbers: list[int]) -> str:
 def heads_divide_width(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each head takes an equal slice of the stream."""
     model = config.model
-    if model.head_width is None and model.hidden_size % model.num_heads:
+    if model.attention.head_width is None and model.hidden_size % model.attention.num_heads:
         yield Problem(
-            "model.num_heads",
-            model.num_heads,
+            "model.attention.num_heads",
+            model.attention.num_heads,
             f"does not divide model.hidden_size = {model.hidden_size}",
             listed(divisors(model.hidden_size)),
-            f"choose one of these, make model.hidden_size a multiple of {model.num_heads}, or set model.head_width",
+            f"choose one of these, make model.hidden_size a multiple of {model.attention.num_heads}, or set "
+            "model.attention.head_width",
         )
 
 
 def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Rotary positions turn pairs of a head's numbers."""
-    model = config.model
-    if model.family == "gpt":
+    model, width = config.model, head_width(config.model)
+    if chosen(model, "positions.kind") != "rotary" or width % 2 == 0:
         return
-    if model.head_width is not None and model.head_width % 2:
+    if model.attention.head_width is not None:
         yield Problem(
-            "model.head_width",
-            model.head_width,
+            "model.attention.head_width",
+            width,
             "is odd; rotary positions turn pairs",
             "even numbers",
-            f"set model.head_width to {model.head_width + 1}",
+            f"set model.attention.head_width to {width + 1}",
         )
-    elif model.head_width is None and model.hidden_size % model.num_heads == 0 and head_width(model) % 2:
+    elif model.hidden_size % model.attention.num_heads == 0:
         good = [heads for heads in divisors(model.hidden_size) if (model.hidden_size // heads) % 2 == 0]
         yield Problem(
-            "model.num_heads",
-            model.num_heads,
-            f"makes heads of width {head_width(model)} (model.hidden_size = {model.hidden_size} / num_heads); "
+            "model.attention.num_heads",
+            model.attention.num_heads,
+            f"makes heads of width {width} (model.hidden_size = {model.hidden_size} / num_heads); "
             "rotary positions turn pairs, so the width must be even",
             listed(good) if good else f"none for model.hidden_size = {model.hidden_size}, which is odd",
             "choose one of these" if good else "choose an even model.hidden_size",
@@ -62,12 +63,12 @@ def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterat
 def groups_divide_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each key/value head serves equally many query heads."""
     model = config.model
-    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+    if model.attention.num_kv_heads is not None and model.attention.num_heads % model.attention.num_kv_heads:
         yield Problem(
-            "model.num_kv_heads",
-            model.num_kv_heads,
-            f"does not divide model.num_heads = {model.num_heads}",
-            listed(divisors(model.num_heads)),
+            "model.attention.num_kv_heads",
+            model.attention.num_kv_heads,
+            f"does not divide model.attention.num_heads = {model.attention.num_heads}",
+            listed(divisors(model.attention.num_heads)),
             "choose one of these; leave it out for plain multi-head attention",
         )
 
@@ -87,34 +88,34 @@ def padding_leaves_tokens(config: RunConfig, world_size: int | None) -> Iterator
 
 def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The two ends of the transition between stretched and unstretched frequencies."""
-    model = config.model
+    rope = config.model.rope
     ends = {
-        "llama3": ("rope_high_freq_factor", "rope_low_freq_factor"),
-        "yarn": ("rope_beta_fast", "rope_beta_slow"),
+        "llama3": ("high_freq_factor", "low_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow"),
     }
-    high, low = ends.get(model.rope_scaling, ("rope_beta_fast", "rope_beta_slow"))
-    if model.rope_scaling in ends and getattr(model, high) <= getattr(model, low):
+    high, low = ends.get(rope.scaling, ("beta_fast", "beta_slow"))
+    if rope.scaling in ends and getattr(rope, high) <= getattr(rope, low):
         yield Problem(
-            f"model.{high}",
-            getattr(model, high),
-            f"is not more than model.{low} = {getattr(model, low)}",
-            f"above {getattr(model, low)}",
-            f"raise model.{high}, or lower model.{low}",
+            f"model.rope.{high}",
+            getattr(rope, high),
+            f"is not more than model.rope.{low} = {getattr(rope, low)}",
+            f"above {getattr(rope, low)}",
+            f"raise model.rope.{high}, or lower model.rope.{low}",
         )
 
 
 def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """One stretch for each frequency."""
-    model = config.model
-    for name in ("rope_short_factors", "rope_long_factors"):
-        given, wanted = getattr(model, name), head_width(model) // 2
-        if model.rope_scaling == "longrope" and len(given or []) != wanted:
+    rope, width = config.model.rope, head_width(config.model)
+    for name in ("short_factors", "long_factors"):
+        given, wanted = getattr(rope, name), width // 2
+        if rope.scaling == "longrope" and len(given or []) != wanted:
             yield Problem(
-                f"model.{name}",
+                f"model.rope.{name}",
                 given,
-                f"is not {wanted} numbers, which longrope needs for heads of width {head_width(model)}",
+                f"is not {wanted} numbers, which longrope needs for heads of width {width}",
                 f"a list of {wanted} positive numbers",
-                f"set model.{name}, or choose another model.rope_scaling",
+                f"set model.rope.{name}, or choose another model.rope.scaling",
             )
 
 

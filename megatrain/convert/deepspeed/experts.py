@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.huggingface.config import family_of_model
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 _IN_LAYER = re.compile(r"^(.*\.)[a-z_]+\.deepspeed_moe\.(gate\.wg|experts\.deepspeed_experts)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.deepspeed_experts\.)\d+")
@@ -49,14 +49,14 @@ class FamilyNames:
         head: what the file of the model's states says; where experts lie, if AutoEP spread them.
     """
 
-    def __init__(self, model: ModelConfig, head: Mapping[str, Any]):
+    def __init__(self, model: ModelSpec, head: Mapping[str, Any]):
         theirs = {line.ours: str(line.theirs) for line in family_of_model(model).lines}
         self._module = theirs.get(_ROUTER, "").removesuffix(".gate.weight").rpartition(".")[2]
         self._matrices = {
             matrix: theirs.get(f"layers.{{}}.feed_forward.experts.{ours}", "").rpartition("{expert}.")[2]
             for matrix, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items()
         }
-        self._num_experts = model.num_experts or 0
+        self._num_experts = model.experts.num_experts
         self._experts_of_ranks = {
             layer["module_path"]: [rank["experts"] for rank in layer["expert_placement"]["ranks"]]
             for layer in head.get("ds_autoep_layers") or ()

@@ -12,12 +12,12 @@ from megatrain.convert.forms import GPT2_THIRDS, STACKED_GATE_UP
 from megatrain.convert.huggingface.config import config_from_model, family_of_model
 from megatrain.convert.table import Line, identity, their_shapes
 from megatrain.spec.derive import num_tokens
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 _SEVERAL_MATRICES = (GPT2_THIRDS, STACKED_GATE_UP)
 
 
-def names_of(model: ModelConfig, names: Collection[str]) -> tuple[Line, ...]:
+def names_of(model: ModelSpec, names: Collection[str]) -> tuple[Line, ...]:
     """The name table of a model that DeepSpeed trained: the modules here, or Hugging Face's.
 
     Transformers 5 stacks experts in its modules; transformers 4 named them as files do.
@@ -29,7 +29,7 @@ def names_of(model: ModelConfig, names: Collection[str]) -> tuple[Line, ...]:
     return family.modules if stacked and family.modules else family.lines
 
 
-def module_order(model: ModelConfig) -> list[str]:
+def module_order(model: ModelSpec) -> list[str]:
     """The parameters in the order of Hugging Face's modules, which DeepSpeed flattens them in."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,15 +46,18 @@ class Split:
         ConversionError: the model cannot be shared so.
     """
 
-    def __init__(self, model: ModelConfig, names: Collection[str], num_ranks: int):
+    def __init__(self, model: ModelSpec, names: Collection[str], num_ranks: int):
         self.num_ranks, self._names, self._num_tokens = num_ranks, names, num_tokens(model)
         if num_ranks == 1:
             return
-        if model.family == "gpt" or model.num_experts:
+        if model.feed_forward.activation != "swiglu" or model.experts.num_experts:
             raise ConversionError(
                 "only dense models with separate queries, keys and values are written for tensor ranks"
             )
-        sizes = {"num_kv_heads": model.num_kv_heads or model.num_heads, "ffn_hidden_size": model.ffn_hidden_size or 0}
+        sizes = {
+            "attention.num_kv_heads": model.attention.num_kv_heads,
+            "feed_forward.hidden_size": model.feed_forward.hidden_size,
+        }
         for field, size in {**sizes, "vocabulary": self._num_tokens}.items():
             if size % num_ranks:
                 raise ConversionError(f"{field} = {size} cannot be shared by {num_ranks} tensor ranks")
@@ -93,7 +96,7 @@ class Split:
 class TensorRanks:
     """Puts the parts of tensor ranks together: which dim they split is what their shapes say."""
 
-    def __init__(self, table: tuple[Line, ...], model: ModelConfig):
+    def __init__(self, table: tuple[Line, ...], model: ModelSpec):
         self._whole: dict[str, torch.Size] = {}
         self._several: set[str] = set()
         for entry, shapes in their_shapes(table, model):

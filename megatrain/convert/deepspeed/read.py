@@ -30,7 +30,7 @@ from megatrain.convert.model_file import read_model
 from megatrain.convert.pickles import load_trusted, require_trust, stand_in
 from megatrain.convert.table import their_shapes
 from megatrain.spec.kinds import MOMENTS, WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 MODEL_STATES, OPTIMIZER_STATES, LATEST = "_model_states.pt", "_optim_states.pt", "latest"
 UNIVERSAL_NAMES = {WEIGHT: "fp32"} | {moment: moment for moment in MOMENTS}
@@ -126,7 +126,7 @@ class ZeroReader:
 class _ModelRank:
     """What the data-parallel ranks of one tensor rank saved."""
 
-    def __init__(self, folder: Path, model_rank: int, model: ModelConfig):
+    def __init__(self, folder: Path, model_rank: int, model: ModelSpec):
         files = {_ranks(file)[0]: file for file in zero_states(folder) if _ranks(file)[1] == model_rank}
         experts = expert_files(folder, model_rank)
         states = [f for f in sorted(folder.glob(f"*mp_rank_{model_rank:02d}{MODEL_STATES}")) if f not in experts]

@@ -20,7 +20,7 @@ from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_file import write_model
 from megatrain.convert.table import adam_group
 from megatrain.spec.kinds import WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 VERSION = "0.19.8"
 """Of DeepSpeed, whose files these are like."""
@@ -156,7 +156,7 @@ class _DeepSpeedWriter:
     kinds: tuple[str, ...] = tuple(UNIVERSAL_NAMES)
     dtype = torch.float32
 
-    def __init__(self, root: Path, model: ModelConfig, step: int, tag: str, tensor_ranks: int = 1):
+    def __init__(self, root: Path, model: ModelSpec, step: int, tag: str, tensor_ranks: int = 1):
         self.root, self.model, self.step, self.tag = root, model, step, tag
         self.folder, self._scratch = root / tag, root / tag / "scratch"
         self._order = module_order(model)
@@ -191,7 +191,7 @@ class ZeroWriter(_DeepSpeedWriter):
     """
 
     def __init__(
-        self, root: Path, model: ModelConfig, step: int, data_ranks: int, tensor_ranks: int, adam: Mapping[str, Any]
+        self, root: Path, model: ModelSpec, step: int, data_ranks: int, tensor_ranks: int, adam: Mapping[str, Any]
     ):
         super().__init__(root, model, step, f"global_step{step}", tensor_ranks)
         self._data_ranks, self._adam = data_ranks, adam
@@ -220,7 +220,7 @@ class ZeroWriter(_DeepSpeedWriter):
 class UniversalWriter(_DeepSpeedWriter):
     """Writes ``root/global_step…_universal``, which an engine of any layout loads with ``load_universal``."""
 
-    def __init__(self, root: Path, model: ModelConfig, step: int):
+    def __init__(self, root: Path, model: ModelSpec, step: int):
         super().__init__(root, model, step, f"global_step{step}_universal")
 
     def begin(self, shapes: dict[str, torch.Size]) -> None:

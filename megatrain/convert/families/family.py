@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.convert.table import Line
+from megatrain.spec.families import FAMILIES, FamilyName
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Family:
         lines: which tensors are which.
         prefix: what the names of a file without a head lack.
         blocks: the module that lists the blocks.
-        fields: field of ``config.json`` -> (field of ``ModelConfig``, what holds where the file leaves it out).
+        fields: field of ``config.json`` -> (dotted field of ``ModelSpec``, what holds where the file leaves it out).
         fixed: fields that change the arithmetic, with the values that are computed here; the first is written.
         aliases: other spellings of fields.
         modules: the same in the names of the modules of transformers 5, where they are others than the files'.
@@ -28,7 +29,7 @@ class Family:
 
     model_type: str
     architecture: str
-    ours: str
+    ours: FamilyName
     lines: tuple[Line, ...]
     prefix: str
     blocks: str
@@ -39,3 +40,8 @@ class Family:
     dense_blocks: str | None = None
     experts: bool = False
     rope_theta: float = 10000.0
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether its positions are rotary."""
+        return FAMILIES[self.ours].preset["positions.kind"] == "rotary"

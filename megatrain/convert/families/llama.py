@@ -42,17 +42,17 @@ LLAMA_FEED_FORWARD = (
 LLAMA_FIELDS = {
     "num_hidden_layers": ("num_layers", 32),
     "hidden_size": ("hidden_size", 4096),
-    "num_attention_heads": ("num_heads", 32),
-    "num_key_value_heads": ("num_kv_heads", None),
-    "head_dim": ("head_width", None),
-    "intermediate_size": ("ffn_hidden_size", 11008),
+    "num_attention_heads": ("attention.num_heads", 32),
+    "num_key_value_heads": ("attention.num_kv_heads", None),
+    "head_dim": ("attention.head_width", None),
+    "intermediate_size": ("feed_forward.hidden_size", 11008),
     "vocab_size": ("vocab_size", 32000),
     "max_position_embeddings": ("max_seq_len", 2048),
     "tie_word_embeddings": ("tie_embeddings", False),
-    "attention_bias": ("attention_bias", False),
-    "rms_norm_eps": ("norm_eps", 1e-6),
+    "attention_bias": ("attention.bias", False),
+    "rms_norm_eps": ("norm.eps", 1e-6),
     "initializer_range": ("init_std", 0.02),
-    "attention_dropout": ("attention_dropout", 0.0),
+    "attention_dropout": ("attention.dropout", 0.0),
 }
 
 LLAMA = Family(

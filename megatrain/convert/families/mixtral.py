@@ -41,12 +41,12 @@ MIXTRAL = Family(
     modules=(*LLAMA_OUTSIDE_BLOCKS, *LLAMA_ATTENTION, *STACKED_MIXTURE),
     fields={name: value for name, value in LLAMA_FIELDS.items() if name != "attention_bias"}
     | {
-        "num_key_value_heads": ("num_kv_heads", 8),
-        "intermediate_size": ("expert_hidden_size", 14336),
+        "num_key_value_heads": ("attention.num_kv_heads", 8),
+        "intermediate_size": ("experts.hidden_size", 14336),
         "max_position_embeddings": ("max_seq_len", 131072),
-        "rms_norm_eps": ("norm_eps", 1e-5),
-        "num_local_experts": ("num_experts", 8),
-        "num_experts_per_tok": ("experts_per_token", 2),
+        "rms_norm_eps": ("norm.eps", 1e-5),
+        "num_local_experts": ("experts.num_experts", 8),
+        "num_experts_per_tok": ("experts.per_token", 2),
     },
     fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
     rope_theta=1e6,

@@ -23,9 +23,9 @@ QWEN3 = Family(
     lines=(*LLAMA_OUTSIDE_BLOCKS, *LLAMA_ATTENTION, *QWEN3_HEAD_NORMS, *LLAMA_FEED_FORWARD),
     fields=LLAMA_FIELDS
     | {
-        "num_key_value_heads": ("num_kv_heads", 32),
-        "head_dim": ("head_width", 128),
-        "intermediate_size": ("ffn_hidden_size", 22016),
+        "num_key_value_heads": ("attention.num_kv_heads", 32),
+        "head_dim": ("attention.head_width", 128),
+        "intermediate_size": ("feed_forward.hidden_size", 22016),
         "vocab_size": ("vocab_size", 151936),
         "max_position_embeddings": ("max_seq_len", 32768),
     },

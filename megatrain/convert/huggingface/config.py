@@ -14,20 +14,21 @@ from megatrain.convert.families.qwen3 import QWEN3
 from megatrain.convert.families.qwen3_moe import QWEN3_MOE
 from megatrain.convert.huggingface.rope import ROPE, rope_from_config, rope_to_config
 from megatrain.convert.model_check import resolved, said
-from megatrain.spec.derive import expert_hidden_size, mixture_layers, num_tokens, original_length
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.derive import mixture_layers, num_tokens
+from megatrain.spec.keys import flat, nested
+from megatrain.spec.schema import ModelConfig, ModelSpec
 
 FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
 
 # what says how a model is trained, stored or computed, and not what it computes
 NOT_COMPARED = (
     "dropout",
-    "attention_dropout",
-    "document_attention",
+    "attention.dropout",
+    "attention.documents",
     "vocab_size",
     "vocab_padding",
-    "router_balance_loss",
-    "router_z_loss",
+    "router.balance_loss",
+    "router.z_loss",
 )
 
 
@@ -45,19 +46,19 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     raise ConversionError(f"config.json: model_type {model_type!r:.100} is not known; these are: {known}")
 
 
-def family_of_model(model: ModelConfig) -> Family:
+def family_of_model(model: ModelSpec) -> Family:
     """The family elsewhere of a model here.
 
     Raises:
         ConversionError: there is none.
     """
     for family in FAMILIES:
-        if family.ours == model.family and family.experts == bool(model.num_experts):
+        if family.ours == model.family and family.experts == bool(model.experts.num_experts):
             return family
     raise ConversionError(f"no family elsewhere is a mixture of experts of the family {model.family}")
 
 
-def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> ModelConfig:
+def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> ModelSpec:
     """The resolved model config of a ``config.json``.
 
     Args:
@@ -72,59 +73,61 @@ def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> Mod
         if type(values[name]) is not int or not 1 <= values[name] < 2**40:
             theirs = next(field for field, (ours, _) in family.fields.items() if ours == name)
             raise ConversionError(f"config.json: {theirs} = {values[name]!r:.100} is not a positive whole number")
-    if family.ours != "gpt":
+    if family.is_rotary:
         values |= rope_from_config(config, family.rope_theta, values["max_seq_len"])
     dense = _dense_blocks(family, config, values["num_layers"])
     if dense:
-        values["num_dense_layers"] = max(dense) + 1
+        values["experts.num_dense_layers"] = max(dense) + 1
     values["vocab_padding"] = -values["vocab_size"] % vocab_multiple
     values["vocab_size"] += values["vocab_padding"]
     try:
-        model = ModelConfig(family=family.ours, **values)  # type: ignore[arg-type]
+        described = ModelConfig.model_validate(nested({"family": family.ours, **values}))
     except ValidationError as error:
         raise ConversionError(f"config.json: {said(error, _their_names(family))}") from error
-    model = resolved(model, "config.json")
+    model = resolved(described, "config.json")
     if family.dense_blocks is not None:
         _require_computed_blocks(family.dense_blocks, dense, model)
     return model
 
 
-def config_from_model(model: ModelConfig) -> dict[str, Any]:
+def config_from_model(model: ModelSpec) -> dict[str, Any]:
     """The ``config.json`` of a resolved model, in the spelling that transformers 4 and 5 both read.
 
     Raises:
         ConversionError: the family elsewhere has no such model; every field in the way is named.
     """
-    family, model = family_of_model(model), _with_expert_size(model)
+    family, fields = family_of_model(model), flat(model.model_dump())
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
-    config |= {theirs: getattr(model, ours) for theirs, (ours, _) in family.fields.items()}
+    config |= {theirs: fields[ours] for theirs, (ours, _) in family.fields.items()}
     config["vocab_size"] = num_tokens(model)
     config |= {name: values[0] for name, values in family.fixed.items()}
     if family.dense_blocks is not None:
-        config[family.dense_blocks] = list(range(model.num_dense_layers))
-    if family.ours != "gpt":
-        config |= {"rope_theta": model.rope_theta, "rope_scaling": rope_to_config(model)}
-    if model.rope_scaling == "dynamic":
-        config["max_position_embeddings"] = original_length(model)
+        config[family.dense_blocks] = list(range(model.experts.num_dense_layers))
+    if model.positions.kind == "rotary":
+        config |= {"rope_theta": model.rope.theta, "rope_scaling": rope_to_config(model)}
+    if model.rope.scaling == "dynamic":
+        config["max_position_embeddings"] = model.rope.original_max_seq_len
     if different := list(differences(model, model_from_config(config))):
         raise ConversionError(f"{family.architecture} cannot be this model: " + "; ".join(different))
     return config
 
 
-def differences(one: ModelConfig, other: ModelConfig) -> Iterator[str]:
+def differences(one: ModelSpec, other: ModelSpec) -> Iterator[str]:
     """Fields in which two models compute differently; padding and dropout are not part of that."""
-    one, other = _with_expert_size(one), _with_expert_size(other)
     if num_tokens(one) != num_tokens(other):
         yield f"vocabulary: {num_tokens(one)} and {num_tokens(other)} tokens"
     unused = {ours for kind in ROPE.values() for ours, _ in kind.values()}
-    unused -= {ours for ours, _ in ROPE.get(one.rope_scaling, {}).values()}
-    if one.rope_scaling == "dynamic":
-        unused.remove("rope_original_max_seq_len")
+    unused -= {ours for ours, _ in ROPE.get(one.rope.scaling, {}).values()}
+    if one.rope.scaling == "dynamic":
+        unused.remove("rope.original_max_seq_len")
     if len(mixture_layers(one)) == one.num_layers:
-        unused.add("ffn_hidden_size")
-    for name, value in one.model_dump().items():
-        if name not in (*NOT_COMPARED, *unused) and value != getattr(other, name):
-            yield f"{name}: {value!r} and {getattr(other, name)!r}"
+        unused.add("feed_forward.hidden_size")
+    if not one.experts.num_experts:
+        unused.add("experts.hidden_size")
+    others = flat(other.model_dump())
+    for name, value in flat(one.model_dump()).items():
+        if name not in (*NOT_COMPARED, *unused) and value != others[name]:
+            yield f"{name}: {value!r} and {others[name]!r}"
 
 
 def _require_computed(family: Family, config: Mapping[str, Any]) -> None:
@@ -169,16 +172,11 @@ def _dense_blocks(family: Family, config: Mapping[str, Any], num_layers: int) ->
     return dense
 
 
-def _require_computed_blocks(field: str, dense: list[int], model: ModelConfig) -> None:
+def _require_computed_blocks(field: str, dense: list[int], model: ModelSpec) -> None:
     """Dense blocks are the first ones here, and those between the blocks of an interval."""
-    wanted = {i for i in range(model.num_layers) if i not in dense and (i + 1) % model.expert_interval == 0}
+    wanted = {i for i in range(model.num_layers) if i not in dense and (i + 1) % model.experts.interval == 0}
     if not wanted or wanted != set(mixture_layers(model)):
         raise ConversionError(
             f"config.json: {field} = {dense!r:.100}: blocks without experts are computed here where they are the first "
-            f"ones, or all but every {model.expert_interval}. (decoder_sparse_step)"
+            f"ones, or all but every {model.experts.interval}. (decoder_sparse_step)"
         )
-
-
-def _with_expert_size(model: ModelConfig) -> ModelConfig:
-    size = expert_hidden_size(model) if model.num_experts else None
-    return model.model_copy(update={"expert_hidden_size": size})

@@ -33,7 +33,7 @@ from megatrain.convert.model_check import require_plausible, require_tied
 from megatrain.convert.pickles import require_trust
 from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 ADAPTER, HEAD = "adapter_config.json", "lm_head.weight"
 # masks and frequencies that older files hold beside the weights
@@ -65,8 +65,10 @@ class HuggingFaceReader:
         self._tensors = _tensors(folder, trust)
         there = self._tensors.names()
         require_plausible(self.model, there, folder)
-        if (self.model.num_experts or 0) > len(there):
-            raise ConversionError(f"{folder}: {len(there)} tensors are not those of {self.model.num_experts} experts")
+        if self.model.experts.num_experts > len(there):
+            raise ConversionError(
+                f"{folder}: {len(there)} tensors are not those of {self.model.experts.num_experts} experts"
+            )
         self._prefix = "" if any(name.startswith(self.family.prefix) for name in there) else self.family.prefix
         self._require_one_head()
 
@@ -118,7 +120,7 @@ class HuggingFaceWriter:
     def __init__(
         self,
         folder: Path,
-        model: ModelConfig,
+        model: ModelSpec,
         dtype: torch.dtype,
         shard_bytes: int,
         extras: Path | CarriedTokenizer | None,

@@ -5,31 +5,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatrain.convert.errors import ConversionError
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.keys import flat
+from megatrain.spec.schema import ModelSpec
 
 # kind of RoPE scaling -> its field elsewhere -> (field here, what holds where it is left out)
 ROPE: dict[str, dict[str, tuple[str, Any]]] = {
-    "linear": {"factor": ("rope_scaling_factor", 1.0)},
-    "dynamic": {"factor": ("rope_scaling_factor", 1.0)},
+    "linear": {"factor": ("rope.factor", 1.0)},
+    "dynamic": {"factor": ("rope.factor", 1.0)},
     "llama3": {
-        "factor": ("rope_scaling_factor", 1.0),
-        "low_freq_factor": ("rope_low_freq_factor", 1.0),
-        "high_freq_factor": ("rope_high_freq_factor", 4.0),
-        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+        "factor": ("rope.factor", 1.0),
+        "low_freq_factor": ("rope.low_freq_factor", 1.0),
+        "high_freq_factor": ("rope.high_freq_factor", 4.0),
+        "original_max_position_embeddings": ("rope.original_max_seq_len", None),
     },
     "yarn": {
-        "factor": ("rope_scaling_factor", None),
-        "beta_fast": ("rope_beta_fast", 32.0),
-        "beta_slow": ("rope_beta_slow", 1.0),
-        "attention_factor": ("rope_attention_factor", None),
-        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+        "factor": ("rope.factor", None),
+        "beta_fast": ("rope.beta_fast", 32.0),
+        "beta_slow": ("rope.beta_slow", 1.0),
+        "attention_factor": ("rope.attention_factor", None),
+        "original_max_position_embeddings": ("rope.original_max_seq_len", None),
     },
     "longrope": {
-        "factor": ("rope_scaling_factor", None),
-        "short_factor": ("rope_short_factors", None),
-        "long_factor": ("rope_long_factors", None),
-        "attention_factor": ("rope_attention_factor", None),
-        "original_max_position_embeddings": ("rope_original_max_seq_len", None),
+        "factor": ("rope.factor", None),
+        "short_factor": ("rope.short_factors", None),
+        "long_factor": ("rope.long_factors", None),
+        "attention_factor": ("rope.attention_factor", None),
+        "original_max_position_embeddings": ("rope.original_max_seq_len", None),
     },
 }
 _ORIGINAL = "original_max_position_embeddings"
@@ -46,7 +47,8 @@ _NOTES = ("finetuned",)
 
 
 def rope_from_config(config: Mapping[str, Any], default: float, length: int) -> dict[str, Any]:
-    """Both spellings: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5).
+    """Fields of the model by dotted keys. Both spellings are read: ``rope_theta``, ``rope_scaling`` (transformers 4),
+    ``rope_parameters`` (5).
 
     ``length``: ``max_position_embeddings``, which is the original length where scaling is dynamic. An original length
     beside these sections counts before one in them, as transformers has it.
@@ -56,7 +58,7 @@ def rope_from_config(config: Mapping[str, Any], default: float, length: int) -> 
     """
     given = _section(config)
     kind = _given(given, "rope_type", _given(given, "type", "default"))
-    values = {"rope_theta": _number(_given(given, "rope_theta", _given(config, "rope_theta", default)), "rope_theta")}
+    values = {"rope.theta": _number(_given(given, "rope_theta", _given(config, "rope_theta", default)), "rope_theta")}
     for place in (given, config):
         if _given(place, _SHARE, 1.0) != 1.0:
             raise ConversionError(f"config.json: {_SHARE} = {place[_SHARE]!r} is not computed here; this is: 1.0")
@@ -65,25 +67,26 @@ def rope_from_config(config: Mapping[str, Any], default: float, length: int) -> 
         return values
     scaling = {ours: _given(given, theirs, default) for theirs, (ours, default) in ROPE[kind].items()}
     if _ORIGINAL in ROPE[kind] and config.get(_ORIGINAL) is not None:
-        scaling["rope_original_max_seq_len"] = config[_ORIGINAL]
-    for name in ("rope_scaling_factor", "rope_original_max_seq_len"):
+        scaling["rope.original_max_seq_len"] = config[_ORIGINAL]
+    for name in ("rope.factor", "rope.original_max_seq_len"):
         if scaling.get(name) is not None:
             _number(scaling[name], name)
     if kind == "dynamic":
-        scaling |= {"rope_original_max_seq_len": length, "max_seq_len": int(length * scaling["rope_scaling_factor"])}
-    if kind in ("yarn", "longrope") and scaling["rope_scaling_factor"] is None:
-        scaling["rope_scaling_factor"] = length / (scaling["rope_original_max_seq_len"] or length)
-    if kind == "yarn" and all(given.get(name) for name in _YARN_SIZES) and scaling["rope_attention_factor"] is None:
-        scaling["rope_attention_factor"] = _yarn_size(scaling["rope_scaling_factor"], given)
-    return values | {"rope_scaling": kind} | scaling
+        scaling |= {"rope.original_max_seq_len": length, "max_seq_len": int(length * scaling["rope.factor"])}
+    if kind in ("yarn", "longrope") and scaling["rope.factor"] is None:
+        scaling["rope.factor"] = length / (scaling["rope.original_max_seq_len"] or length)
+    if kind == "yarn" and all(given.get(name) for name in _YARN_SIZES) and scaling["rope.attention_factor"] is None:
+        scaling["rope.attention_factor"] = _yarn_size(scaling["rope.factor"], given)
+    return values | {"rope.scaling": kind} | scaling
 
 
-def rope_to_config(model: ModelConfig) -> dict[str, Any] | None:
+def rope_to_config(model: ModelSpec) -> dict[str, Any] | None:
     """The section ``rope_scaling`` of a model; None where nothing is stretched."""
-    if model.rope_scaling == "none":
+    if model.rope.scaling == "none":
         return None
-    scaling = {theirs: getattr(model, ours) for theirs, (ours, _) in ROPE[model.rope_scaling].items()}
-    return {"rope_type": model.rope_scaling} | {name: value for name, value in scaling.items() if value is not None}
+    fields = flat(model.model_dump())
+    scaling = {theirs: fields[ours] for theirs, (ours, _) in ROPE[model.rope.scaling].items()}
+    return {"rope_type": model.rope.scaling} | {name: value for name, value in scaling.items() if value is not None}
 
 
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:

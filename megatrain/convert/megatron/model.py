@@ -16,10 +16,10 @@ from megatrain.convert.megatron.states import CONTENT, MASTERS, common_states, s
 from megatrain.convert.megatron.torch_dist import METADATA, TorchDistReader, TorchDistWriter
 from megatrain.convert.model_file import read_model, write_model
 from megatrain.convert.pickles import require_trust
-from megatrain.convert.table import Line, with_attention_bias
+from megatrain.convert.table import Line
 from megatrain.spec.derive import mixture_layers
 from megatrain.spec.kinds import MOMENTS, WEIGHT
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 CONFIG, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 _BACKENDS = {
@@ -76,7 +76,9 @@ class MegatronReader:
         """A weight or moment of one layer."""
         found = self._find(kind, name)
         if found is None and _EXPERTS in name:
-            singly = [name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in range(self.model.num_experts or 0)]
+            singly = [
+                name.replace(_EXPERTS, f"{_EXPERTS}{expert}.") for expert in range(self.model.experts.num_experts)
+            ]
             experts = [tensor for one in singly if (tensor := self._find(kind, one)) is not None]
             found = torch.stack(experts) if experts and len(experts) == len(singly) else None
         if found is None:
@@ -171,7 +173,7 @@ class MegatronWriter:
     def __init__(
         self,
         folder: Path,
-        model: ModelConfig,
+        model: ModelSpec,
         dtype: torch.dtype,
         file_bytes: int,
         step: int,
@@ -181,7 +183,7 @@ class MegatronWriter:
     ):
         _require_biases(model)
         self.dtype, self._model, self._step, self._adam = dtype, model, step, adam
-        self._own_for_experts = spread_experts and bool(model.num_experts)
+        self._own_for_experts = spread_experts and bool(model.experts.num_experts)
         self._root, self._folder = folder, folder / f"iter_{step:07d}"
         self._file_bytes = file_bytes
         self._stacked = len(mixture_layers(model)) in (0, model.num_layers)
@@ -236,17 +238,16 @@ class MegatronWriter:
         return common | {"optimizer": common_states(self._step, self._adam, self._own_for_experts)}
 
 
-def _require_biases(model: ModelConfig) -> None:
+def _require_biases(model: ModelSpec) -> None:
     """Checks that Megatron-core has a model with these biases: in every matrix, in none, or in those of queries, keys
     and values alone (``add_bias_linear``, ``add_qkv_bias``).
 
     Raises:
         ConversionError: it has none.
     """
-    if with_attention_bias(model) != (model.family == "gpt"):
-        what = "no biases in the attention but in the feed-forward" if model.family == "gpt" else "biases in the "
-        what += "" if model.family == "gpt" else "attention and none in the feed-forward"
-        raise ConversionError(f"Megatron-core has no model with {what}: attention_bias = {model.attention_bias}")
+    if model.attention.bias != model.feed_forward.bias:
+        of = ("the feed-forward", "the attention") if model.feed_forward.bias else ("the attention", "the feed-forward")
+        raise ConversionError(f"Megatron-core has no model with biases in {of[0]} and none in {of[1]}")
 
 
 def _key(name: str) -> tuple[str, int | None]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatrain.config.schema import DataConfig, RunConfig
+from megatrain.config.schema import DataConfig, ResolvedRun
 from megatrain.data.errors import DataError
 from megatrain.data.feed.blend import Blend, Segment, planned_segments
 from megatrain.data.feed.loader import Loader
@@ -34,7 +34,7 @@ class TrainingData:
         DataError: a source can't be opened, or doesn't fit the model or the other sources.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int):
+    def __init__(self, config: ResolvedRun, vocab_size: int):
         self.config = config
         data = config.data
         self.datasets = {
@@ -189,7 +189,7 @@ class TrainingData:
         return planned_segments(changes, caps, self.names, start, counts)
 
 
-def wanted_stages(config: RunConfig) -> list[Stage]:
+def wanted_stages(config: ResolvedRun) -> list[Stage]:
     """Batch sizes and sequence lengths by step, as the config has them."""
     train, data, first, stages = config.train, config.data, 0, []
     for stage in train.ramp:

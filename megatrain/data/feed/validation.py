@@ -1,6 +1,6 @@
 """Validation sets: each read from its start, in order, always the same batches."""
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.loader import Loader, OneSource
 from megatrain.data.feed.samples import sequential_samples, tells_documents_apart
 from megatrain.data.feed.steps import Stage, Steps
@@ -8,7 +8,7 @@ from megatrain.data.feed.tokenizer_match import require_one_tokenizer
 from megatrain.data.shards.reader import TokenDataset
 
 
-def validation_sets(config: RunConfig, vocab_size: int) -> dict[str, TokenDataset]:
+def validation_sets(config: ResolvedRun, vocab_size: int) -> dict[str, TokenDataset]:
     """The validation sets of a config, by name.
 
     Raises:
@@ -21,7 +21,7 @@ def validation_sets(config: RunConfig, vocab_size: int) -> dict[str, TokenDatase
 
 
 def validation_loader(
-    dataset: TokenDataset, config: RunConfig, dp_rank: int, dp_size: int, pin: bool = False
+    dataset: TokenDataset, config: ResolvedRun, dp_rank: int, dp_size: int, pin: bool = False
 ) -> Loader:
     """Batches as large as the training's last ones; what comes after the data set's end has no labels."""
     batch_size, seq_len = config.train.global_batch_size, config.data.seq_len

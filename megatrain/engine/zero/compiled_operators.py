@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.errors import OperatorLockError
 
 _PATIENCE = 900.0  # seconds of age after which nobody is believed to compile any more; it takes a minute or two
@@ -19,7 +19,7 @@ _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overl
 """File systems that no other host writes to."""
 
 
-def free_locked_operators(config: RunConfig) -> None:
+def free_locked_operators(config: ResolvedRun) -> None:
     """Makes sure that nobody waits for a compilation that was killed, before DeepSpeed compiles what ``config`` needs.
 
     Raises:
@@ -31,7 +31,7 @@ def free_locked_operators(config: RunConfig) -> None:
         free_lock(Path(_get_build_directory(name, False)) / "lock")
 
 
-def compiled_operators(config: RunConfig) -> list[str]:
+def compiled_operators(config: ResolvedRun) -> list[str]:
     """Names of the operators that training by ``config`` compiles."""
     places = {config.offload.optimizer, config.offload.parameters}
     names = ["cpu_adam"] if config.optimizer.name == "cpu_adamw" else []
@@ -39,7 +39,7 @@ def compiled_operators(config: RunConfig) -> list[str]:
     return names + (["async_io"] if "nvme" in places else [])
 
 
-def announce_compilations(config: RunConfig, say: Callable[[str], None] = print) -> None:
+def announce_compilations(config: ResolvedRun, say: Callable[[str], None] = print) -> None:
     """Says which operators this host compiles now, as nothing else is heard of it for minutes."""
     from torch.utils.cpp_extension import _get_build_directory
 

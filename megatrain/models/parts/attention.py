@@ -14,8 +14,7 @@ from megatrain.models.parts.document_attention import KERNELS
 from megatrain.models.parts.documents import Documents, visible_pairs
 from megatrain.models.parts.rotary import Turns, turn
 from megatrain.parallel.layers import Layers
-from megatrain.spec.derive import attention_bias, head_width
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 class Attention(nn.Module):
@@ -24,21 +23,20 @@ class Attention(nn.Module):
     With ``head_norms`` each head's query and key are normalised before they are turned (Dehghani et al. 2023).
 
     The rows of ``query_key_value`` stand group by group: the H/G queries of a group, its key, its
-    value. So any whole number of groups is one slice of rows. They are three matrices: ``stacked_rows`` says so to
-    optimizers that work on matrices.
+    value. So any whole number of groups is one slice of rows.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, site: str, head_norms: bool):
+    def __init__(self, config: ModelSpec, layers: Layers, site: str):
         super().__init__()
-        heads, groups, bias = config.num_heads, config.num_kv_heads or config.num_heads, attention_bias(config)
-        self.head_width = head_width(config)
+        part = config.attention
+        heads, groups, self.head_width = part.num_heads, part.num_kv_heads, part.head_width
         self.queries_per_group = heads // groups
-        self.query_key_value = layers.column_linear(config.hidden_size, (heads + 2 * groups) * self.head_width, bias)
-        rows = (self.queries_per_group * self.head_width, self.head_width, self.head_width)
-        self.query_key_value.weight.stacked_rows = rows  # type: ignore[union-attr]
-        self.output = layers.row_linear(heads * self.head_width, config.hidden_size, bias)
-        self.query_norm = self._head_norm(config, layers) if head_norms else None
-        self.key_norm = self._head_norm(config, layers) if head_norms else None
+        self.query_key_value = layers.column_linear(
+            config.hidden_size, (heads + 2 * groups) * self.head_width, part.bias
+        )
+        self.output = layers.row_linear(heads * self.head_width, config.hidden_size, part.bias)
+        self.query_norm = self._head_norm(config, layers) if part.head_norms else None
+        self.key_norm = self._head_norm(config, layers) if part.head_norms else None
         self.core = layers.attention(AttentionCore(config, layers, site))
 
     def forward(self, x_SBD: Tensor, keys_B: Tensor | None, documents: Documents | None, turns: Turns | None) -> Tensor:
@@ -51,8 +49,8 @@ class Attention(nn.Module):
             query, key = turn(query, turns), turn(key, turns)
         return self.output(self.core(query, key, value, keys_B, documents).flatten(2))
 
-    def _head_norm(self, config: ModelConfig, layers: Layers) -> nn.Module:
-        return layers.in_split_region(nn.RMSNorm(self.head_width, config.norm_eps))
+    def _head_norm(self, config: ModelSpec, layers: Layers) -> nn.Module:
+        return layers.in_split_region(nn.RMSNorm(self.head_width, config.norm.eps))
 
 
 class AttentionCore(nn.Module):
@@ -61,11 +59,11 @@ class AttentionCore(nn.Module):
     Where the sequence holds several documents, each position sees its own document only.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, site: str):
+    def __init__(self, config: ModelSpec, layers: Layers, site: str):
         super().__init__()
-        self.dropout_probability = config.attention_dropout
-        self.dropout = layers.attention_dropout(config.attention_dropout, f"{site}.attention")
-        self.document_kernel = KERNELS.get(config.document_attention)
+        self.dropout_probability = config.attention.dropout
+        self.dropout = layers.attention_dropout(config.attention.dropout, f"{site}.attention")
+        self.document_kernel = KERNELS.get(config.attention.documents)
 
     def forward(
         self,

@@ -86,7 +86,7 @@ KERNELS = {
     "flex": DocumentKernel(visible_tiles, attend_flex),
     "varlen": DocumentKernel(document_bounds, attend_varlen),
 }
-"""By their names in ``model.document_attention``; "dense" has none."""
+"""By their names in ``model.attention.documents``; "dense" has none."""
 
 
 @functools.cache

@@ -10,21 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.parallel.layers import Layers
-from megatrain.spec.derive import expert_hidden_size
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 class GeluExperts(nn.Module):
     """down_e(gelu(up_e(x))), without biases."""
 
-    def __init__(self, config: ModelConfig, layers: Layers):
+    def __init__(self, config: ModelSpec, layers: Layers):
         super().__init__()
-        assert config.num_experts is not None
-        width, expert_width = config.hidden_size, expert_hidden_size(config)
+        width, expert_width = config.hidden_size, config.experts.hidden_size
         self.activate: Callable[..., Tensor] = gelu
-        self.exchange = layers.expert_exchange(config.num_experts, drops=config.expert_capacity is not None)
-        self.up = layers.expert_matrices(config.num_experts, width, expert_width, split=2)
-        self.down = layers.expert_matrices(config.num_experts, expert_width, width, split=1)
+        self.exchange = layers.expert_exchange(config.experts.num_experts, drops=config.experts.capacity is not None)
+        self.up = layers.expert_matrices(config.experts.num_experts, width, expert_width, split=2)
+        self.down = layers.expert_matrices(config.experts.num_experts, expert_width, width, split=1)
 
     def forward(self, x_TD: Tensor, experts_Tk: Tensor, gates_Tk: Tensor) -> Tensor:
         """sum of gate x expert(x) over the experts of each token; expert number E stands for none."""
@@ -39,15 +37,19 @@ class GeluExperts(nn.Module):
 class SwiGluExperts(GeluExperts):
     """down_e(silu(gate_e(x)) * up_e(x))."""
 
-    def __init__(self, config: ModelConfig, layers: Layers):
+    def __init__(self, config: ModelSpec, layers: Layers):
         super().__init__(config, layers)
-        assert config.num_experts is not None
         self.activate = gated_silu
-        self.gate = layers.expert_matrices(config.num_experts, config.hidden_size, expert_hidden_size(config), split=2)
+        width, expert_width = config.hidden_size, config.experts.hidden_size
+        self.gate = layers.expert_matrices(config.experts.num_experts, width, expert_width, split=2)
 
     def compute(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         hidden = self.activate(grouped_matmul(x_ND, self.up, counts_E), grouped_matmul(x_ND, self.gate, counts_E))
         return grouped_matmul(hidden, self.down, counts_E)
+
+
+EXPERTS: dict[str, type[GeluExperts]] = {"gelu": GeluExperts, "swiglu": SwiGluExperts}
+"""By their names in ``model.feed_forward.activation``."""
 
 
 def gelu(up_NF: Tensor) -> Tensor:

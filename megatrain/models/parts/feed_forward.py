@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.parallel.layers import Layers
+from megatrain.spec.schema import ModelSpec
 
 
 class GeluFeedForward(nn.Module):
@@ -31,3 +32,16 @@ class SwiGluFeedForward(nn.Module):
     def forward(self, x_SBD: Tensor) -> Tensor:
         gate, up = self.layers.together((self.gate, self.up), x_SBD)
         return self.down(F.silu(gate) * up)
+
+
+FEED_FORWARDS: dict[str, type[GeluFeedForward] | type[SwiGluFeedForward]] = {
+    "gelu": GeluFeedForward,
+    "swiglu": SwiGluFeedForward,
+}
+"""By their names in ``model.feed_forward.activation``."""
+
+
+def build_feed_forward(config: ModelSpec, ffn_width: int, layers: Layers) -> nn.Module:
+    """The model's feed-forward, ``ffn_width`` wide."""
+    part = config.feed_forward
+    return FEED_FORWARDS[part.activation](config.hidden_size, ffn_width, part.bias, layers)

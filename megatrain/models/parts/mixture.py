@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.models.parts.experts import EXPERTS
+from megatrain.models.parts.feed_forward import build_feed_forward
 from megatrain.parallel.layers import Layers
-from megatrain.spec.schema import ModelConfig
+from megatrain.spec.schema import ModelSpec
 
 
 class Routing(NamedTuple):
@@ -27,7 +29,7 @@ class Routing(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """Routed experts, plus shared ones that every token passes (Dai et al. 2024, eq. 9)."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, experts: nn.Module, shared: nn.Module | None):
+    def __init__(self, config: ModelSpec, layers: Layers, experts: nn.Module, shared: nn.Module | None):
         super().__init__()
         self.layers = layers
         self.router = layers.in_split_region(Router(config, layers))
@@ -49,12 +51,11 @@ class Router(nn.Module):
     A balance bias moves the choice and not the gates, so it needs no gradient (Wang et al. 2024).
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers):
+    def __init__(self, config: ModelSpec, layers: Layers):
         super().__init__()
-        assert config.num_experts is not None
-        self.config, self.layers, self.num_experts = config, layers, config.num_experts
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.state = layers.router_state(config.num_experts)
+        self.config, self.layers, self.num_experts = config, layers, config.experts.num_experts
+        self.weight = nn.Parameter(torch.empty(config.experts.num_experts, config.hidden_size))
+        self.state = layers.router_state(config.experts.num_experts)
 
     def forward(self, x_SBD: Tensor, lengths_B: Tensor | None = None) -> Routing:
         experts_SBk, gates_SBk, *learned = self.route(x_SBD, lengths_B)
@@ -63,21 +64,22 @@ class Router(nn.Module):
     def route(self, x_SBD: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, ...]:
         """Experts and gates; while training also the side loss and the statistics of the choice."""
         logits_SBE = F.linear(x_SBD.float(), self.weight.float())
-        scores_SBE = SCORES[self.config.router_score](logits_SBE)
+        scores_SBE = SCORES[self.config.router.score](logits_SBE)
         wanted_SBE, bias_E = scores_SBE.detach(), self.state.bias_E
         experts_SBk = self._choose(wanted_SBE if bias_E is None else wanted_SBE + bias_E)
         gates_SBk = scores_SBE.gather(-1, experts_SBk)
-        if self.config.router_normalize:
+        if self.config.router.normalize:
             gates_SBk = gates_SBk / gates_SBk.sum(-1, keepdim=True)
-        gates_SBk = gates_SBk * self.config.router_scale
+        gates_SBk = gates_SBk * self.config.router.scale
         chosen_SBE = _marked(experts_SBk, wanted_SBE)
-        kept_SBE = chosen_SBE if self.config.expert_capacity is None else self._within_capacity(chosen_SBE)
+        capacity = self.config.experts.capacity
+        kept_SBE = chosen_SBE if capacity is None else self._within_capacity(chosen_SBE, capacity)
         kept_SBk = kept_SBE.gather(-1, experts_SBk)
         routing = experts_SBk.masked_fill(~kept_SBk, self.num_experts), gates_SBk * kept_SBk
         if not (self.training and torch.is_grad_enabled()):
             return routing
         probabilities_SBE = scores_SBE / scores_SBE.sum(-1, keepdim=True)
-        unbiased = bias_E is None or not self.config.router_balance_loss  # where one choice serves both
+        unbiased = bias_E is None or not self.config.router.balance_loss  # where one choice serves both
         preferred_SBE = chosen_SBE if unbiased else _marked(self._choose(wanted_SBE), wanted_SBE)
         real_SB1 = None
         if lengths_B is not None:
@@ -91,21 +93,19 @@ class Router(nn.Module):
     def _choose(self, wanted_SBE: Tensor) -> Tensor:
         """The k best experts, of the best groups only where these are limited (DeepSeek-AI 2024, section 2.1.2)."""
         config = self.config
-        if config.router_groups_per_token < config.router_groups:
-            by_group = wanted_SBE.unflatten(-1, (config.router_groups, -1))
+        if config.router.groups_per_token < config.router.groups:
+            by_group = wanted_SBE.unflatten(-1, (config.router.groups, -1))
             best_SBG = by_group.topk(min(2, by_group.shape[-1])).values.sum(-1)
-            groups = best_SBG.topk(config.router_groups_per_token).indices
+            groups = best_SBG.topk(config.router.groups_per_token).indices
             allowed_SBG = torch.zeros_like(best_SBG, dtype=torch.bool).scatter(-1, groups, True)
             wanted_SBE = by_group.masked_fill(~allowed_SBG[..., None], -math.inf).flatten(-2)
-        return wanted_SBE.topk(config.experts_per_token).indices
+        return wanted_SBE.topk(config.experts.per_token).indices
 
-    def _within_capacity(self, chosen_SBE: Tensor) -> Tensor:
-        """The choices that find room: an expert takes a sequence's tokens in order, up to its capacity."""
-        assert self.config.expert_capacity is not None
+    def _within_capacity(self, chosen_SBE: Tensor, capacity: float) -> Tensor:
+        """The choices that find room: an expert takes a sequence's tokens in order, up to ``capacity`` even shares."""
         whole_SBE = self.layers.whole_sequence(chosen_SBE)
-        share = self.config.experts_per_token * whole_SBE.shape[0] / self.num_experts
-        capacity = math.ceil(self.config.expert_capacity * share)
-        has_room = whole_SBE.cumsum(0) <= capacity
+        share = self.config.experts.per_token * whole_SBE.shape[0] / self.num_experts
+        has_room = whole_SBE.cumsum(0) <= math.ceil(capacity * share)
         return chosen_SBE & has_room[self.layers.positions(chosen_SBE.shape[0], chosen_SBE.device)]
 
     def _side_loss(
@@ -123,16 +123,23 @@ class Router(nn.Module):
             real_SB1: which tokens are no padding; None: all.
         """
         loss = logits_SBE.new_zeros(())
-        if self.config.router_balance_loss:
+        if self.config.router.balance_loss:
             preferred_BE = self.layers.sum_over_sequence(preferred_SBE.sum(0))
             share_BE = preferred_BE / preferred_BE.sum(-1, keepdim=True).clamp_min(1)  # a sequence may be all padding
             balance = self.num_experts * (share_BE * probabilities_SBE.sum(0)).sum()
-            loss = loss + self.config.router_balance_loss * balance
-        if self.config.router_z_loss:
+            loss = loss + self.config.router.balance_loss * balance
+        if self.config.router.z_loss:
             squares_SB1 = logits_SBE.logsumexp(-1, keepdim=True).square()
             squares_SB1 = squares_SB1 if real_SB1 is None else squares_SB1 * real_SB1
-            loss = loss + self.config.router_z_loss * squares_SB1.sum()
+            loss = loss + self.config.router.z_loss * squares_SB1.sum()
         return loss
+
+
+def build_mixture(config: ModelSpec, layers: Layers) -> MixtureOfExperts:
+    """The model's mixture of experts."""
+    width = config.experts.num_shared * config.experts.hidden_size
+    shared = build_feed_forward(config, width, layers) if width else None
+    return MixtureOfExperts(config, layers, EXPERTS[config.feed_forward.activation](config, layers), shared)
 
 
 def _marked(experts_SBk: Tensor, like_SBE: Tensor) -> Tensor:

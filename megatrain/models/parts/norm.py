@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.parallel.layers import Layers
+from megatrain.spec.schema import ModelSpec
+
 
 class LayerNorm(nn.LayerNorm):
     """Ba et al. 2016."""
@@ -17,3 +20,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+"""By their names in ``model.norm.kind``."""
+
+
+def build_norm(config: ModelSpec, layers: Layers) -> nn.Module:
+    """A norm of the stream, whose sequence may be split over ranks."""
+    return layers.on_split_sequence(NORMS[config.norm.kind](config.hidden_size, config.norm.eps))

@@ -344,8 +344,8 @@ MUTANTS = [
     ),
     _m(
         "engine/zero/base_optimizer",
-        "config.optimizer, mesh.tp_group, shards)",
-        "config.optimizer, None, shards)",
+        "table, mesh.tp_group, shards)",
+        "table, None, shards)",
         "wrong group",
         "muon",
         "adafactor",

@@ -1,0 +1,43 @@
+"""The families of models: each is a choice of parts, by the config's keys below ``model``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FamilyName = Literal["gpt", "llama", "qwen3"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """``about``: its parts in words. ``preset``: what the fields are set to that a config leaves open."""
+
+    about: str
+    preset: Mapping[str, Any]
+
+
+_LLAMA = {
+    "positions.kind": "rotary",
+    "norm.kind": "rms_norm",
+    "attention.bias": False,
+    "attention.head_norms": False,
+    "feed_forward.activation": "swiglu",
+    "feed_forward.bias": False,
+    "tie_embeddings": False,
+}
+FAMILIES: dict[FamilyName, Family] = {
+    "gpt": Family(
+        "learned positions, LayerNorm, GELU, biases, tied embeddings",
+        {
+            "positions.kind": "learned",
+            "norm.kind": "layer_norm",
+            "attention.bias": True,
+            "attention.head_norms": False,
+            "feed_forward.activation": "gelu",
+            "feed_forward.bias": True,
+            "tie_embeddings": True,
+        },
+    ),
+    "llama": Family("rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings", _LLAMA),
+    "qwen3": Family("llama with a norm on each head's queries and keys", {**_LLAMA, "attention.head_norms": True}),
+}
+ABOUT = " ".join(f"{name}: {family.about}." for name, family in FAMILIES.items())
