@@ -9,10 +9,12 @@ FamilyName = Literal["gpt", "llama", "qwen3"]
 
 @dataclass(frozen=True)
 class Family:
-    """``about``: its parts in words. ``preset``: what the fields are set to that a config leaves open."""
+    """``about``: its parts in words. ``preset``: what the fields are set to that a config leaves open. ``also``: what
+    others call it."""
 
     about: str
     preset: Mapping[str, Any]
+    also: tuple[str, ...] = ()
 
 
 _LLAMA = {
@@ -36,8 +38,9 @@ FAMILIES: dict[FamilyName, Family] = {
             "feed_forward.bias": True,
             "tie_embeddings": True,
         },
+        also=("gpt2", "gpt-2"),
     ),
-    "llama": Family("rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings", _LLAMA),
+    "llama": Family("rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings", _LLAMA, also=("mistral",)),
     "qwen3": Family("llama with a norm on each head's queries and keys", {**_LLAMA, "attention.head_norms": True}),
 }
 ABOUT = " ".join(f"{name}: {family.about}." for name, family in FAMILIES.items())

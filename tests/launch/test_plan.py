@@ -35,7 +35,7 @@ def test_refusals_say_what_to_do() -> None:
 def test_compatibility_is_told_with_the_exit_status() -> None:
     allowed = plan("--compat", "zero_stage=1,pp=2")
     assert (allowed.returncode, allowed.stdout) == (0, "allowed: zero_stage = 1, pp > 1\n")
-    refused = plan("--compat", "zero_stage=2,pp=2,ep=2,num_experts=null")
+    refused = plan("--compat", "zero_stage=2,pp=2,ep=2,num_experts=0")
     assert refused.returncode == 1 and refused.stdout.startswith("refused: zero_stage = 2, pp > 1")
     assert (
         "ZeRO-2 and ZeRO-3 partition gradients" in refused.stdout and "a dense model has no experts" in refused.stdout

@@ -14,6 +14,7 @@ from megatrain.config.reading.problems import Problem
 from megatrain.config.reading.source import Node
 from megatrain.config.reading.yaml_text import one_line
 from megatrain.config.schema import RunConfig
+from megatrain.spec.families import FAMILIES
 from megatrain.spec.older import NEW_KEYS
 from megatrain.spec.section import PATTERNS
 
@@ -33,7 +34,7 @@ _WEIGHTS = "numbers of 0 or more, and fractions: 3, 0.3 or 3/7"
 # what others call a choice, in small letters, where its letters do not tell
 _MEANT = {
     "precision.dtype": {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"},
-    "model.family": {"mistral": "llama", "gpt2": "gpt", "gpt-2": "gpt"},
+    "model.family": {other: name for name, family in FAMILIES.items() for other in family.also},
     "optimizer.name": {"adam": "adamw"},
 }
 
