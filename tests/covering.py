@@ -27,6 +27,7 @@ SAMPLES: dict[str, Any] = {
     "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
 }  # fmt: skip
 MOST_RANKS = 8
+BLOCKS = {"full": ["full"], "window": ["window", "full"]}
 RAMPS: dict[str, list[dict[str, int]]] = {"one_length": [], "shorter_first": [{"until_step": 1, "seq_len": 8}]}
 GPU_ONLY = {
     ("document_attention", "flex"): "FlexAttention gives no gradients on CPUs",
@@ -40,6 +41,8 @@ def raw(axis: str, value: str) -> Any:
     """A config's value for a feature."""
     if value == AXES[axis].values[-1] and AXES[axis].is_open:
         return SAMPLES[axis]
+    if axis == "blocks":
+        return BLOCKS[value]
     if axis == "ramp":
         return RAMPS[value]
     return {"null": None, "true": True, "false": False}.get(value, int(value) if value.isdigit() else value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatrain.config.schema import ParallelConfig, RunConfig
-from megatrain.spec.counts import block_parameters
+from megatrain.spec.counts import block_parameters, reach_of
 from megatrain.spec.derive import resolve_model
 from megatrain.spec.schema import ModelSpec
 
@@ -76,11 +76,20 @@ def stage_costs(model: ModelSpec, seq_len: int) -> list[float]:
     A block's attention counts half its products: it is causal. Of experts those that a token visits count. The
     embedding multiplies nothing, but copies a row and, backward, adds one: counted as two operations an element.
     """
-    attention = 2.0 * model.attention.num_heads * model.attention.head_width * seq_len
-    costs = [2.0 * block_parameters(model, layer, active=True) + attention for layer in range(model.num_layers)]
+    costs = [
+        2.0 * block_parameters(model, layer, active=True) + _attention(model, layer, seq_len)
+        for layer in range(model.num_layers)
+    ]
     costs[0] += 4.0 * model.hidden_size
     costs[-1] += 2.0 * model.vocab_size * model.hidden_size
     return costs
+
+
+def _attention(model: ModelSpec, layer: int, seq_len: int) -> float:
+    """Forward operations per token of a block's attention: 4 H K for each position that it sees on average, which is
+    half the sequence, or of a window all but what the first tokens lack."""
+    reach = min(seq_len, reach_of(model, layer))
+    return 4.0 * model.attention.num_heads * model.attention.head_width * reach * (1.0 - reach / (2.0 * seq_len))
 
 
 def _balanced(costs: list[float], stages: int) -> list[int]:

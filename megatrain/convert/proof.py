@@ -109,7 +109,8 @@ def proof_batches(model: ModelSpec, longest: int, tokenizer: Path | None) -> lis
     """[B, S] tokens: short random ones, random ones up to position ``longest``, and real text where there is a
     tokenizer (the source of a module of Python's library).
 
-    However small ``longest`` is, one sequence is longer than the length from which on the rotary positions change.
+    However small ``longest`` is, one sequence is longer than the length from which on rotary positions change or the
+    first tokens lie outside a window.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(model.max_seq_len, longest)
@@ -119,6 +120,8 @@ def proof_batches(model: ModelSpec, longest: int, tokenizer: Path | None) -> lis
 
     batches = [random(4, min(model.max_seq_len, _SHORT)), random(1, length)]
     change = model.rope.original_max_seq_len if model.rope.scaling in LENGTH_DEPENDENT else 0
+    if "window" in model.blocks:
+        change = max(change, model.attention.window)
     if max(length, _SHORT) <= change < model.max_seq_len:
         batches.append(random(1, min(model.max_seq_len, change + change // 4 + 1)))
     if tokenizer is not None:

@@ -5,12 +5,11 @@ Shapes: S sequence, B micro-batch, D width.
 
 from torch import Tensor, nn
 
-from megatrain.models.parts.attention import Attention
-from megatrain.models.parts.documents import Documents
 from megatrain.models.parts.feed_forward import build_feed_forward
+from megatrain.models.parts.mixers import build_mixer
 from megatrain.models.parts.mixture import build_mixture
 from megatrain.models.parts.norm import build_norm
-from megatrain.models.parts.rotary import Turns
+from megatrain.models.parts.sublayers import FeedForward, MicroBatch
 from megatrain.parallel.layers import Layers
 from megatrain.spec.derive import mixture_layers
 from megatrain.spec.schema import ModelSpec
@@ -23,27 +22,18 @@ class Block(nn.Module):
         super().__init__()
         site = f"layers.{number}"
         self.attention_norm = build_norm(config, layers)
-        self.attention = Attention(config, layers, site)
+        self.attention = build_mixer(config, layers, number)
         self.feed_forward_norm = build_norm(config, layers)
-        self.has_experts = number in mixture_layers(config)
-        self.feed_forward: nn.Module
-        if self.has_experts:
+        self.feed_forward: FeedForward
+        if number in mixture_layers(config):
             self.feed_forward = build_mixture(config, layers)
         else:
             self.feed_forward = build_feed_forward(config, config.feed_forward.hidden_size, layers)
         self.attention_dropout = layers.dropout(config.dropout, f"{site}.attention.output")
         self.feed_forward_dropout = layers.dropout(config.dropout, f"{site}.feed_forward.output")
 
-    def forward(
-        self,
-        x_SBD: Tensor,
-        keys_B: Tensor | None,
-        documents: Documents | None,
-        turns: Turns | None,
-        lengths_B: Tensor | None = None,
-    ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_SBD), keys_B, documents, turns)
-        x = x_SBD + self.attention_dropout(mixed, keys_B)
-        normed = self.feed_forward_norm(x)
-        fed = self.feed_forward(normed, lengths_B) if self.has_experts else self.feed_forward(normed)
-        return x + self.feed_forward_dropout(fed, keys_B)
+    def forward(self, x_SBD: Tensor, batch: MicroBatch) -> Tensor:
+        mixed = self.attention(self.attention_norm(x_SBD), batch)
+        x = x_SBD + self.attention_dropout(mixed, batch.keys_B)
+        fed = self.feed_forward(self.feed_forward_norm(x), batch)
+        return x + self.feed_forward_dropout(fed, batch.keys_B)

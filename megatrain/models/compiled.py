@@ -5,8 +5,6 @@ from torch import nn
 
 from megatrain.models.block import Block
 from megatrain.models.decoder import Decoder
-from megatrain.models.parts.experts import GeluExperts
-from megatrain.models.parts.mixture import MixtureOfExperts, Router
 
 
 def compile_blocks(model: nn.Module) -> str | None:
@@ -26,16 +24,11 @@ def compile_blocks(model: nn.Module) -> str | None:
 
 
 def _compile(module: nn.Module) -> None:
-    """A block, the parts of a mixture, which no graph can hold whole, or the loss, where no other rank has a share
-    in it: fused, it reads the logits as they are and makes no FP32 copy of them."""
+    """A block, the parts of its sublayers that no graph holds whole, or the loss, where no other rank has a share in
+    it: fused, it reads the logits as they are and makes no FP32 copy of them."""
     if isinstance(module, Block):
         module.compile()
+        module.attention.compile_parts()
+        module.feed_forward.compile_parts()
     elif isinstance(module, Decoder) and module.factory.splits["tp"].size == 1:
         module.losses = torch.compile(module.losses)
-    elif isinstance(module, MixtureOfExperts) and module.shared is not None:
-        module.shared.compile()
-    elif isinstance(module, Router):
-        module.route = torch.compile(module.route)  # type: ignore[method-assign]
-    elif isinstance(module, GeluExperts):
-        module.activate = torch.compile(module.activate)
-        module.exchange.compile()

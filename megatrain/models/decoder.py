@@ -15,6 +15,7 @@ from megatrain.models.parts.documents import Documents, documents_of, own_positi
 from megatrain.models.parts.loss import sequence_losses
 from megatrain.models.parts.norm import build_norm
 from megatrain.models.parts.rotary import Rotary, Turns
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.parallel.layers import Layers
 from megatrain.spec.derive import num_tokens
 from megatrain.spec.schema import ModelSpec
@@ -79,8 +80,9 @@ class Decoder(nn.Module):
             if self.precision.residual_dtype == "fp32":
                 x = x.float()  # each sublayer's output is added to it, and takes its type
         turns = None if self.rotary is None else self._turns(self.rotary, x, documents)
+        batch = MicroBatch(keys_B, documents, turns, lengths_B)
         for block in self.layers.values():
-            x = block(x, keys_B, documents, turns, lengths_B)
+            x = block(x, batch)
         if not self.last:
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]

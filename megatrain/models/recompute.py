@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 
 from megatrain.config.schema import TrainConfig
 from megatrain.models.block import Block
-from megatrain.models.parts.attention import AttentionCore
 
 _ATEN = torch.ops.aten
 # torch counts the operations of the fused attention of GPUs only
@@ -41,9 +40,8 @@ def apply_recompute(model: nn.Module, train: TrainConfig) -> None:
         elif mode == "budget":
             _wrap(block, "forward", lambda run: _Budgeted(run, train.activation_budget))
         elif mode == "attention":
-            for core in block.attention.modules():
-                if isinstance(core, AttentionCore):
-                    _wrap(core, "forward", _checkpointed)
+            for part in block.attention.recomputed():
+                _wrap(part, "forward", _checkpointed)
         elif mode == "feed_forward":
             _wrap(block.feed_forward, "forward", _checkpointed)
         if train.offload_activations:

@@ -3,8 +3,10 @@
 Letters as in the models: L layers, H query heads, K head width, S sequence.
 """
 
+import math
 from collections.abc import Iterable
 
+from megatrain.spec.derive import block_kind
 from megatrain.spec.parameter import Parameter
 from megatrain.spec.parts import block, parameters
 from megatrain.spec.schema import ModelSpec
@@ -40,10 +42,16 @@ def flops_per_token(model: ModelSpec, attended: float) -> float:
 
     N is ``multiplied_weights``. S is ``attended``, how many tokens a token's attention is counted for: all of its
     sequence, or of its document where attention stays inside documents. As in that paper, attention counts as if it
-    were not causal, and what activation checkpointing computes again does not count.
+    were not causal, and what activation checkpointing computes again does not count. A window counts for as many tokens
+    as it has at most.
     """
-    attention = 12 * model.num_layers * model.attention.num_heads * model.attention.head_width * attended
-    return 6 * multiplied_weights(model) + attention
+    reach = sum(min(attended, most) for most in (reach_of(model, layer) for layer in range(model.num_layers)))
+    return 6 * multiplied_weights(model) + 12 * model.attention.num_heads * model.attention.head_width * reach
+
+
+def reach_of(model: ModelSpec, layer: int) -> float:
+    """How many positions a token sees at most in a block's attention."""
+    return model.attention.window if block_kind(model, layer) == "window" else math.inf
 
 
 def _count(entries: Iterable[Parameter], active: bool) -> int:

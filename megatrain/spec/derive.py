@@ -11,6 +11,7 @@ from megatrain.spec.families import FAMILIES
 from megatrain.spec.keys import nested
 from megatrain.spec.schema import (
     AttentionSpec,
+    BlockKind,
     ExpertsSpec,
     FeedForwardSpec,
     ModelConfig,
@@ -45,6 +46,7 @@ def resolve_model(model: ModelConfig) -> ModelSpec:
     return ModelSpec.model_construct(
         **dict(model)
         | {
+            "blocks": preset["blocks"],
             "tie_embeddings": preset["tie_embeddings"],
             "attention": AttentionSpec.model_construct(**filled("attention")),
             "positions": PositionsSpec.model_construct(**filled("positions")),
@@ -77,6 +79,11 @@ def ffn_hidden_size(model: ModelConfig) -> int:
     if chosen(model, "feed_forward.activation") == "swiglu":
         return math.ceil(8 * model.hidden_size / (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
     return 4 * model.hidden_size
+
+
+def block_kind(model: ModelSpec, layer: int) -> BlockKind:
+    """What mixes the positions in a block."""
+    return model.blocks[layer % len(model.blocks)]
 
 
 def mixture_layers(model: ModelConfig) -> range:

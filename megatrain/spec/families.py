@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FamilyName = Literal["gpt", "llama", "qwen3"]
+FamilyName = Literal["gpt", "llama", "mistral", "qwen3"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Family:
 
 
 _LLAMA = {
+    "blocks": ["full"],
     "positions.kind": "rotary",
     "norm.kind": "rms_norm",
     "attention.bias": False,
@@ -30,6 +31,7 @@ FAMILIES: dict[FamilyName, Family] = {
     "gpt": Family(
         "learned positions, LayerNorm, GELU, biases, tied embeddings",
         {
+            "blocks": ["full"],
             "positions.kind": "learned",
             "norm.kind": "layer_norm",
             "attention.bias": True,
@@ -40,7 +42,8 @@ FAMILIES: dict[FamilyName, Family] = {
         },
         also=("gpt2", "gpt-2"),
     ),
-    "llama": Family("rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings", _LLAMA, also=("mistral",)),
+    "llama": Family("rotary positions, RMSNorm, SwiGLU, no biases, untied embeddings", _LLAMA),
+    "mistral": Family("llama with sliding-window attention", {**_LLAMA, "blocks": ["window"]}),
     "qwen3": Family("llama with a norm on each head's queries and keys", {**_LLAMA, "attention.head_norms": True}),
 }
 ABOUT = " ".join(f"{name}: {family.about}." for name, family in FAMILIES.items())

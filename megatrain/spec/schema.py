@@ -14,6 +14,7 @@ from megatrain.spec.section import Natural, Positive, PositiveFloat, Probability
 PositionKind = Literal["learned", "rotary"]
 NormKind = Literal["layer_norm", "rms_norm"]
 Activation = Literal["gelu", "swiglu"]
+BlockKind = Literal["full", "window"]
 
 
 class AttentionConfig(Section):
@@ -26,6 +27,9 @@ class AttentionConfig(Section):
     head_width: Positive | None = Field(None, description="Width K of a head; default: hidden_size / num_heads.")
     bias: bool | None = Field(None, description="Biases in the attention's matrices; default: the family's.")
     head_norms: bool | None = Field(None, description="A norm on each head's queries and keys; default: the family's.")
+    window: Positive = Field(
+        4096, description="Blocks of the kind window: how many positions a query sees, its own being the last."
+    )
     dropout: Probability = Field(0.0, description="Dropout of the attention probabilities.")
     documents: Literal["dense", "per_document", "flex", "varlen"] = Field(
         "dense",
@@ -146,6 +150,12 @@ class ModelConfig(Section):
 
     family: FamilyName = Field("llama", description=f"A choice of parts, each of which can be set. {ABOUT}")
     num_layers: Positive = Field(4, le=10_000, description="Transformer blocks.")
+    blocks: list[BlockKind] | None = Field(
+        None,
+        min_length=1,
+        description="What mixes positions, block by block; a shorter list is repeated. full: attention to all "
+        "positions up to a token's own. window: to the last model.attention.window of them. Default: the family's.",
+    )
     hidden_size: Positive = Field(256, description="Width D of the residual stream.")
     vocab_size: Positive = Field(8192, description="Rows V of the embedding; must be divisible by parallel.tp.")
     vocab_padding: Natural = Field(
@@ -212,6 +222,7 @@ class ExpertsSpec(ExpertsConfig):
 class ModelSpec(ModelConfig):
     """A model with nothing left open."""
 
+    blocks: list[BlockKind]
     tie_embeddings: bool
     attention: AttentionSpec
     positions: PositionsSpec

@@ -27,7 +27,7 @@ def only_problem(*overrides: str, file: Path | None = None) -> Problem:
         ("precision.dtype", "bfloat16", "bf16"),
         ("precision.dtype", "half", "fp16"),
         ("precision.gradient_dtype", "FP32", "fp32"),
-        ("model.family", "mistral", "llama"),
+        ("model.family", "mistrall", "mistral"),
         ("model.family", "Qwen-3", "qwen3"),
         ("optimizer.name", "Adam", "adamw"),
         ("schedule.name", "cosin", "cosine"),

@@ -54,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("LlamaConfig", {"max_position_embeddings": 24, "rope_parameters": DYNAMIC}),
     "llama-longrope": ("LlamaConfig", {"rope_parameters": LONGROPE}),
     "llama-longrope-factor": ("LlamaConfig", {"rope_parameters": LONGROPE_FACTOR}),
+    "mistral": ("MistralConfig", {"sliding_window": 7, "head_dim": 12}),
+    "mistral-full": ("MistralConfig", {"sliding_window": None}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "rms_norm_eps": 1e-5}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (

@@ -7,6 +7,7 @@ import torch
 
 from megatrain.models.build import build_model
 from megatrain.models.compiled import compile_blocks
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.models.recompute import apply_recompute
 from tests.layouts import ONE_PROCESS, run_config
 
@@ -21,7 +22,7 @@ def test_no_graph_break_at_tensor_size_1(family: str, mode: str) -> None:
     torch._dynamo.reset()
     x = torch.randn(16, 2, 32, requires_grad=True)
     turns = model.rotary(torch.arange(16)[:, None], 16) if model.rotary else None
-    explained = torch._dynamo.explain(block.forward)(x, torch.tensor([1, 2]), None, turns)
+    explained = torch._dynamo.explain(block.forward)(x, MicroBatch(torch.tensor([1, 2]), turns=turns))
     assert explained.graph_break_count == 0, explained.break_reasons
     assert explained.graph_count == 1
 

@@ -15,6 +15,7 @@ from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
 from megatrain.models.parts.experts import grouped_matmul
 from megatrain.models.parts.mixture import MixtureOfExperts, Router
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.parallel.layers import Layers
 from megatrain.spec.counts import num_parameters
 from megatrain.spec.derive import mixture_layers
@@ -54,7 +55,7 @@ def mixture(fields: Mapping[str, Any] = MappingProxyType({})) -> MixtureOfExpert
 def written_out(layer: MixtureOfExperts, x: Tensor) -> Tensor:
     """sum over experts of gate x expert(x), token by token."""
     routing, experts = layer.router(x), layer.experts
-    y = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
+    y = torch.zeros_like(x) if layer.shared is None else layer.shared(x, MicroBatch())
     for s in range(x.shape[0]):
         for b in range(x.shape[1]):
             for e, gate in zip(routing.experts[s, b].tolist(), routing.gates[s, b], strict=True):
@@ -80,7 +81,7 @@ def written_out(layer: MixtureOfExperts, x: Tensor) -> Tensor:
 )
 def test_a_mixture_is_the_sum_of_its_experts(fields: dict[str, Any]) -> None:
     layer, x = mixture(fields).eval(), tokens()
-    torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x, MicroBatch()), written_out(layer, x), rtol=1e-5, atol=1e-6)
 
 
 def test_grouped_product_also_of_nothing() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.models.recompute import apply_recompute
 from megatrain.parallel.dropout import dropout_keys
 from tests.layouts import ONE_PROCESS, global_batch, run_config
@@ -102,7 +103,7 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
     block = model.layers["0"]  # type: ignore[index]
     x = torch.randn(16, 2, 32, requires_grad=True)
     with _ProductRecorder() as recorder:
-        block(x, torch.tensor([1, 2]), None, None)
+        block(x, MicroBatch(torch.tensor([1, 2])))
     sizes = {which: size for _, size, which in recorder._products}
     assert len(sizes) == 7, "query_key_value, scores, mixture, output, gate, up, down"
     for budget in (0.0, 0.3, 0.6, 1.0):

@@ -17,6 +17,7 @@ WITNESSES: dict[str, list[str]] = {
     "schedule": ["tests/optim/test_schedule.py"],
     "norms": ["tests/models/test_norms.py"],
     "mixture": ["tests/models/test_mixture.py", "--deselect", f"{_COMPILED}"],
+    "window-attention": ["tests/models/test_window_attention.py"],
     "documents": ["tests/models/test_documents.py", "tests/models/test_document_attention.py"],
     "recompute": ["tests/models/test_recompute.py"],
     "huggingface": ["tests/convert/test_huggingface.py::test_there_and_back_is_bit_equal"],

@@ -58,7 +58,7 @@ NUMBERS = (
         "num_shared_experts",
         "num_dense_layers",
     ),
-    *("expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "eod_loss"),
+    *("blocks", "expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "eod_loss"),
     *("ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
 )
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
@@ -83,6 +83,8 @@ def config_of(case: Case, folder: str) -> Any:
     values = sections(case)
     values["model"] = flat(values["model"])
     values.pop("parallel")  # the layout says it
+    if case["blocks"] == "window":
+        values["model"]["attention.window"] = 5
     if case["num_experts"] != "0":
         values["model"] |= {"experts.per_token": 2, "experts.hidden_size": 16}
     if case["optimizer"] in ("lion", "adafactor"):  # a key's bias has a gradient of zero but for rounding,

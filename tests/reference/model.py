@@ -51,6 +51,12 @@ class Places:
         seen = (places[None, :] <= places[:, None]) & (places[None, None, :] >= begins_BS[:, :, None])
         return cls(own, seen, real_BS)
 
+    def within(self, window: int) -> "Places":
+        """A token sees itself and the ``window`` - 1 positions before it (Jiang et al. 2023)."""
+        places = torch.arange(self.visible_BSS.shape[-1])
+        near = places[:, None] - places[None, :] < window
+        return Places(self.positions_BS, self.visible_BSS & near, self.real_BS)
+
 
 def run(
     model: dict[str, Any],
@@ -70,7 +76,10 @@ def run(
     side_loss, routing = torch.zeros((), dtype=torch.float64), {}
     for number in range(model["num_layers"]):
         name = f"layers.{number}"
-        inside = _attention(model, weights, name, _norm(model, weights, f"{name}.attention_norm", x), places, scores)
+        normed = _norm(model, weights, f"{name}.attention_norm", x)
+        kind = model["blocks"][number % len(model["blocks"])]
+        reach = places.within(model["attention.window"]) if kind == "window" else places
+        inside = _attention(model, weights, name, normed, reach, scores)
         x = x + hidden.activations(inside, f"{name}.attention.output")
         normed = _norm(model, weights, f"{name}.feed_forward_norm", x)
         if number in mixture_blocks(model):

@@ -120,8 +120,9 @@ RUNS: dict[str, Sections] = {
         "data": {"sequences": "mask_documents", "eod_loss": True},
         "train": {"steps": 3},
     },
-    "llama: adamw, linear positions": {
-        "model": {"family": "llama", "rope.scaling": "linear", "rope.factor": 2.0, "attention.num_kv_heads": 2},
+    "llama: adamw, linear positions, windows": {
+        "model": {"family": "llama", "rope.scaling": "linear", "rope.factor": 2.0, "attention.num_kv_heads": 2,
+                  "blocks": ["window", "full"], "attention.window": 7},
         "train": {"steps": 2, "eval_batches": 1},
     },
 }  # fmt: skip

@@ -3,7 +3,7 @@
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -32,7 +32,7 @@ _MESSAGES = {
 _MOST = 2**63 - 1  # what torch, NumPy and files hold
 _WEIGHTS = "numbers of 0 or more, and fractions: 3, 0.3 or 3/7"
 # what others call a choice, in small letters, where its letters do not tell
-_MEANT = {
+_MEANT: dict[str, Mapping[str, str]] = {
     "precision.dtype": {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"},
     "model.family": {other: name for name, family in FAMILIES.items() for other in family.also},
     "optimizer.name": {"adam": "adamw"},

@@ -19,6 +19,7 @@ from megatrain.config.rules.compatibility import REFUSALS
 from megatrain.config.rules.deepspeed_keys import forbidden_keys
 from megatrain.config.rules.effect import COUNTS_WITH, has_effect
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import resolve_model
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,12 @@ def check(config: RunConfig, world_size: int | None = None, unusable: Collection
         unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
     """
     usable = [rule for rule in (*RULES, *REFUSED_PAIRS, *_WITH_EFFECT) if not _touches(rule, unusable)]
-    problems = [problem for rule in usable for problem in rule.function(config, world_size)]
+    features = config.model_copy(update={"model": resolve_model(config.model)})  # what a family chooses counts, too
+    problems = [
+        problem
+        for rule in usable
+        for problem in rule.function(features if rule in REFUSED_PAIRS else config, world_size)
+    ]
     if problems or "train.ramp" in unusable:
         return problems
     return list(_of_ramp([rule for rule in usable if rule.function in _FOR_EACH_STAGE], config, world_size))

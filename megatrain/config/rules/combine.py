@@ -10,7 +10,7 @@ from megatrain.config.reading.fields import value_at
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.reading.yaml_text import one_line
 from megatrain.config.rules.compatibility import AXES, CLASSES, REFUSALS, Axis, Refusal
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import RampStage, RunConfig
 
 Features = Mapping[str, str]
 """Values of some axes, by the axes' names."""
@@ -152,7 +152,9 @@ def _is_used(axis: Axis, config: RunConfig) -> bool:
 
 def _plain(raw: object) -> object:
     """As a file would say it."""
-    return [stage.model_dump(exclude_none=True) for stage in raw] if isinstance(raw, list) else raw
+    if isinstance(raw, list):
+        return [item.model_dump(exclude_none=True) if isinstance(item, RampStage) else item for item in raw]
+    return raw
 
 
 def _value_in(axis: Axis, text: str) -> str | None:

@@ -43,6 +43,8 @@ class Axis:
 
     def value_of(self, raw: Any) -> str:
         """The value of ``values`` that a config's ``raw`` value is or belongs to."""
+        if isinstance(raw, list) and raw and isinstance(raw[0], str):  # kinds of blocks: the last that is among them
+            return next(value for value in reversed(self.values) if value in raw)
         if isinstance(raw, list):  # the stages of a ramp
             return self.values[any(stage.seq_len is not None for stage in raw)]
         text = (
@@ -112,6 +114,7 @@ AXES = _axes(
     dropout=("model.dropout", _NONE),
     attention_dropout=("model.attention.dropout", _NONE),
     document_attention="model.attention.documents",
+    blocks=("model.blocks", ("full", "window")),
     num_experts=("model.experts.num_experts", _NONE),
     expert_capacity=("model.experts.capacity", _UNSET),
     num_shared_experts=("model.experts.num_shared", _NONE),
@@ -174,6 +177,10 @@ REFUSALS = (
     _refuse(
         "document_attention", "per_document flex varlen", "compile", "true",
         "its work depends on the lengths of the documents, which a compiled block would be traced for anew",
+    ),
+    _refuse(
+        "document_attention", "per_document flex varlen", "blocks", "window",
+        "the kernels let a token see all of its document up to itself",
     ),
     _refuse("document_attention", "varlen", "dtype", "fp32", "FlashAttention computes in 16 bits"),
     _refuse(

@@ -35,6 +35,7 @@ _ROTARY = (
     lambda model: chosen(model, "positions.kind") == "rotary",
     "model.positions.kind = rotary",
 )
+_WINDOWS = "model", lambda model: "window" in chosen(model, "blocks"), "a model.blocks with window"
 _MIXTURE = "model.experts.num_experts", bool, "model.experts.num_experts"
 _STRETCH = "model.rope.scaling", lambda value: value != "none", "another model.rope.scaling than none"
 _FP16 = _one_of("precision.dtype", "fp16")
@@ -52,6 +53,7 @@ COUNTS_WITH = tuple(
         (_MIXTURE, ("model.router.scale", "model.router.groups_per_token", "model.router.balance_loss")),
         (_MIXTURE, ("model.router.z_loss",)),
         (_ROTARY, ("model.rope.theta", "model.rope.scaling")),
+        (_WINDOWS, ("model.attention.window",)),
         (_STRETCH, ("model.rope.factor",)),
         (
             _one_of("model.rope.scaling", "dynamic", "llama3", "yarn", "longrope"),

@@ -25,6 +25,8 @@ class Family:
         dense_blocks: field that lists blocks without experts.
         experts: whether its blocks are mixtures of experts.
         rope_theta: what holds where the file leaves it out.
+        window: the field that says how far back attention reaches in every block, null: to the first position; and what
+            holds where the file leaves it out.
     """
 
     model_type: str
@@ -40,6 +42,7 @@ class Family:
     dense_blocks: str | None = None
     experts: bool = False
     rope_theta: float = 10000.0
+    window: tuple[str, int] | None = None
 
     @property
     def is_rotary(self) -> bool:

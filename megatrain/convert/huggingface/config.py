@@ -9,6 +9,7 @@ from megatrain.convert.errors import ConversionError
 from megatrain.convert.families.family import Family
 from megatrain.convert.families.gpt2 import GPT2
 from megatrain.convert.families.llama import LLAMA
+from megatrain.convert.families.mistral import MISTRAL
 from megatrain.convert.families.mixtral import MIXTRAL
 from megatrain.convert.families.qwen3 import QWEN3
 from megatrain.convert.families.qwen3_moe import QWEN3_MOE
@@ -18,7 +19,7 @@ from megatrain.spec.derive import mixture_layers, num_tokens
 from megatrain.spec.keys import flat, nested
 from megatrain.spec.schema import ModelConfig, ModelSpec
 
-FAMILIES = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE)
 
 # what says how a model is trained, stored or computed, and not what it computes
 NOT_COMPARED = (
@@ -75,6 +76,8 @@ def model_from_config(config: Mapping[str, Any], vocab_multiple: int = 1) -> Mod
             raise ConversionError(f"config.json: {theirs} = {values[name]!r:.100} is not a positive whole number")
     if family.is_rotary:
         values |= rope_from_config(config, family.rope_theta, values["max_seq_len"])
+    if family.window is not None:
+        values |= _windows(config, *family.window)
     dense = _dense_blocks(family, config, values["num_layers"])
     if dense:
         values["experts.num_dense_layers"] = max(dense) + 1
@@ -101,6 +104,8 @@ def config_from_model(model: ModelSpec) -> dict[str, Any]:
     config |= {theirs: fields[ours] for theirs, (ours, _) in family.fields.items()}
     config["vocab_size"] = num_tokens(model)
     config |= {name: values[0] for name, values in family.fixed.items()}
+    if family.window is not None:
+        config[family.window[0]] = model.attention.window if "window" in model.blocks else None
     if family.dense_blocks is not None:
         config[family.dense_blocks] = list(range(model.experts.num_dense_layers))
     if model.positions.kind == "rotary":
@@ -122,6 +127,8 @@ def differences(one: ModelSpec, other: ModelSpec) -> Iterator[str]:
         unused.remove("rope.original_max_seq_len")
     if len(mixture_layers(one)) == one.num_layers:
         unused.add("feed_forward.hidden_size")
+    if "window" not in one.blocks:
+        unused.add("attention.window")
     if not one.experts.num_experts:
         unused.add("experts.hidden_size")
     others = flat(other.model_dump())
@@ -152,6 +159,12 @@ def _require_computed(family: Family, config: Mapping[str, Any]) -> None:
 
 def _value(family: Family, config: Mapping[str, Any], theirs: str) -> Any:
     return config.get(theirs, config.get(family.aliases.get(theirs, theirs), family.fields[theirs][1]))
+
+
+def _windows(config: Mapping[str, Any], field: str, default: int) -> dict[str, Any]:
+    """The kinds of the blocks, by dotted keys."""
+    window = config.get(field, default)
+    return {"blocks": ["full"]} if window is None else {"blocks": ["window"], "attention.window": window}
 
 
 def _their_names(family: Family) -> dict[str, str]:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.models.parts.experts import EXPERTS
+from megatrain.models.parts.experts import EXPERTS, GeluExperts
 from megatrain.models.parts.feed_forward import build_feed_forward
+from megatrain.models.parts.sublayers import FeedForward, MicroBatch
 from megatrain.parallel.layers import Layers
 from megatrain.spec.schema import ModelSpec
 
@@ -26,23 +27,29 @@ class Routing(NamedTuple):
     gates: Tensor
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(FeedForward):
     """Routed experts, plus shared ones that every token passes (Dai et al. 2024, eq. 9)."""
 
-    def __init__(self, config: ModelSpec, layers: Layers, experts: nn.Module, shared: nn.Module | None):
+    def __init__(self, config: ModelSpec, layers: Layers, experts: GeluExperts, shared: FeedForward | None):
         super().__init__()
         self.layers = layers
-        self.router = layers.in_split_region(Router(config, layers))
+        self.router: Router = layers.in_split_region(Router(config, layers))  # type: ignore[assignment]
         self.experts, self.shared = experts, shared
 
     @torch.compiler.disable  # how many rows an expert has depends on the data: no graph can hold it
-    def forward(self, x_SBD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """``lengths_B``: tokens of each whole sequence before its padding; None: there is none."""
+    def forward(self, x_SBD: Tensor, batch: MicroBatch) -> Tensor:
         tokens_SBD = self.layers.enter_experts(x_SBD)
-        routing = self.router(tokens_SBD, lengths_B)
+        routing = self.router(tokens_SBD, batch.lengths_B)
         mixed_TD = self.experts(tokens_SBD.flatten(0, 1), routing.experts.flatten(0, 1), routing.gates.flatten(0, 1))
         y_SBD = self.layers.leave_experts(mixed_TD.view_as(tokens_SBD))
-        return y_SBD if self.shared is None else y_SBD + self.shared(x_SBD)
+        return y_SBD if self.shared is None else y_SBD + self.shared(x_SBD, batch)
+
+    def compile_parts(self) -> None:
+        if self.shared is not None:
+            self.shared.compile()
+        self.router.route = torch.compile(self.router.route)  # type: ignore[method-assign]
+        self.experts.activate = torch.compile(self.experts.activate)
+        self.experts.exchange.compile()
 
 
 class Router(nn.Module):

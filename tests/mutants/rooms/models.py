@@ -221,6 +221,10 @@ MUTANTS = [
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.silu(up) * gate", "swapped"),
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.silu(gate.detach()) * up", "lost gradient"),
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.gelu(gate) * up", "another function"),
+    _m("models/parts/window_attention", "- self.window + 1)", "- self.window)", "off by one", "window-attention"),
+    _m("models/parts/window_attention", "seen & band_ST", "band_ST", "lost mask", "window-attention"),
+    _m("models/parts/window_attention", "cols - rows - self.window", "-self.window", "wrong place", "window-attention"),
+    _m("models/parts/mixers", "block_kind(config, number)", "block_kind(config, 0)", "same for all", "window-attention"),
     _m("models/parts/norm", "weight, bias, self.eps)", "weight, bias)", "wrong epsilon", "norms"),
     _m("models/parts/norm", "weight, bias, self.eps)", "weight, None, self.eps)", "dropped term"),
     _m(
