@@ -108,7 +108,7 @@ MUTANTS = [
         "reference",
         "mixture",
     ),
-    _m(_MIX, "y_SBD + self.shared(x_SBD)", "y_SBD + self.shared(y_SBD)", "stale input"),
+    _m(_MIX, "y_SBD + self.shared(x_SBD, batch)", "y_SBD + self.shared(y_SBD, batch)", "stale input"),
     _m(_MIX, '"sigmoid": torch.sigmoid', '"sigmoid": torch.tanh', "another function"),
     _m(_STATE, "return gradient, ctx.state.loss_factor", "return gradient, 2 * ctx.state.loss_factor", "counted twice"),
     _m(

@@ -20,8 +20,8 @@ MUTANTS = [
     ),
     _m(
         "models/parts/attention",
-        "key = turn(query, turns), turn(key, turns)",
-        "key = turn(query, turns), key",
+        "key = turn(query, batch.turns), turn(key, batch.turns)",
+        "key = turn(query, batch.turns), key",
         "one of two forgotten",
     ),
     _m(
@@ -137,12 +137,17 @@ MUTANTS = [
     # blocks and the whole
     _m(
         "models/block",
-        "x = x_SBD + self.attention_dropout(mixed, keys_B)",
-        "x = self.attention_dropout(mixed, keys_B)",
+        "x = x_SBD + self.attention_dropout(mixed, batch.keys_B)",
+        "x = self.attention_dropout(mixed, batch.keys_B)",
         "missing residual",
     ),
-    _m("models/block", "normed = self.feed_forward_norm(x)", "normed = self.feed_forward_norm(x_SBD)", "stale input"),
-    _m("models/block", "normed = self.feed_forward_norm(x)", "normed = x", "missing norm"),
+    _m(
+        "models/block",
+        "self.feed_forward(self.feed_forward_norm(x)",
+        "self.feed_forward(self.feed_forward_norm(x_SBD)",
+        "stale input",
+    ),
+    _m("models/block", "self.feed_forward(self.feed_forward_norm(x)", "self.feed_forward((x)", "missing norm"),
     _m(
         "models/block",
         "return x + self.feed_forward_dropout(",
@@ -224,7 +229,7 @@ MUTANTS = [
     _m("models/parts/window_attention", "- self.window + 1)", "- self.window)", "off by one", "window-attention"),
     _m("models/parts/window_attention", "seen & band_ST", "band_ST", "lost mask", "window-attention"),
     _m("models/parts/window_attention", "cols - rows - self.window", "-self.window", "wrong place", "window-attention"),
-    _m("models/parts/mixers", "block_kind(config, number)", "block_kind(config, 0)", "same for all", "window-attention"),
+    _m("models/parts/mixers", "(config, number)]", "(config, 0)]", "same for all", "window-attention"),
     _m("models/parts/norm", "weight, bias, self.eps)", "weight, bias)", "wrong epsilon", "norms"),
     _m("models/parts/norm", "weight, bias, self.eps)", "weight, None, self.eps)", "dropped term"),
     _m(
