@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.placement import place
-from megatrain.checkpoint.state import require_state
+from megatrain.checkpoint.state import described_model, require_state
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
 from megatrain.checkpoint.store.parts import ReadPart, Rows, rows_of, unproved
@@ -30,7 +30,6 @@ from megatrain.engine.state import (
 from megatrain.engine.zero.fragments import Fragment
 from megatrain.spec.keys import flat
 from megatrain.spec.kinds import WEIGHT
-from megatrain.spec.older import of_this_version
 from megatrain.spec.schema import ModelSpec
 
 _READERS = min(4, len(os.sched_getaffinity(0)))  # threads; so many fragments may be in memory beside the state
@@ -93,7 +92,7 @@ def require_same_model(reader: CheckpointReader, model: ModelSpec, grow: bool = 
     Raises:
         UnfitError: lists every field that differs.
     """
-    saved, wanted = flat(of_this_version(reader.state["model"])), flat(model.model_dump(mode="json"))
+    saved, wanted = (flat(spec.model_dump(mode="json")) for spec in (described_model(reader), model))
     different = {field for field, value in wanted.items() if saved.get(field) != value}
     in_the_way = {field for field in different if field in _SHAPES}
     if model.positions.kind == "learned" and "max_seq_len" in different:  # a row of the position table for each

@@ -55,6 +55,26 @@ def saved_model(reader: CheckpointReader) -> ModelSpec:
         UnfitError: a newer version saved it, with fields that are not known here.
         CheckpointError: there is none, it is not valid, or the tensors are another model's.
     """
+    saved = require_state(reader, "model")["model"]
+    if type(count := saved.get("num_layers", 1)) is int and count > len(reader.arrays):  # a layer has one at least
+        raise CheckpointError(f"{reader.path} holds {len(reader.arrays)} arrays, too few for num_layers {count:.0f}")
+    try:
+        model = described_model(reader)
+        with torch.device("meta"):
+            wanted = {name: tuple(weight.shape) for name, weight in build_empty_model(model).named_parameters()}
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(f"no model can be made as {reader.path} says: {error!s:.200}") from error
+    _require_shapes(reader, wanted)
+    return model
+
+
+def described_model(reader: CheckpointReader) -> ModelSpec:
+    """The resolved model that a checkpoint's state names, of this version or an older one.
+
+    Raises:
+        UnfitError: a newer version saved it, with fields that are not known here.
+        CheckpointError: there is none, or it is not valid.
+    """
     saved = of_this_version(require_state(reader, "model")["model"])
     if unknown := sorted(_unknown_fields(saved)):
         listed = ", ".join(f"model.{field:.60}" for field in unknown[:_LISTED])
@@ -63,19 +83,11 @@ def saved_model(reader: CheckpointReader) -> ModelSpec:
             f"{reader.path} was saved by megatrain {version:.60}, whose models have fields that are not known here: "
             f"{listed}. Update megatrain"
         )
-    if type(count := saved.get("num_layers", 1)) is int and count > len(reader.arrays):  # a layer has one at least
-        raise CheckpointError(f"{reader.path} holds {len(reader.arrays)} arrays, too few for num_layers {count:.0f}")
     try:
-        model = resolve_model(ModelConfig.model_validate(saved))
-        with torch.device("meta"):
-            wanted = {name: tuple(weight.shape) for name, weight in build_empty_model(model).named_parameters()}
+        return resolve_model(ModelConfig.model_validate(saved))
     except ValidationError as error:
         told = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:_LISTED]]
         raise CheckpointError(f"the model in {reader.path} is not valid: {'; '.join(told)}") from error
-    except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        raise CheckpointError(f"no model can be made as {reader.path} says: {error!s:.200}") from error
-    _require_shapes(reader, wanted)
-    return model
 
 
 def _unknown_fields(saved: dict[str, Any]) -> set[str]:

@@ -41,12 +41,13 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
             that it has stood at its default: an older version knew no other value.
         config: the resolved one of now.
     """
-    defaults = RunConfig(model=ModelConfig(family=config.model.family))
-    defaults = defaults.model_copy(update={"model": resolve_model(defaults.model)})
-    of_before = {name: of_this_version(value) if name == "model" else value for name, value in saved.items()}
+    defaults = RunConfig()
+    of_before = dict(saved)
+    if "model" in saved:
+        model = resolve_model(ModelConfig.model_validate(of_this_version(saved["model"])))
+        of_before["model"] = model.model_dump(mode="json")
     now = _leaves(config, of_before)
     before = {**_leaves(defaults, of_before), **flat(of_before)}
-    before = {key: value for key, value in before.items() if key in now or key in flat(of_before)}
     found = [
         Change(key, before.get(key), now.get(key), _changes_numbers(key, config))
         for key in dict.fromkeys([*now, *before])

@@ -2,6 +2,7 @@
 
 from megatrain.config.changes import changes, table
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import resolve_model
 from tests.configs import run_config_of
 
 
@@ -9,7 +10,8 @@ def config_of(**sections: dict) -> RunConfig:
     base = {"data": {"train": {"a": {"path": "old", "weight": 1}}}, "train": {"steps": 10}}
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}
-    return run_config_of(base)
+    config = run_config_of(base)
+    return config.model_copy(update={"model": resolve_model(config.model)})
 
 
 def test_nothing_differs_from_itself() -> None:
