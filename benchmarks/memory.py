@@ -67,7 +67,7 @@ def model_state(stage: int) -> tuple[int, float]:
     from megatrain.train.build import build_engine
 
     start_fake_world(RANKS)
-    buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), BUCKET)
+    buckets = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), BUCKET)
     options = {f"deepspeed.zero_optimization.{key}": value for key, value in buckets.items()}
     options |= {
         "deepspeed.zero_optimization.stage3_param_persistence_threshold": 0,
