@@ -41,6 +41,15 @@ def test_operations_per_token() -> None:
     assert flops_per_token(LLAMA_8B, 8192) == 6 * (8030261248 - 128256 * 4096 - 65 * 4096) + 12 * 32 * 4096 * 8192
 
 
+def test_a_window_is_attended_to_and_no_more() -> None:
+    """Of two blocks one has a window of 8: at 32 positions attention costs 12 H K (8 + 32), at 4 it has no effect."""
+    shape = {"num_layers": 2, "hidden_size": 16, "attention.num_heads": 2, "vocab_size": 10}
+    full = model_spec(shape)
+    mixed = model_spec({**shape, "blocks": ["window", "full"], "attention.window": 8})
+    assert flops_per_token(full, 32) - flops_per_token(mixed, 32) == 12 * 16 * (2 * 32 - (8 + 32))
+    assert flops_per_token(full, 4) == flops_per_token(mixed, 4)
+
+
 @pytest.mark.parametrize(
     ("family", "hidden_size", "width"),
     [("gpt", 100, 400), ("llama", 96, 256), ("llama", 256, 704), ("llama", 4096, 10944), ("llama", 24, 64)],

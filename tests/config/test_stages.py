@@ -7,7 +7,7 @@ import pytest
 from megatrain.config.schema import ParallelConfig, RunConfig
 from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks, stage_costs
 from megatrain.spec.derive import resolve_model
-from tests.configs import run_config_of
+from tests.configs import model_spec, run_config_of
 
 
 def config(**sections: dict[str, Any]) -> RunConfig:
@@ -56,6 +56,18 @@ def test_no_other_split_has_a_faster_slowest_stage(model: dict[str, Any]) -> Non
 
     first, second, _ = stage_blocks(run)
     assert slowest(first.stop, second.stop) == min(slowest(a, b) for b in range(2, 9) for a in range(1, b))
+
+
+@pytest.mark.parametrize("window", [1, 16, 60, 64, 500])
+def test_a_block_costs_what_its_window_sees(window: int) -> None:
+    """4 H K for each pair; counted pair by pair, where the first tokens see less than a window."""
+    shape = {"num_layers": 1, "attention.num_heads": 2, "attention.head_width": 3, "attention.window": window}
+    costs = {
+        kind: stage_costs(model_spec({**shape, "blocks": [kind], "hidden_size": 8, "vocab_size": 10}), 64)[0]
+        for kind in ("full", "window")
+    }
+    pairs = sum(min(place, window) for place in range(1, 65)) - sum(range(1, 65))
+    assert costs["window"] - costs["full"] == pytest.approx(4 * 2 * 3 * pairs / 64, abs=4 * 2 * 3 / 2)
 
 
 def test_a_deep_model_of_unequal_blocks_is_split_evenly() -> None:
