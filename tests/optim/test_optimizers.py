@@ -29,6 +29,7 @@ def test_lion_is_algorithm_2() -> None:
         momentum = 0.99 * momentum + 0.01 * gradient
     torch.testing.assert_close(weight.detach(), expected)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], momentum)
+    assert optimizer.state[weight]["step"] == 3
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])

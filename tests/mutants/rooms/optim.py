@@ -183,6 +183,7 @@ MUTANTS = [
         "dropped statement",
         *_ONE,
     ),
+    _m("optim/lion", 'state["step"] += 1', 'state["step"] += 0', "not counted", *_ONE),
     # Muon
     _m(
         "optim/muon",
