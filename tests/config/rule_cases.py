@@ -232,6 +232,14 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "precision.dtype=fp16 precision.initial_loss_scale=1000", None, "precision.initial_loss_scale", 1000,
         "power of 2", "to 512 or 1024",
     ),
+    (
+        "precision.dtype=fp16 precision.min_loss_scale=0.5", None, "precision.min_loss_scale", 0.5,
+        "less than 1, where DeepSpeed keeps the loss scale", "to 1; gradients that overflow",
+    ),
+    (
+        "precision.dtype=fp16 precision.initial_loss_scale=0.5", None, "precision.initial_loss_scale", 0.5,
+        "less than 1", "set precision.initial_loss_scale to 1",
+    ),
     ("precision.dtype=fp16 precision.min_loss_scale=3", None, "precision.min_loss_scale", 3, "power of 2", "to 2 or 4"),
     (
         "precision.dtype=fp16 precision.min_loss_scale=131072", None, "precision.min_loss_scale", 131072,

@@ -67,7 +67,7 @@ ALLOWED = [
     ("parallel.pp=2 parallel.stage_layers=[1,3]", 2),
     ("parallel.pp=4 parallel.pp_schedule=gpipe train.global_batch_size=1", 4),
     ("parallel.pp=2 parallel.stages_per_rank=2 parallel.pp_schedule=zbv train.global_batch_size=1", 2),
-    ("precision.dtype=fp16 precision.initial_loss_scale=0.5 precision.min_loss_scale=0.25", None),
+    ("precision.dtype=fp16 precision.initial_loss_scale=1 precision.min_loss_scale=1", None),
 ]
 
 

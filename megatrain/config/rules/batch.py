@@ -86,11 +86,22 @@ def decay_follows_warmup(config: RunConfig, world_size: int | None) -> Iterator[
 
 
 def loss_scales_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The scale moves by factors of two, so that it never rounds a gradient, from the first one down to the least."""
+    """The scale moves by factors of two, so that it never rounds a gradient, from the first one down to the least.
+
+    DeepSpeed 0.19.8 takes whole numbers only for both.
+    """
     precision = config.precision
     scales = {"initial_loss_scale": precision.initial_loss_scale, "min_loss_scale": precision.min_loss_scale}
     for name, scale in scales.items():
-        if math.frexp(scale)[0] != 0.5:
+        if scale < 1:
+            yield Problem(
+                f"precision.{name}",
+                scale,
+                "is less than 1, where DeepSpeed keeps the loss scale",
+                "1, 2, 4, 8, … 65536, …",
+                f"set precision.{name} to 1; gradients that overflow at that scale need precision.dtype = bf16",
+            )
+        elif math.frexp(scale)[0] != 0.5:
             below = 2.0 ** math.floor(math.log2(scale))
             yield Problem(
                 f"precision.{name}",
@@ -99,7 +110,7 @@ def loss_scales_fit(config: RunConfig, world_size: int | None) -> Iterator[Probl
                 "1, 2, 4, 8, … 65536, …",
                 f"set precision.{name} to {below:g} or {2 * below:g}",
             )
-    if precision.min_loss_scale > precision.initial_loss_scale:
+    if 1 <= precision.initial_loss_scale < precision.min_loss_scale:
         yield Problem(
             "precision.min_loss_scale",
             precision.min_loss_scale,
