@@ -101,6 +101,7 @@ WITNESSES: dict[str, list[str]] = {
     "training-data": ["tests/data/test_training.py"],
     "data-run": ["tests/train/test_data_run.py"],
     # the run
+    "dry-run": ["tests/train/test_run.py"],
     "show-batch": ["tests/data/test_show_batch.py"],
     "derive": [
         "tests/config/test_ranks.py",

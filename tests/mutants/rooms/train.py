@@ -25,6 +25,13 @@ MUTANTS = [
         "off by one",
         *_LOOP,
     ),
+    _m(
+        "train/run",
+        "start_distributed(config.train.deterministic)",
+        "start_distributed()",
+        "ignored option",
+        "dry-run",
+    ),
     _m("train/loop", "self.step % every == 0", "self.step % every == 1", "off by one", *_LOOP),
     _m(
         "train/loop",
