@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from megatrain.config.schema import RunConfig
-from tests.programs import LAUNCHER, run_program
+from tests.programs import run_program, unlaunched, warm_programs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "CHANGELOG.md"]
@@ -23,12 +24,12 @@ BASH_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README_COMMAND = re.compile(r"^    (bash .+)$", re.MULTILINE)
 OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|\.ci)/")
 INTERPRETERS = {"bash", "source", "python", "python3", "deepspeed", "torchrun"}
-SHELL = re.compile(r"[|<>;&$*?]")  # what only a shell does for a program
 OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 
 # what a page prints and no test can run, with the reason; the names in it are checked all the same
 NOT_RUN = {
     "bash launch/test.sh": "is what runs this",
+    "pytest tests/": "is a part of what runs this",
     "python -m megatrain.config.pages.reference": "writes into the checkout; tests/config checks its output",
     "deepspeed --hostfile": "needs several hosts",
     "srun": "needs a Slurm cluster",
@@ -88,7 +89,7 @@ def is_config_key(option: str) -> bool:
 
 @functools.cache
 def help_text(script: str) -> str:
-    run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = run_program([script, "--help"], ROOT)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -105,6 +106,9 @@ class Workspace:
 
     def __init__(self, folder: Path):
         self.folder, self.steps, self.printed = folder, 0, ""
+        self.environment = warm_programs().parent
+        for stamp in Path(sys.prefix).glob("megatrain-install.*"):  # launch/install.sh finds all installed
+            shutil.copy(stamp, self.environment)
         for name in ("launch", "data_tools", "configs", "benchmarks", "tests", "megatrain"):
             if (ROOT / name).exists():
                 (folder / name).symlink_to(ROOT / name)
@@ -118,15 +122,14 @@ class Workspace:
         if "launch/pretrain.py" in command or "launch/quickstart.sh" in command:
             self.steps += 2
             command += f" --train.steps {self.steps} --train.eval_batches 1 --schedule.warmup_steps 1"
-        if command.startswith("python launch/") and not SHELL.search(command):  # they spend their time importing
-            done = run_program(words_of(command)[1:], self.folder)
-            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-            return done.stdout
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        environment["MEGATRAIN_VENV"] = sys.prefix
+        path = f"{self.environment / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=280
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=unlaunched({"PATH": path, "MEGATRAIN_VENV": str(self.environment)}),
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
