@@ -45,6 +45,19 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "is not more than model.rope.beta_slow = 32.0", "raise model.rope.beta_fast",
     ),
     (
+        "model.rope.scaling=yarn model.rope.theta=1", None, "model.rope.theta", 1.0,
+        "no base of frequencies that fall", "set model.rope.theta to 10000",
+    ),
+    (
+        "model.rope.scaling=longrope model.attention.head_width=4 model.rope.short_factors=[1.0,2.0] "
+        "model.rope.long_factors=[1.0,2.0] model.rope.original_max_seq_len=1",
+        None, "model.rope.original_max_seq_len", 1, "has the logarithm 0", "or set model.rope.attention_factor",
+    ),
+    (
+        'data.train={"a":"x","b":"y"} data.weigh_by=tokens data.temperature=0.049', None, "data.temperature", 0.049,
+        "to a power that no number holds", "to 1 or more",
+    ),
+    (
         'data.train={"a":{"path":"x","weight":0}}', None, "data.train", {"a": "0"}, "has weights that sum to 0",
         "leave the weights out",
     ),

@@ -18,6 +18,7 @@ from megatrain.config.rules.combine import keys_of, problem_of
 from megatrain.config.rules.compatibility import REFUSALS
 from megatrain.config.rules.deepspeed_keys import forbidden_keys
 from megatrain.config.rules.effect import COUNTS_WITH, has_effect
+from megatrain.config.rules.numbers import NUMBER_FIELDS, fits_fp32
 from megatrain.config.schema import RunConfig
 from megatrain.spec.derive import resolve_model
 
@@ -52,6 +53,16 @@ RULES = (
             "model.rope.high_freq_factor",
             "model.rope.beta_fast",
             "model.rope.beta_slow",
+        ),
+    ),
+    Rule(
+        rules_model.stretch_is_defined,
+        (
+            "model.rope.scaling",
+            "model.rope.theta",
+            "model.rope.attention_factor",
+            "model.rope.original_max_seq_len",
+            "model.max_seq_len",
         ),
     ),
     Rule(rules_model.sequence_fits_positions, ("data.seq_len", "model.max_seq_len")),
@@ -116,6 +127,7 @@ RULES = (
     Rule(rules_batch.batch_divides, (*_BATCH, *_LAYOUT)),
     Rule(rules_batch.pipeline_has_micro_batches, (*_BATCH, *_LAYOUT, "parallel.pp_schedule")),
     Rule(rules_data.sources_have_weight, ("data.train",)),
+    Rule(rules_data.temperature_leaves_numbers, ("data.temperature",)),
     Rule(rules_data.schedule_names_sources, ("data.train", "data.weight_schedule")),
     Rule(
         rules_data.ramp_fits,
@@ -135,6 +147,9 @@ REFUSED_PAIRS = tuple(Rule(partial(problem_of, refusal), keys_of(refusal)) for r
 _WITH_EFFECT = tuple(Rule(partial(has_effect, row), (row.key, row.other)) for row in COUNTS_WITH)
 """A rule for each field that counts only with another."""
 
+_IN_FP32 = tuple(Rule(partial(fits_fp32, key), (key,)) for key in NUMBER_FIELDS)
+"""A rule for each field whose value is any number."""
+
 _FOR_EACH_STAGE = (
     rules_batch.batch_divides,
     rules_batch.pipeline_has_micro_batches,
@@ -150,7 +165,7 @@ def check(config: RunConfig, world_size: int | None = None, unusable: Collection
         world_size: ranks that were started; None where nobody knows yet, which leaves out what depends on it.
         unusable: dotted keys (of fields or sections) whose values mean nothing: rules that read them are left out.
     """
-    usable = [rule for rule in (*RULES, *REFUSED_PAIRS, *_WITH_EFFECT) if not _touches(rule, unusable)]
+    usable = [rule for rule in (*RULES, *REFUSED_PAIRS, *_WITH_EFFECT, *_IN_FP32) if not _touches(rule, unusable)]
     features = config.model_copy(update={"model": resolve_model(config.model)})  # what a family chooses counts, too
     problems = [
         problem

@@ -20,6 +20,21 @@ def sources_have_weight(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+_LEAST_TEMPERATURE = 0.05
+
+
+def temperature_leaves_numbers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Tokens of a source are raised to the power of 1 / temperature: 10^15 tokens to that of 20 are 10^300."""
+    if config.data.temperature < _LEAST_TEMPERATURE:
+        yield Problem(
+            "data.temperature",
+            config.data.temperature,
+            "raises the tokens of a source to a power that no number holds",
+            f"{_LEAST_TEMPERATURE} or more; 1 is each source's part, above 1 evens them out",
+            "set data.temperature to 1 or more, or give the sources weights of their own",
+        )
+
+
 def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Changes of weights come in order, speak of sources that are there, and leave one with weight."""
     weights = {name: Fraction(source.weight) for name, source in config.data.train.items()}

@@ -119,6 +119,29 @@ def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[
             )
 
 
+def stretch_is_defined(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """YaRN divides by the logarithm of the base (Peng et al. 2023, eq. 14), longrope's factor by that of the original
+    length."""
+    rope = config.model.rope
+    original = rope.original_max_seq_len or config.model.max_seq_len
+    if rope.scaling == "yarn" and rope.theta <= 1:
+        yield Problem(
+            "model.rope.theta",
+            rope.theta,
+            "is no base of frequencies that fall, which model.rope.scaling = yarn looks for",
+            "above 1",
+            "set model.rope.theta to 10000, or to that of the model which you go on with",
+        )
+    if rope.scaling == "longrope" and rope.attention_factor is None and original == 1:
+        yield Problem(
+            "model.rope.original_max_seq_len",
+            1,
+            "has the logarithm 0, by which longrope divides to find model.rope.attention_factor",
+            "2 or more",
+            "set model.rope.original_max_seq_len to the length first trained on, or set model.rope.attention_factor",
+        )
+
+
 def sequence_fits_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A model has positions for so many tokens only."""
     seq_len, longest = config.data.seq_len, config.model.max_seq_len
