@@ -21,6 +21,6 @@ def test_they_are_refused(override: str, end: str, cure: str) -> None:
 
 
 def test_the_ends_of_fp32_are_allowed() -> None:
-    assert problems_of("model.norm_eps=1.1754943508222875e-38") == []  # 2^-126
+    assert problems_of("model.norm.eps=1.1754943508222875e-38") == []  # 2^-126
     assert problems_of("optimizer.weight_decay=3.4028234663852886e38 optimizer.grad_clip=0") == []
     assert {"model.rope.theta", "optimizer.beta1", "train.peak_tflops", "precision.min_loss_scale"} < set(NUMBER_FIELDS)

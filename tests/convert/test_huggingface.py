@@ -39,6 +39,8 @@ def test_there_and_back_is_bit_equal(tmp_path: Path, name: str) -> None:
     source = save_model(name, tmp_path / "source")
     record = convert(Request(source, tmp_path / "run", "megatrain", longest=TINY, choices=Choices(vocab_multiple=8)))
     assert record["status"] == "verified" and record["model"]["vocab_padding"] == -VOCAB_SIZE % 8
+    embedding = FORMATS["megatrain"].read(tmp_path / "run", Choices()).read("weight", "embedding.word.weight")
+    assert embedding[:VOCAB_SIZE].all() and not embedding[VOCAB_SIZE:].any(), "rows of padding are zeros"
     convert(
         Request(tmp_path / "run", tmp_path / "back", "huggingface", longest=TINY, choices=Choices(shard_bytes=9000))
     )

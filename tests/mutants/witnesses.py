@@ -7,6 +7,9 @@ _EXPERTS = "tests/parallel/test_mixture.py::test_experts_equal_one_process"
 _OPTIMIZERS = "tests/engine/test_optimizers.py::test_optimizer_equals_one_process"
 _PRECISION = "tests/engine/test_precision.py::test_"
 _RESUME = "tests/checkpoint/test_resume"
+_BACK = "tests/convert/test_huggingface.py::test_there_and_back_is_bit_equal"
+_MEGATRON = "tests/convert/test_megatron.py::test_"
+_DEEPSPEED = "tests/convert/test_deepspeed.py::test_"
 _COMPILED = "tests/models/test_mixture.py::test_a_compiled_block_leaves_its_mixture_alone"  # a minute
 
 WITNESSES: dict[str, list[str]] = {
@@ -20,7 +23,7 @@ WITNESSES: dict[str, list[str]] = {
     "window-attention": ["tests/models/test_window_attention.py"],
     "documents": ["tests/models/test_documents.py", "tests/models/test_document_attention.py"],
     "recompute": ["tests/models/test_recompute.py"],
-    "huggingface": ["tests/convert/test_huggingface.py::test_there_and_back_is_bit_equal"],
+    "huggingface": [_BACK],
     # layouts against one process
     "tp": [f"{_LAYOUTS}[gpt-tp2-pp1-dp1-zero0]", f"{_LAYOUTS}[llama-tp2-pp1-dp1-zero0]"],
     "sp": [f"{_LAYOUTS}[gpt-tp2-pp1-dp1-sp-zero0]", f"{_LAYOUTS}[qwen3-tp2-pp2-dp2-sp-zero1]"],
@@ -92,6 +95,27 @@ WITNESSES: dict[str, list[str]] = {
     ],
     "store": ["tests/checkpoint/test_store.py", "tests/checkpoint/test_shares.py", "tests/checkpoint/test_parts.py"],
     "merge": ["tests/checkpoint/test_tools.py::test_merge"],
+    # conversion
+    "hf-llama": [f"{_BACK}[llama3]"],
+    "hf-gpt2": [f"{_BACK}[gpt2]"],
+    "hf-moe": [f"{_BACK}[mixtral]", f"{_BACK}[qwen3-moe-dense]"],
+    "hf-dense": [f"{_BACK}[qwen3-moe-dense]"],
+    "hf-biases": [f"{_BACK}[llama-biases-yarn]"],
+    "hf-tied": [f"{_BACK}[llama-tied-linear]"],
+    "hf-longrope": [f"{_BACK}[llama-longrope]"],
+    "hf-yarn-sizes": [f"{_BACK}[llama-yarn-sizes]"],
+    "hf-dynamic": [f"{_BACK}[llama-dynamic]"],
+    "hf-refused": ["tests/convert/test_huggingface.py::test_a_model_that_is_not_what_its_config_says_is_refused"],
+    "other-side": ["tests/convert/test_other_side.py"],
+    "native": ["tests/convert/test_native.py"],
+    "megatron": [f"{_MEGATRON}megatron_core_loads_and_computes_the_same[llama2]"],
+    "megatron-gpt2": [f"{_MEGATRON}megatron_core_loads_and_computes_the_same[gpt2]"],
+    "megatron-moe": [f"{_MEGATRON}megatron_core_loads_and_computes_the_same[mixtral]"],
+    "megatron-optimizer": [f"{_MEGATRON}states_of_the_optimizer_go_both_ways[FP32]"],
+    "megatron-bf16": [f"{_MEGATRON}states_of_the_optimizer_go_both_ways[BF16, a mixture]"],
+    "megatron-spread": [f"{_MEGATRON}states_of_the_optimizer_go_both_ways[distributed, experts spread]"],
+    "deepspeed-tensor": [f"{_DEEPSPEED}several_tensor_ranks_are_read_and_written"],
+    "deepspeed-experts": [f"{_DEEPSPEED}experts_that_deepspeed_spread_over_ranks_are_read"],
     # data
     "order": ["tests/data/test_order.py"],
     "windows": ["tests/data/test_windows.py", "tests/data/test_loader.py"],

@@ -1,17 +1,30 @@
 """The mutants, by the part of the package that they stand in."""
 
 from tests.mutants.mutant import Mutant
-from tests.mutants.rooms import checkpoint, data, engine, mixtures, models, optim, parallel, public, train
+from tests.mutants.rooms import (
+    checkpoint,
+    convert,
+    data,
+    engine,
+    mixtures,
+    models,
+    optim,
+    parallel,
+    public,
+    recompute,
+    train,
+)
 
 ROOMS: dict[str, list[Mutant]] = {
     "public": public.MUTANTS,
     "optim": optim.MUTANTS,
-    "models": models.MUTANTS,
+    "models": models.MUTANTS + recompute.MUTANTS,
     "mixtures": mixtures.MUTANTS,
     "engine": engine.MUTANTS,
     "parallel": parallel.MUTANTS,
     "data": data.MUTANTS,
     "checkpoint": checkpoint.MUTANTS,
+    "convert": convert.MUTANTS,
     "train": train.MUTANTS,
 }
 ALL = [mutant for mutants in ROOMS.values() for mutant in mutants]
