@@ -39,8 +39,17 @@ class FusedAdam(torch.optim.Optimizer):
     has a step for each parameter.
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool):
-        assert adam_w_mode
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: Any,
+        eps: float,
+        adam_w_mode: bool,
+        capturable: bool = False,  # Megatron-core 0.17 and later say it
+    ):
+        assert adam_w_mode and not capturable
         settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "bias_correction": True}
         super().__init__(params, settings)
 
@@ -137,6 +146,8 @@ def _optimizers_on_cpus(kind: OptimizerKind) -> Iterator[None]:
                 patches.enter_context(mock.patch.multiple(module, **values))
         as_on_cpu = {"tensor": lambda *values, device=None, **options: tensor(*values, **options)}
         patches.enter_context(mock.patch.multiple(torch, **as_on_cpu))
+        # 0.19 asks for the stream that would have to wait for replayed graphs, of which there are none
+        patches.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda: None))
         patches.enter_context(mock.patch.multiple(torch.Tensor, type=named, cuda=lambda values, *_, **__: values))
         yield
 

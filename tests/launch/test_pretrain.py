@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.factory import make_dataset
-from tests.programs import LAUNCHER, run_program
+from tests.programs import run_program, unlaunched, warm_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -25,11 +25,10 @@ train: {steps: 4, global_batch_size: 8, micro_batch_size: 2, log_every: 1, eval_
 
 def start(*command: str) -> subprocess.Popen[str]:
     """The command in the project's folder and a session of its own, as no launcher started it."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=unlaunched(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -43,13 +42,14 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def launcher(num_ranks: int) -> list[str]:
-    program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), "--num_gpus", str(num_ranks), "--master_port", str(20000 + os.getpid() % 20000)]
+def launcher(num_ranks: int, folder: Path = Path(sys.executable).parent) -> list[str]:
+    program = str(folder / "deepspeed")
+    return [program, "--num_gpus", str(num_ranks), "--master_port", str(20000 + os.getpid() % 20000)]
 
 
 def deepspeed(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(*launcher(num_ranks), "launch/pretrain.py", *arguments)
+    """The launcher and its ranks, each without its imports; a run that gets a signal has the real ones."""
+    return run(*launcher(num_ranks, warm_programs()), "launch/pretrain.py", *arguments)
 
 
 def alone(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

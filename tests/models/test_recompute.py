@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain.config.schema import TrainConfig
 from megatrain.models.build import build_model
@@ -110,6 +111,44 @@ def test_a_budget_keeps_its_share_of_the_products() -> None:
         kept = sum(sizes[which] for which in recorder.worth_keeping(budget))
         assert kept <= budget * sum(sizes.values())
     assert recorder.worth_keeping(1.0) == set(sizes) and not recorder.worth_keeping(0.0)
+
+
+# of a block, whose 256 tokens have a width of 32, heads of 8 (queries 4, keys and values 2) in sequences of 16, and
+# 64 in between: operations, 2 × rows × inputs × outputs, and bytes of the result, by the product's name
+PRODUCTS = {
+    "query_key_value": (2 * 256 * 32 * 64, 4 * 256 * 64),
+    "scores": (2 * 16 * 4 * 16 * 8 * 16, 4 * 16 * 4 * 16 * 16),
+    "mixture": (2 * 16 * 4 * 16 * 16 * 8, 4 * 16 * 4 * 16 * 8),
+    "output": (2 * 256 * 32 * 32, 4 * 256 * 32),
+    "gate": (2 * 256 * 32 * 64, 4 * 256 * 64),
+    "up": (2 * 256 * 32 * 64, 4 * 256 * 64),
+    "down": (2 * 256 * 64 * 32, 4 * 256 * 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (0.0, set()),
+        (0.1, {"down"}),  # 32 operations a byte, where the others of weights have 16 and attention 4 and 8
+        (0.4, {"down", "query_key_value", "output"}),  # 36 %, and none of the others fits into the rest
+        (0.9, PRODUCTS.keys() - {"scores"}),
+        (1.0, PRODUCTS.keys()),
+    ],
+)
+def test_a_budget_keeps_the_most_operations_for_its_bytes(budget: float, kept: set[str]) -> None:
+    """By torch's own counter: what is not kept is computed once more in each of five blocks."""
+
+    def operations(mode: dict[str, Any]) -> int:
+        model = model_with(mode)
+        run(model)[0].backward()  # decides what is kept
+        with FlopCounterMode(display=False) as counter:
+            run(model)[0].backward()
+        return counter.get_total_flops()
+
+    assert sum(PRODUCTS[name][1] for name in kept) <= budget * sum(size for _, size in PRODUCTS.values())
+    again = operations({"activation_checkpointing": "budget", "activation_budget": budget}) - operations({})
+    assert again == 5 * sum(count for name, (count, _) in PRODUCTS.items() if name not in kept)
 
 
 def test_a_budget_meets_experts_without_rows() -> None:

@@ -40,12 +40,12 @@ def layouts(family: str) -> list[Layout]:
 DEFAULT = {
     ("gpt", Layout(cp=4, zero_stage=3, cp_method="ulysses")),
     ("gpt", Layout(2, 2, 1, True, 1, cp=2)),
-    ("llama", Layout(1, 1, 2, False, 3, cp=4)),
+    ("llama", Layout(1, 1, 2, False, 3, cp=2)),
 }
 
 
 def cases() -> list:
-    """All behind the marker; by default four ranks of each method, and three axes."""
+    """All behind the marker; by default four ranks of Ulysses, three axes, and ZeRO 3 over data and context ranks."""
     return [
         pytest.param(
             family, layout, id=f"{family}-{layout}", marks=() if (family, layout) in DEFAULT else pytest.mark.slow

@@ -3,8 +3,6 @@
 import ast
 import contextlib
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tests.layouts import ONE_PROCESS, Layout, run_config
 from tests.parallel.test_mixture import MODELS
 from tests.parity import mistakes
 from tests.pool import Pool
+from tests.programs import run_program
 
 Change = Callable[[Any], None]
 Patch = tuple[str, Callable[..., Any]]
@@ -158,22 +157,14 @@ def test_an_experts_gradient_summed_over_the_wrong_group(pool: Pool) -> None:
     assert all(".experts." in difference.what for difference in found if "gradient of" in difference.what)
 
 
-def test_the_program_says_equal_and_refuses(tmp_path: Path) -> None:
-    small = [
-        "--model.num_layers",
-        "2",
-        "--model.hidden_size",
-        "32",
-        "--model.attention.num_heads",
-        "4",
-        "--data.seq_len",
-        "16",
-    ]
-    command = [sys.executable, "launch/parity.py", "--layout", "pp=2", *small, "--precision.dtype", "bf16"]
+def test_the_program_says_equal_and_refuses() -> None:
+    sizes = {"model.num_layers": 2, "model.hidden_size": 32, "model.attention.num_heads": 4, "data.seq_len": 16}
+    small = [f"--{key}={value}" for key, value in sizes.items()]
+    words = ["launch/parity.py", "--layout", "pp=2", *small, "--precision.dtype", "bf16"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    done = run_program(words, root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("equal: ")
-    command[3] = "pp=3"
-    refused = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    words[2] = "pp=3"
+    refused = run_program(words, root)
     assert refused.returncode == 2 and "model.num_layers" in refused.stderr
