@@ -39,7 +39,7 @@ NOT_RUN = {
     "pkill": "would end runs that are not the test's",
 }
 TINY_RUN = """
-model: {num_layers: 2, hidden_size: 32, num_heads: 4, vocab_size: 4096, max_seq_len: 32}
+model: {num_layers: 2, hidden_size: 32, attention: {num_heads: 4}, vocab_size: 4096, max_seq_len: 32}
 data: {train: data/quickstart/train, seq_len: 32}
 precision: {dtype: fp32}
 train: {global_batch_size: 8, log_every: 1}

@@ -16,8 +16,8 @@ from tests.launch.test_pretrain import deepspeed, launcher, start
 
 STEPS = 70
 CONFIG = """
-model: {num_layers: 4, hidden_size: 32, num_heads: 4, vocab_size: 300, max_seq_len: 32,
-        dropout: 0.1, attention_dropout: 0.1}
+model: {num_layers: 4, hidden_size: 32, vocab_size: 300, max_seq_len: 32, dropout: 0.1,
+        attention: {num_heads: 4, dropout: 0.1}}
 precision: {dtype: fp32}
 train: {steps: 70, global_batch_size: 8, micro_batch_size: 2, log_every: 1}
 checkpoint: {save_every: 4, keep_last: 2}

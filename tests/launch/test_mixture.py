@@ -11,9 +11,9 @@ from tests.launch.test_pretrain import deepspeed, run
 
 SOURCES = Path(sysconfig.get_paths()["stdlib"])
 CONFIG = """
-model: {num_layers: 4, hidden_size: 64, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 128, vocab_size: 512,
-        max_seq_len: 64, num_dense_layers: 1, num_experts: 8, experts_per_token: 2, num_shared_experts: 1,
-        expert_hidden_size: 32, router_balance_rate: 1e-3}
+model: {num_layers: 4, hidden_size: 64, attention: {num_heads: 4, num_kv_heads: 2}, feed_forward: {hidden_size: 128},
+        vocab_size: 512, max_seq_len: 64, router: {balance_rate: 1e-3},
+        experts: {num_dense_layers: 1, num_experts: 8, per_token: 2, num_shared: 1, hidden_size: 32}}
 precision: {dtype: fp32}
 optimizer: {lr: 3e-3}
 schedule: {warmup_steps: 3}

@@ -17,7 +17,7 @@ from tests.programs import run_program, unlaunched, warm_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
-model: {num_layers: 2, hidden_size: 32, num_heads: 4, vocab_size: 300, max_seq_len: 32}
+model: {num_layers: 2, hidden_size: 32, attention: {num_heads: 4}, vocab_size: 300, max_seq_len: 32}
 precision: {dtype: fp32}
 train: {steps: 4, global_batch_size: 8, micro_batch_size: 2, log_every: 1, eval_batches: 1}
 """
