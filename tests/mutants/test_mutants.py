@@ -44,7 +44,7 @@ def test_witnesses_are_tests() -> None:
 
 @pytest.mark.timeout(600)
 def test_one_mutant_of_every_part_is_seen(tmp_path: Path) -> None:
-    verdicts = _run(tmp_path, "--sample", "--control", "optimizers", "tp")
+    verdicts = _run(tmp_path, "--sample", "--control", "schedule", "tp")
     assert len(verdicts) == len(SAMPLE) == len(ROOMS)
     assert all(verdict["seen"] for verdict in verdicts), verdicts
 

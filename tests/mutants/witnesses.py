@@ -15,6 +15,10 @@ _COMPILED = "tests/models/test_mixture.py::test_a_compiled_block_leaves_its_mixt
 WITNESSES: dict[str, list[str]] = {
     # one process against plain torch, papers and transformers
     "reference": ["tests/reference/test_training.py", "tests/reference"],
+    "rules": [
+        "tests/reference/test_training.py::test_run_equals_the_reference"
+        "[gpt: adamw, cosine, masked documents, dropout, ramp, rules, clipping]"
+    ],
     "loop": ["tests/engine/test_bare_loop.py"],
     "optimizers": ["tests/optim"],
     "schedule": ["tests/optim/test_schedule.py"],
@@ -97,6 +101,7 @@ WITNESSES: dict[str, list[str]] = {
     "merge": ["tests/checkpoint/test_tools.py::test_merge"],
     # conversion
     "hf-llama": [f"{_BACK}[llama3]"],
+    "hf-qwen3": [f"{_BACK}[qwen3]"],
     "hf-gpt2": [f"{_BACK}[gpt2]"],
     "hf-moe": [f"{_BACK}[mixtral]", f"{_BACK}[qwen3-moe-dense]"],
     "hf-dense": [f"{_BACK}[qwen3-moe-dense]"],

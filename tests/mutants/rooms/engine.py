@@ -13,7 +13,7 @@ _RESUME = ("resume", "resume-optimizers")
 
 MUTANTS = [
     # the step
-    _m("engine/engine", 'group["lr"] = lr * group["lr_scale"]', 'group["lr"] = lr', "ignored option", "reference"),
+    _m("engine/engine", 'group["lr"] = lr * group["lr_scale"]', 'group["lr"] = lr', "ignored option", "rules"),
     _m(
         "engine/engine",
         "learning_rate(step, self.config.train.steps,",

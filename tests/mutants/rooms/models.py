@@ -17,6 +17,8 @@ MUTANTS = [
         "key = self.query_norm(query), self.key_norm(key)",
         "key = self.query_norm(query), key",
         "dropped",
+        "hf-qwen3",
+        "reference",
     ),
     _m(
         "models/parts/attention",
