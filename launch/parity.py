@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from megatrain.cluster.place import let_idle_threads_sleep
+from megatrain.config.derive import num_ranks
 from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError
@@ -51,8 +52,7 @@ def layout_config(files: list[Path], overrides: list[str], layout: str) -> Resol
     fields = [f"--parallel.{entry.strip()}" for entry in layout.split(",") if entry.strip()]
     base = ["--parallel.dp=1"] if "dp=" not in layout else []
     every = [*overrides, *base, *fields]
-    parallel = load_config(files, every).config.parallel
-    world_size = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
+    world_size = num_ranks(load_config(files, every).config.parallel)
     return load_config(files, every, world_size).with_derived(world_size).config
 
 

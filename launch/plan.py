@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatrain.config.derive import grad_accum_steps, num_ranks
 from megatrain.config.load import load_config
 from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError, Problem
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
-    parser.add_argument("--world-size", type=int, help="ranks of the run; default: tp × pp × dp of the config")
+    parser.add_argument("--world-size", type=int, help="ranks of the run; default: as many as the config asks for")
     parser.add_argument("--schedule", action="store_true", help="draw the pipeline schedule")
     parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
     parser.add_argument("--overwrite", action="store_true", help="replace an older picture")
@@ -56,8 +57,7 @@ def main(arguments: list[str]) -> int:
 def resolved_config(files: list[Path], overrides: list[str], world_size: int | None) -> ResolvedRun:
     """The config as ``world_size`` ranks would run it; by default as many as it asks for."""
     if world_size is None:
-        parallel = load_config(files, overrides).config.parallel
-        world_size = parallel.tp * parallel.pp * (parallel.dp or 1)
+        world_size = num_ranks(load_config(files, overrides).config.parallel)
     return load_config(files, overrides, world_size).with_derived(world_size).config
 
 
@@ -78,7 +78,6 @@ def print_schedule(config: ResolvedRun, png: Path | None) -> None:
     if config.parallel.pp == 1:
         cure = "set parallel.pp to 2 or more"
         raise ConfigError([Problem("parallel.pp", 1, "makes no pipeline: there is no schedule to draw", "2…", cure)])
-    from megatrain.config.derive import grad_accum_steps
     from megatrain.plan.draw import as_png, as_text  # imports torch: after the config's mistakes
     from megatrain.plan.pipeline import timeline
 

@@ -12,7 +12,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     The config must have passed ``rules.check`` with that world size.
     """
     parallel, schedule = config.parallel, config.schedule
-    dp = parallel.dp or world_size // (parallel.tp * parallel.cp * parallel.pp)
+    dp = parallel.dp or world_size // ranks_of_a_copy(parallel)
     return ResolvedRun.model_construct(
         **dict(config)
         | {
@@ -23,9 +23,14 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     )
 
 
+def ranks_of_a_copy(parallel: ParallelConfig) -> int:
+    """Ranks that share one copy of the model and its sequences."""
+    return parallel.tp * parallel.cp * parallel.pp
+
+
 def num_ranks(parallel: ParallelConfig) -> int:
     """Ranks that a layout takes; where ``dp`` is open, those of one copy of the model."""
-    return parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
+    return ranks_of_a_copy(parallel) * (parallel.dp or 1)
 
 
 def decay_steps(config: RunConfig) -> int | None:
@@ -48,7 +53,7 @@ def data_parallel_size(config: RunConfig, world_size: int | None) -> int | None:
     parallel = config.parallel
     if parallel.dp is not None or world_size is None:
         return parallel.dp
-    dp, left_over = divmod(world_size, parallel.tp * parallel.cp * parallel.pp)
+    dp, left_over = divmod(world_size, ranks_of_a_copy(parallel))
     return dp if dp and not left_over else None
 
 

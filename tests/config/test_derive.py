@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatrain.config.derive import data_parallel_size, grad_accum_steps, resolve, tokens_per_step
+from megatrain.config.derive import data_parallel_size, grad_accum_steps, num_ranks, resolve, tokens_per_step
 from megatrain.config.schema import RunConfig
 from megatrain.spec.counts import flops_per_token, num_parameters
 from megatrain.spec.keys import flat
@@ -96,6 +96,14 @@ def test_families_tie_differently() -> None:
 def test_context_ranks_leave_fewer_data_ranks() -> None:
     given = config(parallel={"tp": 2, "cp": 2})
     assert data_parallel_size(given, 12) == resolve(given, 12).parallel.dp == 3
+
+
+def test_ranks_of_a_layout() -> None:
+    """Every axis counts, each by a prime of its own; the experts' ranks are among those that are there."""
+    sizes = {"tp": 2, "cp": 3, "pp": 5}
+    assert num_ranks(config(parallel={**sizes, "dp": 7}).parallel) == 210
+    assert num_ranks(config(parallel=sizes).parallel) == 30
+    assert num_ranks(config(parallel={"dp": 4, "ep": 2}).parallel) == 4
 
 
 @pytest.mark.parametrize(

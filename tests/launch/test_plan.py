@@ -24,6 +24,12 @@ def test_schedule_as_text_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_axis_counts_among_the_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --world-size the config runs on as many ranks as it asks for, those of context among them."""
+    assert main(["--schedule", *PIPELINE, "--parallel.cp", "2"]) == 0
+    assert "idle 20.00 % (theory 20.00 %)" in capsys.readouterr().out
+
+
 def test_refusals_say_what_to_do() -> None:
     alone = plan("--schedule")
     assert alone.returncode == 2 and "set parallel.pp to 2 or more" in alone.stderr

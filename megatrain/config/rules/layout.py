@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megatrain.config.derive import data_parallel_size
+from megatrain.config.derive import data_parallel_size, num_ranks
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
 from megatrain.config.schema import RunConfig
@@ -17,7 +17,7 @@ def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Probl
         return
     parallel = config.parallel
     sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "dp": parallel.dp or 1}
-    asked = math.prod(sizes.values())
+    asked = num_ranks(parallel)
     product = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     # the largest axis is the likeliest to be wrong; dp last, as it is the one that can be left out
     key = max(("dp", "tp", "cp", "pp") if parallel.dp else ("tp", "cp", "pp"), key=lambda axis: sizes[axis])
