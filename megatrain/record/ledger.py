@@ -1,21 +1,11 @@
 """What each source of the training data has given, and what the model makes of it."""
 
-from dataclasses import dataclass
-
 import torch
 
 from megatrain.data.feed.rows import IGNORE, Batch
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
-
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """One source at a step. ``tokens``, ``epoch``: read so far; ``loss``: mean since the last record."""
-
-    tokens: int
-    epoch: float
-    loss: float | None
+from megatrain.record.records import SourceCounts
 
 
 class Ledger:
@@ -35,13 +25,13 @@ class Ledger:
             tokens = (batch.labels != IGNORE).sum(1).to(losses_N.device)
             self._sums[1].index_add_(0, sources, tokens.double())
 
-    def records(self, step: int) -> dict[str, SourceRecord]:
+    def counts(self, step: int) -> dict[str, SourceCounts]:
         """By source, after ``step`` steps; then the sums start anew. Collective."""
         losses, counts = self.engine.over_all_ranks(self._sums).tolist()
         self._sums = self._nothing()
         consumed = self.data.blend.counts(self.data.steps.first_sample(step))
         return {
-            name: SourceRecord(
+            name: SourceCounts(
                 tokens=consumed[i] * self.data.steps.window,
                 epoch=consumed[i] / self.data.samples[name].num_samples,
                 loss=losses[i] / counts[i] if counts[i] else None,

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.rows import Batch
 from megatrain.spec.counts import flops_per_token
 from megatrain.spec.schema import ModelSpec
@@ -53,6 +55,12 @@ class Hardware:
         if self.peak_flops is None:
             return None
         return flops_per_second / (self.num_devices * self.peak_flops)
+
+
+def hardware_of(config: ResolvedRun, device: torch.device) -> Hardware:
+    """All ranks' devices, if they are like this one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Hardware(dist.get_world_size(), peak_flops(name, config.precision.dtype, config.train.peak_tflops))
 
 
 class Work:

@@ -10,7 +10,6 @@ from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.loader import Loader
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
-from megatrain.record.run_folder import require_steps_left
 from megatrain.train.saving import restore
 
 _GIB = 2.0**30
@@ -25,7 +24,6 @@ def dry_run(config: ResolvedRun, engine: Engine, data: TrainingData, validation:
     resumed = restore(config, engine, data)
     step = 0 if resumed is None else resumed.step
     if resumed is not None:
-        require_steps_left(config, step, resumed.path)
         _say(engine, f"loads {resumed.path} at step {step}", *resumed.report)
     data.require_samples(config.train.steps)
     mesh = engine.mesh

@@ -10,15 +10,14 @@ from megatrain.engine.non_finite import bad_gradient, bad_state
 
 
 class Health:
-    """Counts the steps whose gradients are not finite (the engine skips them) and watches what is saved.
+    """Counts the steps in a row whose gradients are not finite (the engine skips them) and watches what is saved.
 
     Knows of a step what the host knows anyway; losses and norms stay on the device until one is asked for.
-    ``num_skipped``: since the last call to ``take_skipped``.
     """
 
     def __init__(self, config: ResolvedRun, engine: Engine):
         self.config, self.engine = config, engine
-        self.in_a_row = self.num_skipped = 0
+        self.in_a_row = 0
         self._latest: StepResult | None = None
         self._good: tuple[int, StepResult] | None = None
         self._skipped: RankBatch | None = None
@@ -27,14 +26,8 @@ class Health:
         """A step that was made or skipped."""
         self._latest, self._skipped = result, batch if result.skipped else None
         self.in_a_row = self.in_a_row + 1 if result.skipped else 0
-        self.num_skipped += result.skipped
         if not result.skipped:
             self._good = step, result
-
-    def take_skipped(self) -> int:
-        """Steps skipped since the last call."""
-        number, self.num_skipped = self.num_skipped, 0
-        return number
 
     @property
     def is_at_its_end(self) -> bool:

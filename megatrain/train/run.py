@@ -20,7 +20,7 @@ from megatrain.spec.counts import num_parameters
 from megatrain.spec.derive import num_tokens
 from megatrain.train.build import build_engine
 from megatrain.train.dry_run import dry_run
-from megatrain.train.loop import Trainer
+from megatrain.train.loop import train
 
 
 def run(config: ResolvedRun, dry: bool = False) -> bool:
@@ -44,7 +44,7 @@ def run(config: ResolvedRun, dry: bool = False) -> bool:
         if dry:
             require_room(RunFolder.of(config), config)
             dry_run(config, engine, training, loaders)
-        finished = dry or Trainer(config, engine, training, loaders, lock).train()
+        finished = dry or train(config, engine, training, loaders, lock)
         dist.barrier()
     dist.destroy_process_group()
     return finished

@@ -1,6 +1,5 @@
 """The checkpoints of a run: where it starts from, and its saves."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from megatrain.config.schema import ResolvedRun
 from megatrain.data.errors import DataError
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
-from megatrain.record.run_folder import RunFolder, other_versions, versions
+from megatrain.record.metrics import Metrics
+from megatrain.record.run_folder import RunFolder, other_versions, require_steps_left, versions
 from megatrain.train.health import Health
 
 
@@ -25,6 +25,7 @@ def restore(config: ResolvedRun, engine: Engine, data: TrainingData) -> Resumed 
 
     Raises:
         CheckpointError: what there is can't be resumed.
+        ConfigError: it is of a later step than the last.
     """
 
     def resume_data(saved: dict[str, Any], step: int) -> None:
@@ -39,12 +40,15 @@ def restore(config: ResolvedRun, engine: Engine, data: TrainingData) -> Resumed 
     checkpoint = config.checkpoint
     load = None if checkpoint.load is None else Path(checkpoint.load)
     folder = RunFolder.of(config).checkpoints
-    return resume(engine, folder, resume_data, checkpoint.resume, load, checkpoint.load_what)
+    resumed = resume(engine, folder, resume_data, checkpoint.resume, load, checkpoint.load_what)
+    if resumed is not None:
+        require_steps_left(config, resumed.step, resumed.path)
+    return resumed
 
 
-def report_resume(metrics: Any, config: ResolvedRun, resumed: Resumed | None) -> None:
+def report_resume(metrics: Metrics, config: ResolvedRun, resumed: Resumed | None) -> None:
     """Says from where the run goes on, and all that differs from how the checkpoint was made."""
-    if metrics is None or resumed is None:
+    if resumed is None:
         return
     step = resumed.step
     for path, problem in resumed.skipped:
@@ -91,9 +95,10 @@ class Saving:
         data: TrainingData,
         health: Health,
         resumed: Resumed | None,
+        metrics: Metrics,
         lock: FolderLock | None,
     ):
-        self.config, self.engine, self.data, self.health = config, engine, data, health
+        self.config, self.data, self.health, self.metrics = config, data, health, metrics
         self.newest = None if resumed is None else resumed.path
         self._saved_step = resumed.step if resumed is not None and resumed.what == "all" else None
         self._withheld_step: int | None = None
@@ -121,27 +126,24 @@ class Saving:
         """Whether the save in flight has ended on this rank."""
         return self._saver.has_news
 
-    def save(self, metrics: Any, step: int, tokens: int) -> float:
-        """Begins a save; the one before ends first. Returns the seconds that training stood still.
+    def save(self, step: int, tokens: int) -> None:
+        """Begins a save of the state after ``step``; the one before ends first.
 
         A state that is not finite is not saved: ``newest`` stays the one to go back to.
         """
-        start = time.perf_counter()
-        self.finish(metrics, step)
+        self.finish(step)
         if (problem := self.health.problem_of_saving(step)) is not None:
-            if metrics is not None:
-                line = f"WARNING: checkpoint of step {step} not saved: {problem}"
-                metrics.log_event("checkpoint", step, line, saved_step=step, failed=True, problem=problem)
+            line = f"WARNING: checkpoint of step {step} not saved: {problem}"
+            self.metrics.log_event("checkpoint", step, line, saved_step=step, failed=True, problem=problem)
             self._withheld_step = step
-            return time.perf_counter() - start
+            return
         state = {"data": self.data.state(step), "tokens": tokens, "tokenizers": self.data.tokenizers()}
         self._saver.begin(step, state, self._versions)
         self._saved_step = step
         if not self.config.checkpoint.background:
-            self.finish(metrics, step)
-        return time.perf_counter() - start
+            self.finish(step)
 
-    def finish(self, metrics: Any, step: int) -> None:
+    def finish(self, step: int) -> None:
         """Waits for the save in flight, if there is one, and reports it at ``step``. A run survives some failures.
 
         Raises:
@@ -150,8 +152,7 @@ class Saving:
         outcome = self._saver.finish()
         if outcome is None:
             return
-        if metrics is not None:
-            _report_save(metrics, step, outcome)
+        _report_save(self.metrics, step, outcome)
         self._failed = self._failed + 1 if outcome.problem else 0
         if not outcome.problem:
             self.newest = outcome.path
@@ -163,23 +164,23 @@ class Saving:
                 f"{outcome.problem}. The run ends here; older checkpoints are whole"
             )
 
-    def save_at_the_end(self, metrics: Any, step: int, tokens: int, finished: bool) -> None:
+    def save_at_the_end(self, step: int, tokens: int, finished: bool) -> None:
         """Saves the last state, unless it stands on disk.
 
         Raises:
             StorageError: it was not saved; NonFiniteError: it is not finite, and the run is ``finished``.
         """
-        self.finish(metrics, step)
+        self.finish(step)
         if step not in (self._saved_step, self._withheld_step):
-            self.save(metrics, step, tokens)
-            self.finish(metrics, step)
+            self.save(step, tokens)
+            self.finish(step)
         if self._failed:
             raise StorageError(f"step {step}, the last of this start, was not saved; the reason stands above")
         if self._withheld_step == step and finished:  # a run that was told to stop goes on from the one before
             raise self.health.error(step, self.newest)
 
 
-def _report_save(metrics: Any, step: int, outcome: Outcome) -> None:
+def _report_save(metrics: Metrics, step: int, outcome: Outcome) -> None:
     for note in outcome.notes:
         metrics.log_event("checkpoint_note", step, f"checkpoint: {note}", note=note)
     line = f"saved {outcome.path} in {outcome.seconds:.1f} s ({outcome.stall_seconds:.2f} s of them stood still)"

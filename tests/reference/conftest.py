@@ -57,7 +57,7 @@ def _start(sections: dict[str, Any]) -> Path:
     from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.record.run_folder import RunFolder
     from megatrain.spec.derive import num_tokens
-    from megatrain.train.loop import Trainer
+    from megatrain.train.loop import train
     from tests.layouts import build_engine
 
     asked = run_config_of(sections)
@@ -67,7 +67,7 @@ def _start(sections: dict[str, Any]) -> Path:
     engine, vocab = build_engine(config), num_tokens(config.model)
     validation = {name: validation_loader(d, config, 0, 1) for name, d in validation_sets(config, vocab).items()}
     try:
-        assert Trainer(config, engine, TrainingData(config, vocab), validation).train()
+        assert train(config, engine, TrainingData(config, vocab), validation)
     finally:
         engine.close()
     return RunFolder.of(config).path

@@ -57,7 +57,7 @@ def run_steps(config: RunConfig) -> None:
     from megatrain.data.feed.training import TrainingData
     from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.record.run_folder import RunFolder
-    from megatrain.train.loop import Trainer
+    from megatrain.train.loop import train
 
     if dist.get_rank() == 0:
         RunFolder.of(config).prepare(config)
@@ -66,7 +66,7 @@ def run_steps(config: RunConfig) -> None:
     place = engine.mesh.coordinate("dp"), engine.mesh.topology.dp
     loaders = {name: validation_loader(d, config, *place) for name, d in validation_sets(config, 258).items()}
     try:
-        Trainer(config, engine, TrainingData(config, 258), loaders).train()
+        train(config, engine, TrainingData(config, 258), loaders)
     finally:
         engine.close()
 

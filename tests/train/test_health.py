@@ -118,7 +118,7 @@ def run_until_it_ends(config: RunConfig, bad_steps: list[int], loss_of: dict[int
 
     from megatrain.data.feed.training import TrainingData
     from megatrain.engine.errors import NonFiniteError
-    from megatrain.train.loop import Trainer
+    from megatrain.train.loop import train
     from megatrain.train.run import _claimed_folder
 
     engine = build_engine(config)
@@ -135,7 +135,7 @@ def run_until_it_ends(config: RunConfig, bad_steps: list[int], loss_of: dict[int
     engine.train_step = stepped
     try:
         with _claimed_folder(config) as lock:
-            Trainer(config, engine, TrainingData(config, 300), {}, lock).train()
+            train(config, engine, TrainingData(config, 300), {}, lock)
         return ""
     except NonFiniteError as error:
         return str(error)

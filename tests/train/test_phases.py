@@ -34,7 +34,7 @@ def start(config: RunConfig, dry: bool = False) -> str:
     from megatrain.data.feed.training import TrainingData
     from megatrain.data.feed.validation import validation_loader, validation_sets
     from megatrain.train.dry_run import dry_run
-    from megatrain.train.loop import Trainer
+    from megatrain.train.loop import train
     from megatrain.train.run import _claimed_folder
 
     engine = None
@@ -49,7 +49,7 @@ def start(config: RunConfig, dry: bool = False) -> str:
             return ""
         with _claimed_folder(config) as lock:
             engine = build_engine(config)
-            Trainer(config, engine, data, loaders, lock).train()
+            train(config, engine, data, loaders, lock)
         return ""
     except (CheckpointError, ConfigError) as error:
         return f"{type(error).__name__}: {error}"

@@ -32,7 +32,7 @@ def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
     """A whole run on this rank; the saves of ``failing_saves`` find no room. Returns an error's text."""
     from megatrain.checkpoint.save import Saver
     from megatrain.data.feed.training import TrainingData
-    from megatrain.train.loop import Trainer
+    from megatrain.train import loop
     from megatrain.train.run import _claimed_folder
 
     original = Saver._prepare
@@ -47,7 +47,7 @@ def train(config: RunConfig, failing_saves: tuple[int, ...] = ()) -> str:
     try:
         with _claimed_folder(config) as lock:
             engine = build_engine(config)
-            Trainer(config, engine, TrainingData(config, 300), {}, lock).train()
+            loop.train(config, engine, TrainingData(config, 300), {}, lock)
         return ""
     except CheckpointError as error:
         return f"{type(error).__name__}: {error}"

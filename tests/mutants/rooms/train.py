@@ -20,8 +20,8 @@ MUTANTS = [
     ),
     _m(
         "train/loop",
-        "self._loader().batches(self.step, self",
-        "self._loader().batches(self.step + 1, self",
+        "return loader.batches(self.step, self",
+        "return loader.batches(self.step + 1, self",
         "off by one",
         *_LOOP,
     ),
@@ -56,8 +56,8 @@ MUTANTS = [
     ),
     _m(
         "train/loop",
-        "self.step, self.trained_tokens = resumed.step, resumed.tokens",
-        "self.step = resumed.step",
+        "(0, 0) if resumed is None else (resumed.step, resumed.tokens)",
+        "(0, 0) if resumed is None else (resumed.step, 0)",
         "not restored",
         *_LOOP,
     ),
@@ -68,7 +68,7 @@ MUTANTS = [
         "all ranks read the same",
         *_LOOP,
     ),
-    _m("record/metrics", "math.exp(loss)", "2**loss", "another function", *_LOOP),
+    _m("record/records", "math.exp(self.loss)", "2**self.loss", "another function", *_LOOP),
     _m("record/ledger", "losses[i] / counts[i] if", "losses[i] / (counts[i] + 1) if", "off by one", "data-run"),
     _m("record/ledger", "== 0\n", ">= 0\n", "counted cp times", "data-run"),
     _m(
@@ -81,7 +81,7 @@ MUTANTS = [
     _m("record/ledger", "(batch.labels != IGNORE).sum(1)", "(batch.labels != IGNORE).sum(0)", "wrong dim", "data-run"),
     _m("record/throughput", "return peak_tflops * 1e12", "return peak_tflops * 1e9", "wrong unit", "metrics"),
     _m(
-        "record/metrics", "return self.tokens / self.seconds", "return self.seconds / self.tokens", "inverse", "metrics"
+        "record/records", "return self.tokens / self.seconds", "return self.seconds / self.tokens", "inverse", "metrics"
     ),
     _m(
         "spec/derive",
