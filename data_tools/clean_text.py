@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatrain.config.extras import missing
+from megatrain.console import run_tool
 from megatrain.data.corpus.chunks import CHUNK_BYTES
-from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, run_tool, sources_of
+from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, sources_of
 from megatrain.data.corpus.documents import Document
 from megatrain.data.corpus.quality import DEFAULT_RULES, RULES, Form, broken_rule, normalize
 from megatrain.data.errors import DataError

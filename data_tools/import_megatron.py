@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.corpus.console import lineage_of, print_left_out, run_tool
+from megatrain.console import run_tool
+from megatrain.data.corpus.console import lineage_of, print_left_out
 from megatrain.data.corpus.encode import Encoder
 from megatrain.data.corpus.inputs import Source, digest_of_all, digest_sources
 from megatrain.data.corpus.tokenizer_files import load_tokenizer

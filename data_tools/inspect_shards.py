@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatrain.data.corpus.console import run_tool
+from megatrain.console import run_tool
 from megatrain.data.corpus.length_chart import draw_lengths
 from megatrain.data.errors import DataError
 from megatrain.data.pool import open_pool

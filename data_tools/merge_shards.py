@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.corpus.console import lineage_of, run_tool
+from megatrain.console import run_tool
+from megatrain.data.corpus.console import lineage_of
 from megatrain.data.corpus.inputs import InputDigest
 from megatrain.data.errors import DataError
 from megatrain.data.shards.manifest import MANIFEST, TOKENIZER, Manifest, digest_of

@@ -14,7 +14,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from megatrain.data.corpus.console import lineage_of, print_left_out, run_tool
+from megatrain.console import run_tool
+from megatrain.data.corpus.console import lineage_of, print_left_out
 from megatrain.data.corpus.images import PICTURES, find_pictures, idx_classes, left_out_of, read_idx, read_pictures
 from megatrain.data.corpus.inputs import Source, digest_of_all, digest_sources
 from megatrain.data.errors import DataError

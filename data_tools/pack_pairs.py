@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatrain.console import run_tool
 from megatrain.data.corpus.chunks import refuse_array
-from megatrain.data.corpus.console import lineage_of, run_tool
+from megatrain.data.corpus.console import lineage_of
 from megatrain.data.corpus.documents import BYTE_ORDER_MARK, BadRecord, parse_json, text_under
 from megatrain.data.corpus.encode import Encoder
 from megatrain.data.corpus.inputs import READ_ERRORS, Source, digest_of_all, digest_sources, find_sources, read_errors

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from megatrain.config.derive import data_parallel_rank, num_ranks
 from megatrain.config.load import from_yaml
 from megatrain.config.reading.problems import ConfigError
-from megatrain.data.corpus.console import run_tool
+from megatrain.console import run_tool
 from megatrain.data.errors import DataError
 from megatrain.data.feed.loader import SAMPLE_BITS
 from megatrain.data.feed.training import TrainingData

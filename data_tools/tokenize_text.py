@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.corpus.console import add_input_options, lineage_of, print_problems, run_tool, sources_of
+from megatrain.console import run_tool
+from megatrain.data.corpus.console import add_input_options, lineage_of, print_problems, sources_of
 from megatrain.data.corpus.encode import EncoderSpec, encoder_of
 from megatrain.data.corpus.inputs import STDIN, InputDigest, Source, digest_of_all, digest_sources
 from megatrain.data.corpus.tokenizer_files import load_tokenizer

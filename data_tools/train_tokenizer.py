@@ -16,8 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megatrain.console import run_tool
 from megatrain.data.corpus.chunks import read_chunks
-from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, run_tool, sources_of
+from megatrain.data.corpus.console import add_input_options, print_problems, reader_of, sources_of
 from megatrain.data.corpus.documents import RecordReader
 from megatrain.data.corpus.inputs import Source
 from megatrain.data.errors import DataError

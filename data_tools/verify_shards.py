@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.data.corpus.console import run_tool
+from megatrain.console import run_tool
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.data.shards.verify import find_problems
 

@@ -26,18 +26,13 @@ from megatrain.checkpoint.store.retention import Retention, prune, surplus_check
 from megatrain.checkpoint.tools import inspect
 from megatrain.checkpoint.tools.merge import average_factors, decay_of, ema_factors, merge
 from megatrain.checkpoint.tools.rebuild import rebuild_manifest
+from megatrain.console import add_debug_option, run_tool
 
 
 def main(arguments: list[str]) -> int:
-    """The program; returns its exit code: 0, 1 where something is damaged or differs, 2 after a mistake."""
-    options = parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except CheckpointError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The program; returns its exit code: 0, 1 where something is damaged or differs, 2 after a mistake,
+    74 where the disk needs somebody."""
+    return run_tool(parser(), lambda options: options.run(options), arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)
-        added.add_argument("--debug", action="store_true", help="show tracebacks")
+        add_debug_option(added)
         added.set_defaults(run=run)
         return added
 

@@ -8,29 +8,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatrain.checkpoint.store.errors import CheckpointError
-from megatrain.config.extras import EXTRA_OF, missing
-from megatrain.errors import MISTAKE
+from megatrain.console import run_tool
 
 
 def main(arguments: list[str]) -> int:
     """The program; returns its exit code: 0 done, 2 not possible, 3 the proof failed."""
-    options = _parser().parse_args(arguments)
-    try:
-        print(converted(options))
-        return 0
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA_OF:
-            raise
-        problem, code = missing(package, "this conversion", error), MISTAKE
-        cause: Exception = error
-    except (CheckpointError, OSError) as error:
-        problem, code, cause = str(error), getattr(error, "exit_code", MISTAKE), error
-    if options.debug:
-        raise cause
-    print(f"error: {problem}", file=sys.stderr)
-    return code
+    return run_tool(_parser(), lambda options: print(converted(options)), arguments)
 
 
 def converted(options: argparse.Namespace) -> str:
@@ -100,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--spread-experts", action="store_true", help=about)
     add("--weights-only", action="store_true", help="leave the optimizer's states behind")
     add("--no-verify", action="store_true", help="skip the proof; the target's record says so")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

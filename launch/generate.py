@@ -8,26 +8,19 @@ import math
 import sys
 from pathlib import Path
 
-from megatrain.checkpoint.store.errors import CheckpointError
+from megatrain.console import run_tool
 
 
 def main(arguments: list[str]) -> int:
     """The program; returns its exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.run is None and options.checkpoint is None:
-        parser.error("--run or --checkpoint says which model: a run's folder, or a step-… folder")
-    try:
+
+    def body(options: argparse.Namespace) -> None:
+        if options.run is None and options.checkpoint is None:
+            parser.error("--run or --checkpoint says which model: a run's folder, or a step-… folder")
         print(continued(options))
-        return 0
-    except ImportError as error:
-        problem, cause = f"{error}: generation needs the package tokenizers", error
-    except (CheckpointError, OSError) as error:
-        problem, cause = str(error), error  # type: ignore[assignment]
-    if options.debug:
-        raise cause
-    print(f"error: {problem}", file=sys.stderr)
-    return 2
+
+    return run_tool(parser, body, arguments)
 
 
 def continued(options: argparse.Namespace) -> str:
@@ -58,7 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=_count, default=100)
     parser.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

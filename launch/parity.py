@@ -17,9 +17,8 @@ from pathlib import Path
 from megatrain.cluster.place import let_idle_threads_sleep
 from megatrain.config.derive import num_ranks
 from megatrain.config.load import load_config
-from megatrain.config.reading.arguments import options_and_overrides
-from megatrain.config.reading.problems import ConfigError
 from megatrain.config.schema import ResolvedRun
+from megatrain.console import run_config_tool
 
 
 def main(arguments: list[str]) -> int:
@@ -30,14 +29,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--against", default="tp=1", metavar="FIELD=VALUE,…", help="the layout to trust")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     parser.add_argument("--all", action="store_true", help="print all that differs, not only the first")
-    try:
-        options, overrides = options_and_overrides(parser, arguments)
-        ours, reference = (
-            layout_config(options.config, overrides, layout) for layout in (options.layout, options.against)
-        )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_config_tool(parser, compare, arguments)
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs the config in both layouts; returns the exit code."""
+    ours, reference = (layout_config(options.config, overrides, layout) for layout in (options.layout, options.against))
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return report(ours, reference, options.all)

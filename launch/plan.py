@@ -17,10 +17,10 @@ from pathlib import Path
 
 from megatrain.config.derive import grad_accum_steps, num_ranks
 from megatrain.config.load import load_config
-from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.rules.combine import read_features, refusals_of, shown
 from megatrain.config.schema import ResolvedRun
+from megatrain.console import run_config_tool
 from megatrain.disk.target import require_place
 
 
@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--png", type=Path, metavar="FILE", help="with --schedule: also as a picture")
     parser.add_argument("--overwrite", action="store_true", help="replace an older picture")
     parser.add_argument("--compat", metavar="A=X,B=Y", help="whether these features go together, and why not")
-    try:
-        options, overrides = options_and_overrides(parser, arguments)
+
+    def body(options: argparse.Namespace, overrides: list[str]) -> int:
         if options.schedule == (options.compat is not None):
             parser.error(
                 "give one of --schedule, which draws what the pipeline of a config does, and --compat A=X,B=Y, which "
@@ -46,12 +46,10 @@ def main(arguments: list[str]) -> int:
             return answer_compatibility(options.compat, overrides)
         if options.png is not None:
             require_place(options.png, options.overwrite)
-        config = resolved_config(options.config, overrides, options.world_size)
-        print_schedule(config, options.png)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print_schedule(resolved_config(options.config, overrides, options.world_size), options.png)
+        return 0
+
+    return run_config_tool(parser, body, arguments)
 
 
 def resolved_config(files: list[Path], overrides: list[str], world_size: int | None) -> ResolvedRun:

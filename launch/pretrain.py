@@ -10,23 +10,21 @@ does everything up to one step and one evaluation, tells the memory that they to
 import argparse
 import gc
 import os
-import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatrain.cluster.errors import LauncherError
 from megatrain.cluster.place import let_idle_threads_sleep, place_from_environment, require_address
 from megatrain.config.load import load_config
-from megatrain.config.reading.arguments import options_and_overrides
 from megatrain.config.reading.problems import ConfigError
 from megatrain.config.rules.check import check_ready_to_train
 from megatrain.config.schema import ResolvedRun
 from megatrain.config.show import format_config
-from megatrain.errors import STOPPED, ExpectedError
+from megatrain.console import run_config_tool
+from megatrain.errors import STOPPED
 
 SECONDS_TO_END_A_JOB = 5.0  # in which a launcher ends all ranks when one has failed
 
@@ -38,28 +36,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files, merged")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and exit")
     parser.add_argument("--dry-run", action="store_true", help="make one step and one evaluation, and write nothing")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    debug = "--debug" in arguments
     try:
-        options, overrides = options_and_overrides(parser, arguments)
-        config = resolved_config(options.config, overrides, options.print_config)
-        if config is not None:
-            let_idle_threads_sleep()
-            gc.disable()  # looks through all that the imports make, again and again: a fifth of the start
-            from megatrain.train.run import run  # imports torch: after the config's mistakes
+        return run_config_tool(parser, train, arguments, report)
+    except SystemExit as stop:  # a signal's second time
+        leave_at_once(stop.code)
 
-            if not run(config, options.dry_run):
-                return STOPPED
+
+def train(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Trains, or shows the config; returns the exit code."""
+    config = resolved_config(options.config, overrides, options.print_config)
+    if config is None:
         return 0
-    except ExpectedError as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            report(error, 0 if isinstance(error, LauncherError) else place_from_environment().rank)
-        return error.exit_code
-    except (SystemExit, KeyboardInterrupt) as stop:  # a signal's second time
-        leave_at_once(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
+    let_idle_threads_sleep()
+    gc.disable()  # looks through all that the imports make, again and again: a fifth of the start
+    from megatrain.train.run import run  # imports torch: after the config's mistakes
+
+    return 0 if run(config, options.dry_run) else STOPPED
 
 
 def leave_at_once(code: Any) -> NoReturn:
@@ -70,16 +63,16 @@ def leave_at_once(code: Any) -> NoReturn:
     os._exit(code if isinstance(code, int) else 1)
 
 
-def report(error: Exception, rank: int) -> None:
+def report(text: str, error: Exception) -> None:
     """Tells a mistake once: the ranks open the same files, so rank 0 speaks, and the launcher ends the others.
 
     A rank that is left alone met something that only its host has, and says so.
     """
+    rank = 0 if isinstance(error, LauncherError) else place_from_environment().rank
     if rank > 0:
         time.sleep(SECONDS_TO_END_A_JOB)
-        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
-    else:
-        print(f"error: {error}", file=sys.stderr)
+        text = f"rank {rank} on {socket.gethostname()}: {text}"
+    print(f"error: {text}", file=sys.stderr)
 
 
 def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> ResolvedRun | None:

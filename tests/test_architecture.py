@@ -15,7 +15,7 @@ ALL = None  # every module of the room
 FLOORS = (
     ("errors", "spec", "disk"),
     ("config", "cluster"),
-    ("data", "optim", "parallel"),
+    ("data", "optim", "parallel", "console"),
     ("models", "plan"),
     ("engine",),
     ("checkpoint",),
@@ -32,6 +32,7 @@ CONTRACT: dict[str, dict[str, set[str] | None]] = {
     "disk": {},
     "config": dict.fromkeys(("spec", "errors"), ALL),
     "cluster": dict.fromkeys(("errors",), ALL),
+    "console": {"errors": ALL, "config": {"extras", "reading"}},
     "data": dict.fromkeys((*_BELOW, "disk"), ALL),
     "optim": dict.fromkeys(_BELOW, ALL),
     "parallel": dict.fromkeys(_BELOW, ALL),
@@ -47,9 +48,9 @@ CONTRACT: dict[str, dict[str, set[str] | None]] = {
     ),
     "parity": dict.fromkeys((*_BELOW, "parallel", "models", "data", "engine", "checkpoint", "train"), ALL),
     "launch": dict.fromkeys(
-        (*_BELOW, "cluster", "disk", "plan", "checkpoint", "convert", "inference", "train", "parity"), ALL
+        (*_BELOW, "console", "cluster", "disk", "plan", "checkpoint", "convert", "inference", "train", "parity"), ALL
     ),
-    "data_tools": dict.fromkeys((*_BELOW, "data", "disk"), ALL),
+    "data_tools": dict.fromkeys((*_BELOW, "console", "data", "disk"), ALL),
     "benchmarks": dict.fromkeys((
         *_BELOW, "cluster", "parallel", "models", "data", "optim", "engine", "checkpoint", "convert", "plan", "record",
         "train", "parity",
@@ -60,7 +61,7 @@ SEAMS = {
     "deepspeed": {"engine", "benchmarks"},  # a benchmark measures them by themselves, too
     "megatron": {"parallel", "benchmarks"},
     "torch.distributed.pipelining": {"parallel", "benchmarks"},
-    "torch": set(CONTRACT) - {"errors", "spec", "disk", "config", "cluster", "data_tools"},
+    "torch": set(CONTRACT) - {"errors", "spec", "disk", "config", "cluster", "console", "data_tools"},
 }
 # a path below the home, root or data folder of somebody's machine
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|work|opt|mnt|scratch|Users)/\w")

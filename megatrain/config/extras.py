@@ -15,6 +15,17 @@ EXTRA_OF = {
 }
 
 
+_PACKAGE_OF = {"PIL": "pillow"}
+"""Module -> package, where their names differ."""
+
+
+def missing_extra(use: str, error: ImportError) -> str | None:
+    """What to say where ``use`` ended with ``error``; None where no extra brings what is missing."""
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGE_OF.get(module, module)
+    return missing(package, use, error) if package in EXTRA_OF else None
+
+
 def missing(package: str, use: str, error: ImportError) -> str:
     """What to say where ``use`` needs ``package``, whose import ended with ``error``."""
     extra = EXTRA_OF[package]

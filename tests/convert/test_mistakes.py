@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def test_mistakes_on_the_command_line_get_one_message(
         assert code == 2 and not told.out, (name, told)
         assert len(re.findall("error: ", told.err)) == 1 and re.search(message, told.err), (name, told.err)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "file", "link"}, "nothing is left behind"
+
+
+def test_a_missing_package_is_named_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("megatrain.convert")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main([str(tmp_path), str(tmp_path / "target"), "--to", "huggingface"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert "needs the package safetensors" in told and 'pip install -e ".[convert]"' in told
 
 
 def test_model_files_that_are_none_are_refused_in_bounded_time(tmp_path: Path) -> None:

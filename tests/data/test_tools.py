@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from data_tools import inspect_shards, tokenize_text, train_tokenizer
 from megatrain.data.corpus import chunks
-from megatrain.data.errors import DataError
 from megatrain.data.shards.reader import TokenDataset
 from tests.data.factory import byte_tokenizer, make_dataset
 
@@ -207,8 +206,20 @@ def test_a_traceback_is_shown_on_request_only(tmp_path, capsys):
     options = (folder, "--document", 7)
     assert run(inspect_shards, *options) == 2
     assert capsys.readouterr().err == "error: no document 7: the data set has documents 0 to 0\n"
-    with pytest.raises(DataError):
-        run(inspect_shards, *options, "--debug")
+    assert run(inspect_shards, *options, "--debug") == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.endswith("error: no document 7: the data set has documents 0 to 0\n")
+
+
+def test_a_picture_in_the_way_stays(tmp_path, capsys):
+    folder, picture = make_dataset(tmp_path / "set", num_tokens=5), tmp_path / "lengths.png"
+    picture.write_bytes(b"older")
+    assert run(inspect_shards, folder, "--lengths", picture) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {picture} ") and "--overwrite" in told.err and not told.out
+    assert picture.read_bytes() == b"older"
+    assert run(inspect_shards, folder, "--lengths", picture, "--overwrite") == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def script(command):

@@ -1,41 +1,19 @@
-"""What every command-line tool of the data room does alike."""
+"""The options that tools of the data room share, and what they report alike."""
 
 import argparse
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatrain.data.corpus.documents import RecordReader
 from megatrain.data.corpus.inputs import InputDigest, Source, find_sources, left_out_lines
-from megatrain.data.errors import DataError
 from megatrain.data.file_names import DEFAULT_SUFFIXES
 
 _INPUTS_LISTED = 1000
 _WITHOUT_EFFECT = {"output", "validation_output", "workers", "overwrite", "debug", "backend"}
-
-
-def run_tool(
-    parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None
-) -> int:
-    """Parses ``argv`` (None: the process's) and runs ``body``; returns the exit code, ``body``'s or 0.
-
-    What the user can mend is one line on stderr and code 2; with --debug it is raised.
-    """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
-    try:
-        return body(arguments) or 0
-    except (DataError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
