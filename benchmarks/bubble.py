@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedParallel
-from megatrain.config.stages import SCHEDULES, num_stages, own_stages
+from megatrain.config.stages import num_stages, own_stages
 from megatrain.plan.pipeline import timeline
 
 UNIT = 0.02  # seconds of each F, I and W, unless --unit says otherwise
@@ -64,11 +65,9 @@ def bare_step(parallel: ResolvedParallel, rank: int, stages: list[nn.Module], ba
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-    from megatrain.parallel.schedules import TORCH_NAMES
-
     own, total = own_stages(parallel, rank), num_stages(parallel)
     wrapped = [PipelineStage(s, i, total, torch.device("cpu")) for s, i in zip(stages, own, strict=True)]
-    kind: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
+    kind: Any = get_schedule_class(PIPELINE_SCHEDULES[parallel.pp_schedule].torch_name)
     schedule = kind(
         wrapped if issubclass(kind, PipelineScheduleMulti) else wrapped[0], len(batch), lambda x, _: x.sum()
     )
@@ -118,7 +117,7 @@ def run_rank(
     wake_in_time()
     dist.init_process_group("gloo")
     wanted = [(schedule, factor * pp) for schedule in schedules for factor in factors]
-    wanted = [(schedule, count) for schedule, count in wanted if schedule != "dualpipev" or count >= 2 * pp]
+    wanted = [(name, count) for name, count in wanted if PIPELINE_SCHEDULES[name].takes_micro_batches(count, pp)]
     found = {key: step_seconds(layout(key[0], pp), key[1], bare, repeats) for key in wanted}
     dist.destroy_process_group()
     return found
@@ -135,7 +134,7 @@ def set_unit(milliseconds: float) -> None:
 
 
 def layout(schedule: str, pp: int) -> ResolvedParallel:
-    stages = SCHEDULES[schedule].least_stages
+    stages = PIPELINE_SCHEDULES[schedule].least_stages
     return ResolvedParallel.model_validate({"pp": pp, "dp": 1, "pp_schedule": schedule, "stages_per_rank": stages})
 
 
@@ -143,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pp", nargs="+", type=int, default=[2, 4, 8], help="pipeline sizes")
     parser.add_argument("--factors", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches over pp")
-    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="which schedules")
+    parser.add_argument("--schedules", nargs="+", default=list(PIPELINE_SCHEDULES), help="which schedules")
     parser.add_argument("--bare", action="store_true", help="torch's own stages and schedules, without ours")
     parser.add_argument("--unit", type=float, default=1000 * UNIT, help="milliseconds of each piece of work")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each case; the median counts")

@@ -1,51 +1,16 @@
-"""Pipeline stages as arithmetic: which rank runs them, which blocks they hold, what a schedule asks for.
+"""Pipeline stages as arithmetic: which rank runs them, and which blocks they hold.
 
 A stage is as slow as its work: the head multiplies by the whole vocabulary, so its stage gets fewer blocks, and a
 block with experts is not as slow as a dense one. This evens out the slowest stage and not the number of blocks.
 """
 
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ParallelConfig, RunConfig
 from megatrain.spec.counts import block_parameters, reach_of
 from megatrain.spec.derive import resolve_model
 from megatrain.spec.schema import ModelSpec
-
-
-@dataclass(frozen=True)
-class ScheduleTraits:
-    """What a pipeline schedule asks for.
-
-    ``v_shaped``: the second stage of a rank counts from the end, so the first rank holds both ends of the model.
-    ``splits_backward``: gradients of inputs and of weights are computed apart.
-    """
-
-    least_stages: int = 1
-    most_stages: int | None = 1
-    v_shaped: bool = False
-    splits_backward: bool = False
-
-
-SCHEDULES = {
-    "gpipe": ScheduleTraits(),
-    "1f1b": ScheduleTraits(),
-    "interleaved_1f1b": ScheduleTraits(2, None),
-    "interleaved_zero_bubble": ScheduleTraits(2, None, splits_backward=True),
-    "zbv": ScheduleTraits(2, 2, v_shaped=True, splits_backward=True),
-    "dualpipev": ScheduleTraits(2, 2, v_shaped=True, splits_backward=True),
-}
-
-
-def micro_batches_fit(schedule: str, pp: int, num_micro_batches: int) -> bool:
-    """Whether a schedule runs so many micro-batches: the conditions of torch's schedule classes."""
-    if schedule == "1f1b":
-        return num_micro_batches >= pp
-    if schedule == "dualpipev":
-        return num_micro_batches >= 2 * pp
-    if schedule.startswith("interleaved"):
-        return num_micro_batches % max(1, num_micro_batches // pp) == 0
-    return True
 
 
 def num_stages(parallel: ParallelConfig) -> int:
@@ -55,7 +20,7 @@ def num_stages(parallel: ParallelConfig) -> int:
 def rank_of_stage(parallel: ParallelConfig, stage: int) -> int:
     """Pipeline rank that runs a stage: in turn, or down one side of a V and up the other."""
     turn, rank = divmod(stage, parallel.pp)
-    return parallel.pp - 1 - rank if turn and SCHEDULES[parallel.pp_schedule].v_shaped else rank
+    return parallel.pp - 1 - rank if turn and PIPELINE_SCHEDULES[parallel.pp_schedule].v_shaped else rank
 
 
 def own_stages(parallel: ParallelConfig, pp_rank: int) -> list[int]:

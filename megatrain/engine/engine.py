@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config.deepspeed import deepspeed_config
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedRun
-from megatrain.config.stages import SCHEDULES, num_stages, rank_of_stage
+from megatrain.config.stages import num_stages, rank_of_stage
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.zero.base_optimizer import build_base_optimizer
@@ -266,7 +267,7 @@ class Engine:
     def _tied_copies(self) -> bool:
         """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
         parallel = self.config.parallel
-        v_shaped = SCHEDULES[parallel.pp_schedule].v_shaped
+        v_shaped = PIPELINE_SCHEDULES[parallel.pp_schedule].v_shaped
         return self.config.model.tie_embeddings and parallel.pp > 1 and not v_shaped
 
     def _mark_tied_copy(self) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ParallelConfig
 from megatrain.config.stages import num_stages, own_stages
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.routing import forget_statistics
-from megatrain.parallel.schedules import TORCH_NAMES
 from megatrain.parallel.step_input import StepInput
 
 
@@ -82,14 +82,15 @@ class Pipeline:
         ]
         for stage in pipeline_stages:
             stage.collect_gradients = self._collect_gradients
-        kind: Any = get_schedule_class(TORCH_NAMES[parallel.pp_schedule])
+        described = PIPELINE_SCHEDULES[parallel.pp_schedule]
+        kind: Any = get_schedule_class(described.torch_name)
         schedule = kind(
             pipeline_stages if issubclass(kind, PipelineScheduleMulti) else pipeline_stages[0],
             n_microbatches=num_micro_batches,
             loss_fn=self._scale,
             scale_grads=False,  # the loss is already divided by the global number of tokens
         )
-        if parallel.pp_schedule == "dualpipev":
+        if described.in_pairs:
             _split_pairs(schedule)
         return schedule
 

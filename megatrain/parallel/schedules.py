@@ -5,17 +5,8 @@ from typing import Any, NamedTuple
 
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ParallelConfig
-
-TORCH_NAMES = {
-    "gpipe": "GPipe",
-    "1f1b": "1F1B",
-    "interleaved_1f1b": "Interleaved1F1B",
-    "interleaved_zero_bubble": "InterleavedZeroBubble",
-    "zbv": "ZBVZeroBubble",
-    "dualpipev": "DualPipeV",
-}
-"""Our names of the schedules -> those of ``torch.distributed.pipelining``."""
 
 
 class Action(NamedTuple):
@@ -29,7 +20,7 @@ class Action(NamedTuple):
 def rank_actions(parallel: ParallelConfig, num_micro_batches: int) -> list[list[Action]]:
     """What each pipeline rank does, in order. An overlapped forward and backward counts as one after the other."""
     orders = get_schedule_ops(
-        TORCH_NAMES[parallel.pp_schedule], parallel.pp, num_micro_batches, parallel.stages_per_rank
+        PIPELINE_SCHEDULES[parallel.pp_schedule].torch_name, parallel.pp, num_micro_batches, parallel.stages_per_rank
     )
     return [_numbered(order) for order in orders]
 

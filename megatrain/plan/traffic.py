@@ -8,8 +8,9 @@ Lepikhin et al. 2021, section 3.2 (experts).
 
 from torch import nn
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedRun
-from megatrain.config.stages import SCHEDULES, num_stages, own_stages, rank_of_stage, stage_blocks
+from megatrain.config.stages import num_stages, own_stages, rank_of_stage, stage_blocks
 from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
 from megatrain.spec.derive import mixture_layers
@@ -39,7 +40,7 @@ def expected_bytes(
         "pipeline": float(micro_batches * _pipeline(config, mesh)),
     }
     at_an_end = parallel.pp > 1 and mesh.coordinate("pp") in (0, parallel.pp - 1)
-    if at_an_end and config.model.tie_embeddings and not SCHEDULES[parallel.pp_schedule].v_shaped:
+    if at_an_end and config.model.tie_embeddings and not PIPELINE_SCHEDULES[parallel.pp_schedule].v_shaped:
         word = next(p for name, p in parameters if name == "embedding.word.weight")
         parts["tied embedding"] = _share(2) * 2 * _size(word) * _gradient_bytes(config)
     return {name: count for name, count in parts.items() if count}

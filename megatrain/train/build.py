@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.schema import ResolvedRun
-from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks
+from megatrain.config.stages import own_stages, stage_blocks
 from megatrain.engine.engine import Engine
 from megatrain.models.build import build_stages
 from megatrain.models.compiled import compile_blocks
@@ -93,8 +94,8 @@ def _require_kernel(document_attention: str, device: torch.device) -> None:
 
 
 def _require_torch(schedule: str) -> None:
-    if SCHEDULES[schedule].splits_backward and torch.__version__ < _SPLITS_BACKWARD:
+    if PIPELINE_SCHEDULES[schedule].splits_backward and torch.__version__ < _SPLITS_BACKWARD:
         complaint = f"needs torch {_SPLITS_BACKWARD} or newer to split the backward pass; this is {torch.__version__}"
-        allowed = ", ".join(name for name, traits in SCHEDULES.items() if not traits.splits_backward)
+        allowed = ", ".join(name for name, one in PIPELINE_SCHEDULES.items() if not one.splits_backward)
         cure = f"install torch {_SPLITS_BACKWARD}, or set one of these"
         raise ConfigError([Problem("parallel.pp_schedule", schedule, complaint, allowed, cure)])

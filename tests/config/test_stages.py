@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ParallelConfig, RunConfig
-from megatrain.config.stages import SCHEDULES, own_stages, stage_blocks, stage_costs
+from megatrain.config.stages import own_stages, stage_blocks, stage_costs
 from megatrain.spec.derive import resolve_model
 from tests.configs import model_spec, run_config_of
 
@@ -81,4 +82,4 @@ def test_a_list_is_taken_as_it_is() -> None:
 
 
 def test_every_schedule_of_the_schema_is_described() -> None:
-    assert set(ParallelConfig.model_json_schema()["properties"]["pp_schedule"]["enum"]) == set(SCHEDULES)
+    assert set(ParallelConfig.model_json_schema()["properties"]["pp_schedule"]["enum"]) == set(PIPELINE_SCHEDULES)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatrain.config.stages import SCHEDULES
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from tests.layouts import ONE_PROCESS, Layout, Trained, train, worst_state_error
 from tests.parallel.test_layouts import LOSS, NORM, WEIGHT
 from tests.pool import Pool
@@ -33,7 +33,7 @@ def layouts(family: str) -> list[Layout]:
                 found.append(layout)
                 if tp > 1:
                     found.append(replace(layout, sequence_parallel=True))
-    scheduled = [Layout(1, 2, 2, False, 1, schedule, cp=2) for schedule in SCHEDULES if schedule != "1f1b"]
+    scheduled = [Layout(1, 2, 2, False, 1, schedule, cp=2) for schedule in PIPELINE_SCHEDULES if schedule != "1f1b"]
     return found + scheduled
 
 

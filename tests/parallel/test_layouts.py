@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatrain.config.stages import SCHEDULES
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from tests.layouts import LEARNING_RATE, ONE_PROCESS, VOCAB_SIZE, Layout, Trained, train, worst_state_error
 from tests.pool import Pool
 
@@ -36,7 +36,7 @@ def all_layouts() -> list[Layout]:
         for sequence_parallel in (False, True) if tp > 1 else (False,):
             for zero_stage in range(4) if pp == 1 else range(2):
                 layouts.append(Layout(tp, pp, dp, sequence_parallel, zero_stage))
-    return layouts + [Layout(pp=2, schedule=schedule) for schedule in SCHEDULES if schedule != "1f1b"]
+    return layouts + [Layout(pp=2, schedule=schedule) for schedule in PIPELINE_SCHEDULES if schedule != "1f1b"]
 
 
 def schedule_cases() -> list:
@@ -44,7 +44,7 @@ def schedule_cases() -> list:
     default = {("zbv", 2, 1), ("dualpipev", 1, 2), ("interleaved_zero_bubble", 2, 2), ("interleaved_1f1b", 2, 2)}
     cases = []
     for family in ("gpt", "llama"):
-        for schedule in SCHEDULES:
+        for schedule in PIPELINE_SCHEDULES:
             for tp, dp in ((2, 1), (1, 2), (2, 2)):
                 layout = Layout(tp, 2, dp, tp > 1, zero_stage=int(dp > 1), schedule=schedule)
                 chosen = family == "gpt" and (schedule, tp, dp) in default

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatrain.config.stages import SCHEDULES
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from tests.layouts import ONE_PROCESS, Layout, Trained, padded_batch, train, worst_state_error
 from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
@@ -61,7 +61,7 @@ def layouts() -> list[Layout]:
                 if tp > 1:
                     found.append(replace(layout, sequence_parallel=True))
     found += [replace(layout, cp_method="ulysses") for layout in found if layout.cp > 1 and layout.ep == 4]
-    return found + [Layout(2, 2, 2, True, 1, schedule, ep=2) for schedule in SCHEDULES if schedule != "1f1b"]
+    return found + [Layout(2, 2, 2, True, 1, schedule, ep=2) for schedule in PIPELINE_SCHEDULES if schedule != "1f1b"]
 
 
 DEFAULT = {

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 
 from megatrain.config.derive import data_parallel_size
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
 from megatrain.config.schema import RunConfig
-from megatrain.config.stages import micro_batches_fit
 
 
 def batch_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -39,23 +39,24 @@ def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Ite
     unit = train.micro_batch_size * (dp or 1)
     if pp == 1 or train.global_batch_size % unit:  # the latter is reported by `batch_divides`
         return
-    schedule = config.parallel.pp_schedule
+    name = config.parallel.pp_schedule
+    schedule = PIPELINE_SCHEDULES[name]
     num_micro_batches = train.global_batch_size // unit  # at least so few if dp is not known yet
-    if (dp is None and schedule.startswith("interleaved")) or micro_batches_fit(schedule, pp, num_micro_batches):
+    if (dp is None and schedule.in_rounds) or schedule.takes_micro_batches(num_micro_batches, pp):
         return
-    below = [number for number in range(num_micro_batches, 0, -1) if micro_batches_fit(schedule, pp, number)][:1]
+    below = [number for number in range(num_micro_batches, 0, -1) if schedule.takes_micro_batches(number, pp)][:1]
     above = next(
         number
         for number in range(num_micro_batches, 2 * num_micro_batches + 2 * pp + 1)
-        if micro_batches_fit(schedule, pp, number)
+        if schedule.takes_micro_batches(number, pp)
     )
-    if schedule.startswith("interleaved"):
-        why = f"; {schedule} runs them in {num_micro_batches // pp} equal rounds, one per parallel.pp = {pp} of them"
+    if schedule.in_rounds:
+        why = f"; {name} runs them in {num_micro_batches // pp} equal rounds, one per parallel.pp = {pp} of them"
         allowed = f"multiples of {unit * pp}, and a few between them"
     else:
-        stages = pp if schedule == "1f1b" else 2 * pp
-        why = f": too few for {schedule} with parallel.pp = {pp}, which keeps {stages} under way"
-        allowed = f"multiples of {unit} from {stages * unit} on"
+        least = schedule.in_flight * pp
+        why = f": too few for {name} with parallel.pp = {pp}, which keeps {least} under way"
+        allowed = f"multiples of {unit} from {least * unit} on"
     sizes = " or ".join(str(number * unit) for number in [*below, above])
     yield Problem(
         "train.global_batch_size",

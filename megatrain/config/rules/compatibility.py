@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import WHOLE_DOCUMENTS, RunConfig
-from megatrain.config.stages import SCHEDULES
 
 CLASSES = {
     ">1": ("more than 1", "2 or more"),
@@ -151,8 +151,8 @@ AXES = _axes(
     **{key: (f"{_ZERO}{key}", _UNSET) for key in ("reduce_bucket_size", *_OF_ZERO_3)},
 )
 
-_SPLIT = tuple(name for name, traits in SCHEDULES.items() if traits.splits_backward)
-_SEVERAL = tuple(name for name, traits in SCHEDULES.items() if traits.least_stages > 1)
+_SPLIT = tuple(name for name, schedule in PIPELINE_SCHEDULES.items() if schedule.splits_backward)
+_SEVERAL = tuple(name for name, schedule in PIPELINE_SCHEDULES.items() if not schedule.takes_stages(1))
 
 
 def _refuse(

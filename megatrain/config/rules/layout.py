@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 
 from megatrain.config.derive import data_parallel_size, num_ranks
+from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
 from megatrain.config.schema import RunConfig
-from megatrain.config.stages import SCHEDULES, num_stages
+from megatrain.config.stages import num_stages
 from megatrain.spec.derive import ffn_hidden_size
 
 
@@ -153,16 +154,19 @@ def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Pr
 def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """How many stages a schedule puts on a rank."""
     parallel = config.parallel
-    traits = SCHEDULES[parallel.pp_schedule]
-    least, most = traits.least_stages, traits.most_stages
-    if parallel.stages_per_rank < least or (most is not None and parallel.stages_per_rank > most):
-        others = "interleaved_1f1b or interleaved_zero_bubble" if parallel.stages_per_rank > 1 else "1f1b or gpipe"
+    schedule = PIPELINE_SCHEDULES[parallel.pp_schedule]
+    if not schedule.takes_stages(parallel.stages_per_rank):
+        fitting = [name for name, one in PIPELINE_SCHEDULES.items() if one.takes_stages(parallel.stages_per_rank)]
+        others = " or ".join(fitting)
+        by_stages: dict[str, list[str]] = {}
+        for name, one in PIPELINE_SCHEDULES.items():
+            by_stages.setdefault(one.stages_in_words, []).append(name)
         yield Problem(
             "parallel.stages_per_rank",
             parallel.stages_per_rank,
             f"does not fit parallel.pp_schedule = {parallel.pp_schedule}",
-            "1 with gpipe and 1f1b; 2 with zbv and dualpipev; 2 or more with the interleaved schedules",
-            f"set parallel.stages_per_rank to {least}, or parallel.pp_schedule to {others}",
+            "; ".join(f"{stages} with {' and '.join(names)}" for stages, names in sorted(by_stages.items())),
+            f"set parallel.stages_per_rank to {schedule.least_stages}, or parallel.pp_schedule to {others}",
         )
 
 
