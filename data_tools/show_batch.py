@@ -117,7 +117,7 @@ def document_lines(data: TrainingData, name: str, number: int) -> Iterator[str]:
                 seen = True
                 sample = data.blend.sample_of(source, index)
                 step = data.steps.step_of(sample)
-                yield f"  step {step + 1}: sample {sample}, data-parallel rank {_reader(data, step, sample)}"
+                yield f"  step {step}: sample {sample}, data-parallel rank {_reader(data, step, sample)}"
     if not seen:
         yield "  no step reads it"
 
@@ -155,9 +155,9 @@ def _documents(data: TrainingData, name: str, index: int) -> list[int]:
 
 def _reader(data: TrainingData, step: int, sample: int) -> int:
     """The data-parallel rank that reads a sample (its first part, where it is cut)."""
-    stage, dp = data.steps.stage(step), data.config.parallel.dp or 1
-    place = (sample - data.steps.first_sample(step)) * (data.steps.window // stage.seq_len)
-    return place // (stage.batch_size // dp)
+    shape, dp = data.steps.shape(step - 1), data.config.parallel.dp or 1
+    number = (sample - data.steps.first_sample(step - 1)) * (data.steps.window // shape.seq_len)
+    return number // (shape.batch_size // dp)
 
 
 def _decoded(dataset: TokenDataset, ids: list[int]) -> str:

@@ -1,7 +1,7 @@
 """Cases made of the table of compatibility: few, and together they hold every pair of features that go together.
 
-A greedy covering array (Cohen et al. 1997): each case begins with a pair that no case has yet, and then takes axis
-by axis the value that brings the most new pairs. Nothing is random. A case holds a pair only where both fields do
+A greedy covering array (Cohen et al. 1997): each case begins with a pair that no case has yet, and then takes setting
+by setting the value that brings the most new pairs. Nothing is random. A case holds a pair only where both fields do
 something: a way of scoring experts is not tried by a dense model.
 """
 
@@ -12,12 +12,12 @@ from itertools import combinations, product
 from typing import Any
 
 from megatrain.config.rules.combine import values_left
-from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.compatibility import SETTINGS
 
 Feature = tuple[str, str]
 Case = dict[str, str]
 
-FEATURES: list[Feature] = [(axis.name, value) for axis in AXES.values() for value in axis.values]
+FEATURES: list[Feature] = [(setting.name, value) for setting in SETTINGS.values() for value in setting.values]
 # what stands for a class of values in a config
 SAMPLES: dict[str, Any] = {
     "dropout": 0.1, "attention_dropout": 0.1, "num_experts": 8, "expert_capacity": 1.0, "num_shared_experts": 1,
@@ -37,13 +37,13 @@ GPU_ONLY = {
 _SIZES = ("tp", "cp", "pp", "dp")
 
 
-def raw(axis: str, value: str) -> Any:
+def raw(setting: str, value: str) -> Any:
     """A config's value for a feature."""
-    if value == AXES[axis].values[-1] and AXES[axis].is_open:
-        return SAMPLES[axis]
-    if axis == "blocks":
+    if value == SETTINGS[setting].values[-1] and SETTINGS[setting].is_open:
+        return SAMPLES[setting]
+    if setting == "blocks":
         return BLOCKS[value]
-    if axis == "ramp":
+    if setting == "ramp":
         return RAMPS[value]
     return {"null": None, "true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
 
@@ -52,7 +52,7 @@ def sections(features: Case) -> dict[str, dict[str, Any]]:
     """Features as sections of a config file."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in features.items():
-        *outer, field = AXES[name].key.split(".")
+        *outer, field = SETTINGS[name].key.split(".")
         if outer[0] == "deepspeed" and raw(name, value) is None:
             continue  # is left out where it is not set
         section: dict[str, Any] = found
@@ -67,7 +67,7 @@ def num_ranks(case: Case) -> int:
 
 
 def pairs() -> Iterator[tuple[Feature, Feature]]:
-    """Every two values of different axes."""
+    """Every two values of different settings."""
     yield from ((one, two) for one, two in combinations(FEATURES, 2) if one[0] != two[0])
 
 
@@ -82,7 +82,7 @@ def allowed_pairs() -> tuple[tuple[Feature, Feature], ...]:
 
 def is_used(feature: Feature, case: Case) -> bool:
     """Whether a feature of a case does anything there."""
-    needs = AXES[feature[0]].used_with
+    needs = SETTINGS[feature[0]].used_with
     return needs is None or case[needs[0]] in needs[1]
 
 
@@ -92,7 +92,7 @@ def used(case: Case) -> set[Feature]:
 
 def in_use(features: Case) -> Iterator[Case]:
     """``features`` with every choice of others that they need to do anything."""
-    needs = [needs for name in features if (needs := AXES[name].used_with)]
+    needs = [needs for name in features if (needs := SETTINGS[name].used_with)]
     own = [(name, [features[name]] if name in features else values) for name, values in needs]
     for choice in product(*(values for _, values in own)):
         yield features | dict(zip((name for name, _ in own), choice, strict=True))
@@ -110,20 +110,20 @@ def pairs_in_use() -> dict[tuple[Feature, Feature], list[Case]]:
 
 
 def left_to(chosen: Case) -> dict[str, tuple[str, ...]] | None:
-    """The values that a case still may have on its other axes; None where it can't be completed."""
+    """The values that a case still may have on its other settings; None where it can't be completed."""
     left = values_left(chosen)
     values = {
-        axis: tuple(value for value in own if (axis, value) not in GPU_ONLY)
-        for axis, own in left.values.items()
-        if axis not in chosen
+        setting: tuple(value for value in own if (setting, value) not in GPU_ONLY)
+        for setting, own in left.values.items()
+        if setting not in chosen
     }
     full = [name for name in _SIZES if chosen.get(name) == ">1"]
     if len(full) == 3:  # two ranks each: all that there are
-        values = {axis: ("1",) if axis in _SIZES else own for axis, own in values.items()}
+        values = {setting: ("1",) if setting in _SIZES else own for setting, own in values.items()}
     if chosen.get("ep") == ">1":  # the expert ranks are taken from those of dp and cp
         for one, two in (("dp", "cp"), ("cp", "dp")):
             if chosen.get(one) == "1":
-                values = {axis: (">1",) if axis == two else own for axis, own in values.items()}
+                values = {setting: (">1",) if setting == two else own for setting, own in values.items()}
     too_many = len(full) > 3 or all(chosen.get(name) == want for name, want in (("ep", ">1"), ("dp", "1"), ("cp", "1")))
     return None if left.lacking or too_many else values
 
@@ -151,20 +151,20 @@ def _completed(start: Case, missing: dict, turn: int) -> Case:
     """A case with these features and as many missing pairs as a greedy search finds; ties go to each value in turn."""
     chosen = dict(start)
     while left := left_to(chosen):
-        # the axis with the fewest values left first: others must not take its last one
-        axis = min(left, key=lambda name: (len(left[name]), -len(AXES[name].values)))
-        values = left[axis]
+        # the setting with the fewest values left first: others must not take its last one
+        setting = min(left, key=lambda name: (len(left[name]), -len(SETTINGS[name].values)))
+        values = left[setting]
         found = []
-        shift = 0 if axis in _SIZES else turn  # few ranks are cheap
+        shift = 0 if setting in _SIZES else turn  # few ranks are cheap
         for number in range(len(values)):
-            feature = (axis, values[(number + shift) % len(values)])
-            if left_to({**chosen, axis: feature[1]}) is not None:
+            feature = (setting, values[(number + shift) % len(values)])
+            if left_to({**chosen, setting: feature[1]}) is not None:
                 news = sum(frozenset({feature, other}) in missing for other in chosen.items())
                 found.append((news, -number, feature))
-        assert found, f"{chosen} leaves no value to {axis}"
+        assert found, f"{chosen} leaves no value to {setting}"
         chosen |= [max(found)[2]]
     assert left is not None, f"{start} is said to go together"
-    return {name: chosen[name] for name in AXES}
+    return {name: chosen[name] for name in SETTINGS}
 
 
 COMPILED = {("optimizer", "cpu_adamw"), ("offload_optimizer", "nvme"), ("offload_parameters", "nvme")}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.placement import place
+from megatrain.checkpoint.placement import placement_of
 from megatrain.checkpoint.state import described_model, require_state
 from megatrain.checkpoint.store.arrays import CheckpointReader
 from megatrain.checkpoint.store.errors import CheckpointError, UnfitError
@@ -212,7 +212,7 @@ class _Loading:
 
 
 def _reads(fragment: Fragment, engine: Engine, reader: CheckpointReader) -> Iterator[_Read]:
-    where = place(engine, fragment.parameter)
+    where = placement_of(engine, fragment.parameter)
     row_elements = torch.Size(where.shape[1:]).numel()
     first = fragment.start // row_elements
     last = -(-(fragment.start + fragment.size) // row_elements)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.checkpoint.placement import Placement, place, saves, sharing_ranks
+from megatrain.checkpoint.placement import Placement, is_saved_here, placement_of, sharing_ranks
 from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
 from megatrain.checkpoint.store.arrays import CheckpointWriter
 from megatrain.checkpoint.store.errors import CheckpointError
@@ -36,8 +36,10 @@ class Shares:
         held: list[Any] = [None] * dist.get_world_size(group)
         own = {fragment.name: (fragment.start, fragment.size) for fragment in local_fragments(engine)}
         dist.all_gather_object(held, own, group=group)
-        self.circles = [Circle(engine, group, ranks, names, held) for ranks, names in sharing_ranks(engine) if names]
-        own_elements = sum(circle.own_elements for circle in self.circles)
+        self.all_holders = [
+            Holders(engine, group, ranks, names, held) for ranks, names in sharing_ranks(engine) if names
+        ]
+        own_elements = sum(holders.own_elements for holders in self.all_holders)
         own_elements += sum(values.numel() for values in self._factors().values())
         self.own_bytes = own_elements * _BYTES
         total = torch.tensor(self.own_bytes)
@@ -48,8 +50,8 @@ class Shares:
         """What this rank contributes to chunks: flat FP32 views of the live state."""
         fragments = {fragment.name: fragment for fragment in local_fragments(self.engine)}
         pieces: dict[PieceKey, Tensor] = {}
-        for circle in self.circles:
-            pieces |= circle.pieces(fragments)
+        for holders in self.all_holders:
+            pieces |= holders.pieces(fragments)
         return pieces | {(kind, name, 0): values for (kind, name), values in self._factors().items()}
 
     def _factors(self) -> dict[tuple[str, str], Tensor]:
@@ -58,22 +60,22 @@ class Shares:
             return {}
         mine = {
             name
-            for circle in self.circles
-            if circle.position == 0
-            for name in circle.placements
-            if saves(self.engine, circle.parameters[name])
+            for holders in self.all_holders
+            if holders.position == 0
+            for name in holders.placements
+            if is_saved_here(self.engine, holders.parameters[name])
         }
         return {key: values for key, values in factors(self.engine).items() if key[1] in mine}
 
 
-class Circle:
+class Holders:
     """Ranks that hold the same parts of some parameters, and who of them writes what; ``position``: this rank's."""
 
     def __init__(self, engine: Engine, group: dist.ProcessGroup, ranks: list[int], names: list[str], held: Held):
         self.engine, self.group, self.ranks = engine, group, ranks
         self.position = ranks.index(engine.mesh.rank)
         self.parameters = {name: parameter for name, parameter in engine.parameters if name in names}
-        self.placements: dict[str, Placement] = {name: place(engine, self.parameters[name]) for name in names}
+        self.placements: dict[str, Placement] = {name: placement_of(engine, self.parameters[name]) for name in names}
         self.plan = self._make_plan(held)
         own = [(kind, chunk) for kind in KINDS for round_ in self.rounds(kind) for chunk in round_]
         self.own_elements = sum(chunk.size for _, chunk in own if chunk.owner == self.position)
@@ -90,7 +92,7 @@ class Circle:
             row_elements = torch.Size(where.shape[1:]).numel()
             parts.append(Part(name, where.rows, row_elements, ranges, even=where.splits_rows))
         limit = chunk_limit(parts, len(self.ranks))
-        own = [part for part in parts if saves(self.engine, self.parameters[part.name])]
+        own = [part for part in parts if is_saved_here(self.engine, self.parameters[part.name])]
         return plan_shares(own, len(self.ranks), limit)
 
     def pieces(self, fragments: Mapping[str, Fragment]) -> dict[PieceKey, Tensor]:
@@ -145,14 +147,14 @@ def write_shares(shares: Shares, pieces: Mapping[PieceKey, Tensor], writer: Chec
     Returns the first problem: after one the exchange goes on to its end, or the others would wait forever.
     """
     problem: CheckpointError | None = None
-    for circle in shares.circles:
+    for holders in shares.all_holders:
         for kind in KINDS:
-            for chunks in circle.rounds(kind):
-                sends = _send_pieces(circle, kind, chunks, pieces)
-                own = next((chunk for chunk in chunks if chunk.owner == circle.position), None)
+            for chunks in holders.rounds(kind):
+                sends = _send_pieces(holders, kind, chunks, pieces)
+                own = next((chunk for chunk in chunks if chunk.owner == holders.position), None)
                 if own is not None:
-                    values = _assembled(circle, kind, own, pieces)
-                    problem = problem or _write(circle, kind, own, values, writer)
+                    values = _assembled(holders, kind, own, pieces)
+                    problem = problem or _write(holders, kind, own, values, writer)
                 for _, work in sends:  # the tensor is kept until it is sent
                     work.wait()
     return problem or _write_factors(pieces, writer)
@@ -169,33 +171,35 @@ def _write_factors(pieces: Mapping[PieceKey, Tensor], writer: CheckpointWriter) 
 
 
 def _send_pieces(
-    circle: Circle, kind: str, chunks: list[Chunk], pieces: Mapping[PieceKey, Tensor]
+    holders: Holders, kind: str, chunks: list[Chunk], pieces: Mapping[PieceKey, Tensor]
 ) -> list[tuple[Tensor, Any]]:
     sends = []
     for chunk in chunks:
         for rank, start, _ in chunk.pieces:
-            if rank == circle.position != chunk.owner:
+            if rank == holders.position != chunk.owner:
                 tensor = pieces[kind, chunk.name, start].cpu()
-                sends.append((tensor, dist.isend(tensor, circle.ranks[chunk.owner], group=circle.group)))
+                sends.append((tensor, dist.isend(tensor, holders.ranks[chunk.owner], group=holders.group)))
     return sends
 
 
-def _assembled(circle: Circle, kind: str, chunk: Chunk, pieces: Mapping[PieceKey, Tensor]) -> Tensor:
+def _assembled(holders: Holders, kind: str, chunk: Chunk, pieces: Mapping[PieceKey, Tensor]) -> Tensor:
     """All elements of an own chunk, on the host; without a copy where they lie there in one piece."""
-    if len(chunk.pieces) == 1 and chunk.pieces[0][0] == circle.position:
+    if len(chunk.pieces) == 1 and chunk.pieces[0][0] == holders.position:
         return pieces[kind, chunk.name, chunk.start].cpu()
     values = torch.empty(chunk.size)
     for rank, start, size in chunk.pieces:
         target = values[start - chunk.start : start - chunk.start + size]
-        if rank == circle.position:
+        if rank == holders.position:
             target.copy_(pieces[kind, chunk.name, start])
         else:
-            dist.recv(target, circle.ranks[rank], group=circle.group)
+            dist.recv(target, holders.ranks[rank], group=holders.group)
     return values
 
 
-def _write(circle: Circle, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter) -> CheckpointError | None:
-    where = circle.placements[chunk.name]
+def _write(
+    holders: Holders, kind: str, chunk: Chunk, values: Tensor, writer: CheckpointWriter
+) -> CheckpointError | None:
+    where = holders.placements[chunk.name]
     rest = where.shape[1:]
     offset, chunk_shape, shape = where.offset, where.shape, where.shape
     if where.shape:

@@ -37,11 +37,11 @@ from megatrain.parallel.dropout import dropout_keys
 from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.step_input import StepInput
+from megatrain.spec.labels import IGNORE
 
 if TYPE_CHECKING:
     from megatrain.parallel.pipeline import Pipeline
 
-IGNORE = -100
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

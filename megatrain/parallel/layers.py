@@ -35,7 +35,7 @@ class Layers:
         """Linear whose outputs are independent of each other (may be split over ranks)."""
         return nn.Linear(in_features, out_features, bias)
 
-    def together(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
+    def column_outputs(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
         """Outputs of several column linears without bias on one input."""
         return [linear(x_SBD) for linear in linears]
 

@@ -66,7 +66,7 @@ class TensorParallelLayers(Layers):
         return _mark(linear, weight=0)  # megatron-core marks the bias itself
 
     @torch.compiler.disable  # a trace reads ZeRO-3's weights without fetching them
-    def together(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
+    def column_outputs(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
         weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
         return column_linears(x_SBD, weights, self.group, self.sequence_parallel)
 

@@ -22,6 +22,7 @@ from megatrain.parallel.marks import partition_dim
 from megatrain.parity.noise import disturb
 from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
+from megatrain.spec.labels import IGNORE
 from megatrain.train.build import build_engine
 
 
@@ -144,7 +145,7 @@ def batch_of(config: ResolvedRun, engine: Engine, step: int) -> RankBatch:
     tokens = torch.randint(0, num_tokens(config.model), shape, generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(size):  # micro-batches with different numbers of loss tokens
-        labels[row, : row * config.data.seq_len // (2 * size)] = -100
+        labels[row, : row * config.data.seq_len // (2 * size)] = IGNORE
     own = slice(dp_rank * size // dp, (dp_rank + 1) * size // dp)
     return SimpleNamespace(  # type: ignore[return-value]
         tokens=tokens[own, :-1],

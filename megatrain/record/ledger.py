@@ -2,10 +2,11 @@
 
 import torch
 
-from megatrain.data.feed.rows import IGNORE, Batch
+from megatrain.data.feed.rows import Batch
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine
 from megatrain.record.records import SourceCounts
+from megatrain.spec.labels import IGNORE
 
 
 class Ledger:

@@ -12,7 +12,7 @@ from megatrain.config.reading.fields import all_fields, value_at
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.rules.check import REFUSED_PAIRS, check
 from megatrain.config.rules.combine import keys_of, read_features, refusal_of, refusals_of, values_left
-from megatrain.config.rules.compatibility import AXES, CLASSES, REFUSALS, Axis
+from megatrain.config.rules.compatibility import CLASSES, REFUSALS, SETTINGS, Setting
 from megatrain.config.rules.deepspeed_keys import ALLOWED
 from megatrain.config.schema import RunConfig
 from tests.config.test_rules import Watched
@@ -33,25 +33,25 @@ def problems_of(*features: Feature) -> list[Problem]:
 def test_a_refused_pair_names_both_fields_the_reason_and_the_cure(pair: tuple[Feature, Feature]) -> None:
     refusal = refusal_of(*pair)
     assert refusal
-    axis, other = refusal.axis, refusal.other
+    setting, other = refusal.setting, refusal.other
     features = dict(pair)
     (problem,) = [found for found in problems_of(*pair) if refusal.reason in found.message]
-    assert problem.key == axis.key
-    assert problem.value == raw(axis.name, features[axis.name])
+    assert problem.key == setting.key
+    assert problem.value == raw(setting.name, features[setting.name])
     assert problem.message.startswith(f"cannot be used with {other.key} = ")
     ours, _, theirs = problem.cure.partition(f", or {other.key} to ")
-    assert ours.startswith(f"set {axis.key} to ") and theirs
+    assert ours.startswith(f"set {setting.key} to ") and theirs
     assert f" where {other.key} is " in problem.allowed
-    for mended, words in ((axis, ours), (other, theirs)):  # what the cure names cures, and nothing else would
+    for mended, words in ((setting, ours), (other, theirs)):  # what the cure names cures, and nothing else would
         for value in mended.values:
             word = CLASSES[value][1] if value in CLASSES else value
-            named = re.search(rf"\b{word}\b", words.removeprefix(f"set {axis.key}")) is not None
-            assert named != is_refused(axis, other, features | {mended.name: value}), f"{mended.name} = {value}"
+            named = re.search(rf"\b{word}\b", words.removeprefix(f"set {setting.key}")) is not None
+            assert named != is_refused(setting, other, features | {mended.name: value}), f"{mended.name} = {value}"
 
 
-def is_refused(axis: Axis, other: Axis, features: dict[str, str]) -> bool:
+def is_refused(setting: Setting, other: Setting, features: dict[str, str]) -> bool:
     found = problems_of(*features.items())
-    return any(p.key == axis.key and p.message.startswith(f"cannot be used with {other.key} = ") for p in found)
+    return any(p.key == setting.key and p.message.startswith(f"cannot be used with {other.key} = ") for p in found)
 
 
 def test_a_refusal_reads_only_its_two_fields() -> None:
@@ -66,13 +66,14 @@ def test_a_refusal_reads_only_its_two_fields() -> None:
 @pytest.mark.parametrize("pair", REFUSED_BY_OTHERS, ids=lambda pair: "-".join(map("=".join, pair)))
 def test_a_pair_that_leaves_nothing_to_another_axis_says_to_which(pair: tuple[Feature, Feature]) -> None:
     (text,) = refusals_of(dict(pair))
-    axis = AXES[values_left(dict(pair)).lacking or ""]
-    assert f"leave no value to {axis.name}:" in text
+    setting = SETTINGS[values_left(dict(pair)).lacking or ""]
+    assert f"leave no value to {setting.name}:" in text
     assert all(
-        f"{axis.name} {value if value[0] == '>' else f'= {value}'}".replace(">", "> ") in text for value in axis.values
+        f"{setting.name} {value if value[0] == '>' else f'= {value}'}".replace(">", "> ") in text
+        for value in setting.values
     )
-    for value in axis.values:
-        assert problems_of(*pair, (axis.name, value)), "the config is refused, whatever the axis is set to"
+    for value in setting.values:
+        assert problems_of(*pair, (setting.name, value)), "the config is refused, whatever the setting is set to"
 
 
 def test_an_allowed_pair_is_not_refused() -> None:
@@ -83,20 +84,20 @@ def test_an_allowed_pair_is_not_refused() -> None:
 
 
 def test_every_value_of_a_config_is_a_feature() -> None:
-    assert AXES["pp"].value_of(1) == "1" and AXES["pp"].value_of(4) == ">1"
-    assert AXES["dropout"].value_of(0.0) == "0" and AXES["dropout"].value_of(0.25) == ">0"
-    assert AXES["num_experts"].value_of(0) == "0" and AXES["num_experts"].value_of(64) == ">0"
-    assert AXES["compile"].value_of(True) == "true" and AXES["zero_stage"].value_of(3) == "3"
-    assert {axis.key for axis in AXES.values()} <= {*all_fields(), *(f"deepspeed.{key}" for key in ALLOWED)}
+    assert SETTINGS["pp"].value_of(1) == "1" and SETTINGS["pp"].value_of(4) == ">1"
+    assert SETTINGS["dropout"].value_of(0.0) == "0" and SETTINGS["dropout"].value_of(0.25) == ">0"
+    assert SETTINGS["num_experts"].value_of(0) == "0" and SETTINGS["num_experts"].value_of(64) == ">0"
+    assert SETTINGS["compile"].value_of(True) == "true" and SETTINGS["zero_stage"].value_of(3) == "3"
+    assert {setting.key for setting in SETTINGS.values()} <= {*all_fields(), *(f"deepspeed.{key}" for key in ALLOWED)}
 
 
 def test_a_key_below_deepspeed_is_a_feature_set_or_not() -> None:
     for zero, overlap, size in (({}, "false", "null"), ({"overlap_comm": True, "sub_group_size": 0}, "true", "number")):
         config = RunConfig(deepspeed={"zero_optimization": zero})
         for name, value in (("overlap_comm", overlap), ("sub_group_size", size)):
-            assert AXES[name].value_of(value_at(config, AXES[name].key)) == value
+            assert SETTINGS[name].value_of(value_at(config, SETTINGS[name].key)) == value
     for not_a_section in ({}, {"zero_optimization": 3}):
-        assert value_at(RunConfig(deepspeed=not_a_section), AXES["overlap_comm"].key) is None
+        assert value_at(RunConfig(deepspeed=not_a_section), SETTINGS["overlap_comm"].key) is None
 
 
 def test_a_question_names_features_by_name_or_key() -> None:

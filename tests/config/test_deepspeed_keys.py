@@ -7,7 +7,7 @@ import pytest
 from megatrain.config.deepspeed import DEEPSPEED_BUCKET, deepspeed_config
 from megatrain.config.derive import resolve
 from megatrain.config.reading.problems import Problem
-from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.compatibility import SETTINGS
 from megatrain.config.rules.deepspeed_keys import ALLOWED, forbidden_keys, kind_of
 from megatrain.config.schema import RunConfig
 from megatrain.spec.counts import num_parameters
@@ -95,8 +95,8 @@ def test_a_key_that_does_harm_says_which(key: str, value: Any, reason: str) -> N
 
 
 def test_every_key_is_an_axis_or_only_prints() -> None:
-    axes = {axis.key for axis in AXES.values() if axis.key.startswith("deepspeed.")}
-    assert axes | {f"deepspeed.{key}" for key in PRINTING} == {f"deepspeed.{key}" for key in ALLOWED}
+    settings = {setting.key for setting in SETTINGS.values() if setting.key.startswith("deepspeed.")}
+    assert settings | {f"deepspeed.{key}" for key in PRINTING} == {f"deepspeed.{key}" for key in ALLOWED}
 
 
 def test_a_section_wants_keys() -> None:

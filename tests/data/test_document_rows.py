@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.feed.document_rows import DocumentRows, ShuffledDocuments, best_fit
-from megatrain.data.feed.rows import IGNORE
 from megatrain.data.feed.validation import num_batches, validation_loader
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 from tests.data.factory import write_documents
 from tests.data.reading import SEQ, make_sources, run_config, training_data
 

@@ -11,9 +11,9 @@ import torch
 
 from megatrain.data.errors import DataError
 from megatrain.data.feed.prefetch import prefetch
-from megatrain.data.feed.rows import IGNORE
 from megatrain.data.feed.validation import num_batches, validation_loader
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 from tests.data.factory import EOD_ID, make_dataset, open_dataset
 from tests.data.mutations import mutated_copies
 from tests.data.reading import SEQ, make_sources, run_config, training_data

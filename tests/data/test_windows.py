@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.errors import DataError
-from megatrain.data.feed.rows import IGNORE, Rows
+from megatrain.data.feed.rows import Rows
 from megatrain.data.feed.windows import SequentialWindows, ShuffledWindows
+from megatrain.spec.labels import IGNORE
 from tests.data.factory import EOD_ID, open_dataset
 
 

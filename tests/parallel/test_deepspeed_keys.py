@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.compatibility import SETTINGS
 from megatrain.config.rules.deepspeed_keys import ALLOWED
 from tests.config.test_deepspeed_keys import GOOD, PRINTING
 from tests.covering import raw
@@ -30,9 +30,9 @@ from tests.layouts import (
 from tests.parallel.test_layouts import LOSS, NORM
 from tests.pool import Pool
 
-ZERO_KEYS = [axis for axis in AXES.values() if axis.key.startswith("deepspeed.") and axis.is_open]
-OF_ZERO_3 = [axis.name for axis in ZERO_KEYS if axis.used_with == ("zero_stage", ("3",))]
-SMALLEST = {axis.name: int(axis.name == "reduce_bucket_size") for axis in ZERO_KEYS}
+ZERO_KEYS = [setting for setting in SETTINGS.values() if setting.key.startswith("deepspeed.") and setting.is_open]
+OF_ZERO_3 = [setting.name for setting in ZERO_KEYS if setting.used_with == ("zero_stage", ("3",))]
+SMALLEST = {setting.name: int(setting.name == "reduce_bucket_size") for setting in ZERO_KEYS}
 MIDDLE = {name: raw(name, "number") for name in SMALLEST}  # between the sizes of weights: some are larger
 HUGE = dict.fromkeys(SMALLEST, 10**30)
 OVERLAP = {"overlap_comm": True}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatrain.config.rules.check import check
-from megatrain.config.rules.compatibility import AXES
+from megatrain.config.rules.compatibility import SETTINGS
 from megatrain.spec.keys import flat
 from tests.covering import (
     GPU_ONLY,
@@ -98,7 +98,7 @@ def config_of(case: Case, folder: str) -> Any:
 
 def alone(case: Case) -> Case:
     """What changes the numbers, in one process."""
-    plain = {axis.name: axis.values[0] for axis in AXES.values()} | {"pp_schedule": "1f1b"}
+    plain = {setting.name: setting.values[0] for setting in SETTINGS.values()} | {"pp_schedule": "1f1b"}
     same_numbers = {"cpu_adamw": "adamw"}
     return plain | {name: same_numbers.get(case[name], case[name]) for name in NUMBERS}
 
@@ -234,7 +234,9 @@ def test_an_allowed_pair_that_no_case_holds_does_nothing_or_needs_a_gpu() -> Non
     routing = ("router_score", "router_groups", "router_balance_rate")
     idle = {("cp", "cp_method"), ("document_attention", "sequences")}  # at cp 1, and without documents
     idle |= {("num_experts", name) for name in routing} | {(name, "optimizer") for name in routing}  # dense
-    of_zero = [axis.name for axis in AXES.values() if axis.used_with and axis.used_with[0] == "zero_stage"]
+    of_zero = [
+        setting.name for setting in SETTINGS.values() if setting.used_with and setting.used_with[0] == "zero_stage"
+    ]
     idle |= {("zero_stage", name) for name in of_zero}  # at a stage that does not ask for them
     not_at_3 = ("ep", "pp", "pp_schedule", "optimizer", "activation_checkpointing")
     idle |= {(other, name) for other in not_at_3 for name in of_zero if name != "reduce_bucket_size"}

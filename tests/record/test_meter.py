@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megatrain.config.schema import RunConfig
-from megatrain.data.feed.rows import IGNORE, Batch
+from megatrain.data.feed.rows import Batch
 from megatrain.record.meter import Meter
 from megatrain.record.throughput import Hardware
 from megatrain.spec.counts import flops_per_token
+from megatrain.spec.labels import IGNORE
 
 CONFIG = RunConfig(model={"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 8}, train={"steps": 100})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatrain.config.pages.table import between_marks, markdown_table
 from megatrain.config.rules.combine import refusal_of, shown, values_left
-from megatrain.config.rules.compatibility import AXES, REFUSALS, Refusal
+from megatrain.config.rules.compatibility import REFUSALS, SETTINGS, Refusal
 
 PAGE = Path("docs/compatibility.md")
 
@@ -21,19 +21,19 @@ def with_tables(page: str) -> str:
 
 
 def _features() -> str:
-    numbers: dict[str, list[int]] = {name: [] for name in AXES}
+    numbers: dict[str, list[int]] = {name: [] for name in SETTINGS}
     for number, refusal in enumerate(REFUSALS, 1):
-        numbers[refusal.axis.name].append(number)
+        numbers[refusal.setting.name].append(number)
         numbers[refusal.other.name].append(number)
     rows = [
         (
-            f"`{axis.name}`",
-            f"`{axis.key}`",
-            ", ".join(axis.values),
-            _listed(axis.used_with) if axis.used_with else "",
-            ", ".join(map(str, numbers[axis.name])),
+            f"`{setting.name}`",
+            f"`{setting.key}`",
+            ", ".join(setting.values),
+            _listed(setting.used_with) if setting.used_with else "",
+            ", ".join(map(str, numbers[setting.name])),
         )
-        for axis in AXES.values()
+        for setting in SETTINGS.values()
     ]
     return markdown_table(("feature", "key", "values", "counts only with", "refusals"), rows)
 
@@ -44,7 +44,7 @@ def _refused() -> str:
 
 
 def _sides(refusal: Refusal) -> tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]]]:
-    return (refusal.axis.name, refusal.values), (refusal.other.name, refusal.other_values)
+    return (refusal.setting.name, refusal.values), (refusal.other.name, refusal.other_values)
 
 
 def _listed(side: tuple[str, tuple[str, ...]]) -> str:
@@ -53,7 +53,7 @@ def _listed(side: tuple[str, tuple[str, ...]]) -> str:
 
 
 def _refused_by_others() -> str:
-    features = [(axis.name, value) for axis in AXES.values() for value in axis.values]
+    features = [(setting.name, value) for setting in SETTINGS.values() for value in setting.values]
     found: dict[tuple[str, str, tuple[str, str]], list[str]] = {}
     for one, two in combinations(features, 2):
         if one[0] != two[0] and not refusal_of(one, two) and (lacking := values_left(dict((one, two))).lacking):

@@ -1,8 +1,8 @@
 """Which features go together: one table, for validation, the page docs/compatibility.md, `plan.py --compat` and tests.
 
-An axis is a field of the config with its values, or with classes of them (`>1` stands for every larger number).
-Two values of two axes go together unless a refusal says why not; no refusal looks at more than two axes. A field that
-does nothing without another (``cp_method`` without context ranks) is refused nothing there.
+A setting is a field of the config with its values, or with classes of them (`>1` stands for every larger number).
+Two values of two settings go together unless a refusal says why not; no refusal looks at more than two settings. A
+field that does nothing without another (``cp_method`` without context ranks) is refused nothing there.
 Rules that count (what divides what) stand in the modules beside it.
 """
 
@@ -25,10 +25,10 @@ CLASSES = {
 
 
 @dataclass(frozen=True)
-class Axis:
+class Setting:
     """A field as a feature. ``name``: in questions; ``values``: all choices, or one value and the class of the rest.
 
-    ``used_with``: another axis' name and its values, without which the field does nothing.
+    ``used_with``: another setting's name and its values, without which the field does nothing.
     """
 
     name: str
@@ -61,19 +61,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Any of ``values`` of ``axis`` with any of ``other_values`` of ``other``: does not work, for ``reason``."""
+    """Any of ``values`` of ``setting`` with any of ``other_values`` of ``other``: does not work, for ``reason``."""
 
-    axis: Axis
+    setting: Setting
     values: tuple[str, ...]
-    other: Axis
+    other: Setting
     other_values: tuple[str, ...]
     reason: str
 
     @cached_property
     def pairs(self) -> frozenset[frozenset[tuple[str, str]]]:
-        """Every refused pair of (axis, value)."""
+        """Every refused pair of (setting, value)."""
         return frozenset(
-            frozenset({(self.axis.name, a), (self.other.name, b)}) for a in self.values for b in self.other_values
+            frozenset({(self.setting.name, a), (self.other.name, b)}) for a in self.values for b in self.other_values
         )
 
 
@@ -89,9 +89,9 @@ def _choices(key: str) -> tuple[str, ...]:
     return ("false", "true") if kind is bool else tuple(str(choice) for choice in get_args(kind))
 
 
-def _axes(**axes: str | tuple[str, tuple[str, ...]]) -> dict[str, Axis]:
-    pairs = {name: (field, _choices(field)) if isinstance(field, str) else field for name, field in axes.items()}
-    return {name: Axis(name, key, values, _USED_WITH.get(name)) for name, (key, values) in pairs.items()}
+def _settings(**settings: str | tuple[str, tuple[str, ...]]) -> dict[str, Setting]:
+    pairs = {name: (field, _choices(field)) if isinstance(field, str) else field for name, field in settings.items()}
+    return {name: Setting(name, key, values, _USED_WITH.get(name)) for name, (key, values) in pairs.items()}
 
 
 _ZERO = "deepspeed.zero_optimization."
@@ -109,7 +109,7 @@ _USED_WITH = {
     "reduce_bucket_size": ("zero_stage", ("1", "2", "3")),
 }
 
-AXES = _axes(
+SETTINGS = _settings(
     family="model.family",
     dropout=("model.dropout", _NONE),
     attention_dropout=("model.attention.dropout", _NONE),
@@ -156,12 +156,12 @@ _SEVERAL = tuple(name for name, schedule in PIPELINE_SCHEDULES.items() if not sc
 
 
 def _refuse(
-    axis: str, values: str | tuple[str, ...], other: str, other_values: str | tuple[str, ...], reason: str
+    setting: str, values: str | tuple[str, ...], other: str, other_values: str | tuple[str, ...], reason: str
 ) -> Refusal:
     listed, other_listed = (tuple(v.split()) if isinstance(v, str) else v for v in (values, other_values))
-    first, second = AXES[axis], AXES[other]
+    first, second = SETTINGS[setting], SETTINGS[other]
     unknown = {*listed} - {*first.values} | {*other_listed} - {*second.values}
-    assert not unknown, f"{axis} with {other}: no such value: {unknown}"
+    assert not unknown, f"{setting} with {other}: no such value: {unknown}"
     return Refusal(first, listed, second, other_listed, reason)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.feed.order import Epochs, Permutation
-from megatrain.data.feed.rows import IGNORE, Rows
+from megatrain.data.feed.rows import Rows
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 
 _CHUNK = 1024  # documents that are packed together
 _GROUP = 8  # chunks whose rows are mixed

@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORE = -100  # label of a position without loss
-
 
 class Batch(NamedTuple):
     """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.

@@ -11,58 +11,60 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Steps from number ``from_step`` on (counted from 0): ``batch_size`` sequences of ``seq_len`` tokens each."""
+class StepShape:
+    """What the steps after number ``after_step`` read: ``batch_size`` sequences of ``seq_len`` tokens each."""
 
-    from_step: int
+    after_step: int
     batch_size: int
     seq_len: int
 
 
 class Steps:
-    """The stages of a run, in rising order, the first from step 0 on.
+    """The shapes of a run's steps, in rising order; the first holds from the beginning.
+
+    Where a step is meant, ``done`` says how many were made before it: the first step comes after 0.
 
     Args:
-        window: tokens of a sample; each stage's step must read whole samples.
+        window: tokens of a sample; a step of each shape must read whole samples.
     """
 
-    def __init__(self, stages: Sequence[Stage], window: int):
-        self.stages, self.window = tuple(stages), window
-        self._from = [stage.from_step for stage in stages]
+    def __init__(self, shapes: Sequence[StepShape], window: int):
+        self.shapes, self.window = tuple(shapes), window
+        self._after = [shape.after_step for shape in shapes]
         self._samples = [0]
-        for stage, following in itertools.pairwise(stages):
-            steps = following.from_step - stage.from_step
-            self._samples.append(self._samples[-1] + steps * self.samples_per_step(stage))
+        for shape, following in itertools.pairwise(shapes):
+            steps = following.after_step - shape.after_step
+            self._samples.append(self._samples[-1] + steps * self.samples_per_step(shape))
 
-    def stage(self, step: int) -> Stage:
-        """What holds at ``step``."""
-        return self.stages[bisect_right(self._from, step) - 1]
+    def shape(self, done: int) -> StepShape:
+        """That of the step after ``done`` ones."""
+        return self.shapes[bisect_right(self._after, done) - 1]
 
-    def first_sample(self, step: int) -> int:
-        """Number of the first sample that ``step`` reads: how many all steps before have read."""
-        at = bisect_right(self._from, step) - 1
-        return self._samples[at] + (step - self._from[at]) * self.samples_per_step(self.stages[at])
+    def first_sample(self, done: int) -> int:
+        """Number of the first sample that is not read yet after ``done`` steps: how many these have read."""
+        at = bisect_right(self._after, done) - 1
+        return self._samples[at] + (done - self._after[at]) * self.samples_per_step(self.shapes[at])
 
     def step_of(self, sample: int) -> int:
-        """The step that reads a sample."""
+        """Number of the step that reads a sample; the first step is 1."""
         at = bisect_right(self._samples, sample) - 1
-        return self._from[at] + (sample - self._samples[at]) // self.samples_per_step(self.stages[at])
+        return 1 + self._after[at] + (sample - self._samples[at]) // self.samples_per_step(self.shapes[at])
 
-    def run(self, step: int, most: int) -> range:
-        """The steps from ``step`` on, at most so many, that are in its stage."""
-        following = bisect_right(self._from, step)
-        end = self._from[following] if following < len(self._from) else step + most
-        return range(step, min(step + most, end))
+    def run(self, done: int, most: int) -> range:
+        """``done`` and the numbers after it, at most so many, whose steps have the same shape."""
+        following = bisect_right(self._after, done)
+        end = self._after[following] if following < len(self._after) else done + most
+        return range(done, min(done + most, end))
 
-    def samples_per_step(self, stage: Stage) -> int:
-        return stage.batch_size * stage.seq_len // self.window
+    def samples_per_step(self, shape: StepShape) -> int:
+        return shape.batch_size * shape.seq_len // self.window
 
 
-def continued(saved: Sequence[Stage], wanted: Sequence[Stage], step: int) -> list[Stage]:
-    """The ``saved`` stages up to ``step``, and from there on the ``wanted`` ones."""
-    before = [stage for stage in saved if stage.from_step < step]
-    current = [stage for stage in wanted if stage.from_step <= step][-1]
-    after = [stage for stage in wanted if stage.from_step > step]
+def continued(saved: Sequence[StepShape], wanted: Sequence[StepShape], done: int) -> list[StepShape]:
+    """The ``saved`` shapes for ``done`` steps, and the ``wanted`` ones for those that come after."""
+    before = [shape for shape in saved if shape.after_step < done]
+    current = [shape for shape in wanted if shape.after_step <= done][-1]
+    after = [shape for shape in wanted if shape.after_step > done]
     if before and (before[-1].batch_size, before[-1].seq_len) == (current.batch_size, current.seq_len):
         return [*before, *after]
-    return [*before, Stage(step, current.batch_size, current.seq_len), *after]
+    return [*before, StepShape(done, current.batch_size, current.seq_len), *after]

@@ -16,7 +16,7 @@ from megatrain.data.feed.blend import Blend, Segment, planned_segments
 from megatrain.data.feed.loader import Loader
 from megatrain.data.feed.rows import Samples
 from megatrain.data.feed.samples import shuffled_samples, tells_documents_apart
-from megatrain.data.feed.steps import Stage, Steps, continued
+from megatrain.data.feed.steps import Steps, StepShape, continued
 from megatrain.data.feed.tokenizer_match import require_one_tokenizer
 from megatrain.data.shards.reader import TokenDataset
 
@@ -49,7 +49,7 @@ class TrainingData:
         self._plan = self._wanted_plan()
         segments, end = self._segments(0, [0] * len(self.names))
         self.blend = Blend(segments, str(data.seed), end)
-        self.steps = Steps(wanted_stages(config), data.seq_len)
+        self.steps = Steps(wanted_shapes(config), data.seq_len)
 
     def loader(self, dp_rank: int, dp_size: int, pin: bool = False) -> Loader:
         """The batches of one of ``dp_size`` ranks."""
@@ -65,7 +65,7 @@ class TrainingData:
         end = self.blend.num_samples
         if end is not None and self.steps.first_sample(end_step) > end:
             raise DataError(
-                f"all sources reach their max_epochs after {end} samples, in step {self.steps.step_of(end) + 1}; "
+                f"all sources reach their max_epochs after {end} samples, in step {self.steps.step_of(end)}; "
                 f"train.steps is {end_step}: lower it, or raise a max_epochs"
             )
 
@@ -98,7 +98,7 @@ class TrainingData:
             "plan": self._plan,
             "num_samples": self.blend.num_samples,
             "segments": [asdict(segment) for segment in self.blend.segments],
-            "stages": [asdict(stage) for stage in self.steps.stages],
+            "stages": [_saved_shape(shape) for shape in self.steps.shapes],
         }
 
     def resume(self, saved: dict[str, Any], step: int) -> None:
@@ -117,7 +117,7 @@ class TrainingData:
             segments, end = self._segments(samples, self.blend.counts(samples))
             past = [segment for segment in self.blend.segments if segment.start < samples]
             self.blend = Blend([*past, *segments], str(self.config.data.seed), end)
-        self.steps = Steps(continued(self.steps.stages, wanted_stages(self.config), step), self.steps.window)
+        self.steps = Steps(continued(self.steps.shapes, wanted_shapes(self.config), step), self.steps.window)
 
     def replay(self, saved: dict[str, Any]) -> None:
         """Reads what the run whose ``state`` was ``saved`` has read and was going to read.
@@ -131,7 +131,7 @@ class TrainingData:
         new = len(self.names) - len(saved["sources"])
         segments = [_segment(fields, new) for fields in saved["segments"]]
         self.blend = Blend(segments, str(self.config.data.seed), saved["num_samples"])
-        self.steps = Steps([Stage(**fields) for fields in saved["stages"]], saved["seq_len"])
+        self.steps = Steps([_shape(fields) for fields in saved["stages"]], saved["seq_len"])
 
     def _require_same(self, saved: dict[str, Any]) -> None:
         different = [
@@ -189,14 +189,22 @@ class TrainingData:
         return planned_segments(changes, caps, self.names, start, counts)
 
 
-def wanted_stages(config: ResolvedRun) -> list[Stage]:
+def _saved_shape(shape: StepShape) -> dict[str, int]:
+    return {"from_step": shape.after_step, "batch_size": shape.batch_size, "seq_len": shape.seq_len}
+
+
+def _shape(saved: dict[str, int]) -> StepShape:
+    return StepShape(saved["from_step"], saved["batch_size"], saved["seq_len"])
+
+
+def wanted_shapes(config: ResolvedRun) -> list[StepShape]:
     """Batch sizes and sequence lengths by step, as the config has them."""
-    train, data, first, stages = config.train, config.data, 0, []
+    train, data, after, shapes = config.train, config.data, 0, []
     for stage in train.ramp:
         size, length = stage.global_batch_size or train.global_batch_size, stage.seq_len or data.seq_len
-        stages.append(Stage(first, size, length))
-        first = stage.until_step
-    return [*stages, Stage(first, train.global_batch_size, data.seq_len)]
+        shapes.append(StepShape(after, size, length))
+        after = stage.until_step
+    return [*shapes, StepShape(after, train.global_batch_size, data.seq_len)]
 
 
 def _segment(fields: dict[str, Any], new_sources: int) -> Segment:

@@ -3,7 +3,7 @@
 from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.loader import Loader, OneSource
 from megatrain.data.feed.samples import sequential_samples, tells_documents_apart
-from megatrain.data.feed.steps import Stage, Steps
+from megatrain.data.feed.steps import Steps, StepShape
 from megatrain.data.feed.tokenizer_match import require_one_tokenizer
 from megatrain.data.shards.reader import TokenDataset
 
@@ -28,7 +28,7 @@ def validation_loader(
     return Loader(
         [sequential_samples(dataset, config.data)],
         OneSource(),
-        Steps([Stage(0, batch_size, seq_len)], seq_len),
+        Steps([StepShape(0, batch_size, seq_len)], seq_len),
         dp_rank=dp_rank,
         dp_size=dp_size,
         documents=tells_documents_apart(config.data),
@@ -38,4 +38,4 @@ def validation_loader(
 
 def num_batches(loader: Loader) -> int:
     """Batches that hold a validation set once."""
-    return -(-loader.sources[0].num_samples // loader.steps.stage(0).batch_size)
+    return -(-loader.sources[0].num_samples // loader.steps.shape(0).batch_size)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from megatrain.data.errors import DataError
 from megatrain.data.feed.order import Epochs, keyed_number
-from megatrain.data.feed.rows import IGNORE, Rows
+from megatrain.data.feed.rows import Rows
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 
 
 @dataclass(frozen=True)

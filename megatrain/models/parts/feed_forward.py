@@ -31,7 +31,7 @@ class SwiGluFeedForward(FeedForward):
         self.down = layers.row_linear(ffn_width, width, bias)
 
     def forward(self, x_SBD: Tensor, batch: MicroBatch) -> Tensor:
-        gate, up = self.layers.together((self.gate, self.up), x_SBD)
+        gate, up = self.layers.column_outputs((self.gate, self.up), x_SBD)
         return self.down(F.silu(gate) * up)
 
 

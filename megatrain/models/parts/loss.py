@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from megatrain.parallel.layers import Layers
-
-IGNORE = -100
-"""Label of a position that has no loss."""
+from megatrain.spec.labels import IGNORE
 
 
 def sequence_losses(layers: Layers, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
