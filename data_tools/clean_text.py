@@ -33,7 +33,7 @@ from megatrain.data.errors import DataError
 from megatrain.data.file_names import COMPRESSED, plain
 from megatrain.data.pool import num_cores, open_pool
 from megatrain.disk.durable import fsync_folder, write_durably
-from megatrain.disk.target import require_place
+from megatrain.disk.target import require_target
 
 _PROBLEMS_SHOWN = 10
 
@@ -118,7 +118,7 @@ def clean(arguments: argparse.Namespace) -> None:
         FileExistsError: another file in the way.
     """
     for place in filter(None, (arguments.output, arguments.report, arguments.samples)):
-        require_place(place, arguments.overwrite)
+        require_target(place, arguments.overwrite)
     if plain(arguments.output).suffix.lower() not in (".jsonl", ".ndjson"):
         endings = ", ".join(f".jsonl{ending}" for ending in ("", *COMPRESSED))
         raise DataError(f"--output is {arguments.output}: it holds JSON lines, so it must end in one of {endings}")

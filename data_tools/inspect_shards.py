@@ -17,7 +17,7 @@ from megatrain.data.shards.format import read_index
 from megatrain.data.shards.reader import TokenDataset
 from megatrain.data.shards.scan import document_lengths, read_blocks
 from megatrain.data.shards.verify import find_problems
-from megatrain.disk.target import require_place
+from megatrain.disk.target import require_target
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 
@@ -43,7 +43,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """
     folder: Path = arguments.folder
     if arguments.lengths:
-        require_place(arguments.lengths, arguments.overwrite)
+        require_target(arguments.lengths, arguments.overwrite)
     dataset = TokenDataset.open(folder)
     stems = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
     if dataset.manifest:

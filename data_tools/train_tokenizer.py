@@ -23,7 +23,7 @@ from megatrain.data.corpus.documents import RecordReader
 from megatrain.data.corpus.inputs import Source
 from megatrain.data.errors import DataError
 from megatrain.disk.durable import write_durably
-from megatrain.disk.target import require_place
+from megatrain.disk.target import require_target
 
 EOD = "<|endoftext|>"
 _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -65,7 +65,7 @@ def train(arguments: argparse.Namespace) -> None:
     if output.is_file() and output.read_bytes() == content:
         print(f"{output}: already there with this content")
         return
-    require_place(output, arguments.overwrite)
+    require_target(output, arguments.overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, content)
     print(f"{output}: {arguments.model}, {tokenizer.get_vocab_size()} tokens")

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatrain.cluster.place import let_idle_threads_sleep
+from megatrain.cluster.identity import let_idle_threads_sleep
 from megatrain.config.derive import num_ranks
 from megatrain.config.load import load_config
 from megatrain.config.schema import ResolvedRun

@@ -21,7 +21,7 @@ from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.rules.combine import read_features, refusals_of, shown
 from megatrain.config.schema import ResolvedRun
 from megatrain.console import run_config_tool
-from megatrain.disk.target import require_place
+from megatrain.disk.target import require_target
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         if options.compat is not None:
             return answer_compatibility(options.compat, overrides)
         if options.png is not None:
-            require_place(options.png, options.overwrite)
+            require_target(options.png, options.overwrite)
         print_schedule(resolved_config(options.config, overrides, options.world_size), options.png)
         return 0
 

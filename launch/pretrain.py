@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatrain.cluster.errors import LauncherError
-from megatrain.cluster.place import let_idle_threads_sleep, place_from_environment, require_address
+from megatrain.cluster.identity import identity_from_environment, let_idle_threads_sleep, require_address
 from megatrain.config.load import load_config
 from megatrain.config.reading.problems import ConfigError
 from megatrain.config.rules.check import check_ready_to_train
@@ -68,7 +68,7 @@ def report(text: str, error: Exception) -> None:
 
     A rank that is left alone met something that only its host has, and says so.
     """
-    rank = 0 if isinstance(error, LauncherError) else place_from_environment().rank
+    rank = 0 if isinstance(error, LauncherError) else identity_from_environment().rank
     if rank > 0:
         time.sleep(SECONDS_TO_END_A_JOB)
         text = f"rank {rank} on {socket.gethostname()}: {text}"
@@ -77,16 +77,16 @@ def report(text: str, error: Exception) -> None:
 
 def resolved_config(files: list[Path], overrides: list[str], print_only: bool) -> ResolvedRun | None:
     """The config of the run for the ranks that were started, or None when it was only to be shown."""
-    place = place_from_environment()
-    resolved = load_config(files, overrides, place.world_size).with_derived(place.world_size)
-    if place.rank == 0:
+    identity = identity_from_environment()
+    resolved = load_config(files, overrides, identity.world_size).with_derived(identity.world_size)
+    if identity.rank == 0:
         for note in resolved.notes:
             print(f"# {note}" if print_only else f"NOTE: {note}", flush=True)
     if print_only:
-        if place.rank == 0:
+        if identity.rank == 0:
             print(format_config(resolved), end="")
         return None
-    require_address(place)
+    require_address(identity)
     problems = check_ready_to_train(resolved.config, bool(files))
     if problems:
         raise ConfigError(resolved.with_origins(problems))

@@ -13,7 +13,7 @@ FAIRNESS = 1.05  # of the mean, beyond which a rank is spared further chunks tha
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalTensor:
     """A tensor's part on one tensor-parallel rank: ``rows`` x ``row_elements``; ``ranges``: what each rank holds of it.
 
     ``ranges`` maps the position of a rank in the group to ``(start, size)`` in elements. Ranges may overlap (without
@@ -45,7 +45,7 @@ class Chunk:
 
 
 @dataclass
-class Plan:
+class WriteRounds:
     """Chunks in rounds, in which each rank writes at most one chunk: what a rank needs from others comes in one go."""
 
     rounds: list[list[Chunk]] = field(default_factory=list)
@@ -55,12 +55,12 @@ class Plan:
         return [chunk for round_ in self.rounds for chunk in round_]
 
 
-def chunk_limit(parts: Sequence[Part], num_ranks: int) -> int:
+def chunk_limit(parts: Sequence[LocalTensor], num_ranks: int) -> int:
     """Elements that a chunk should not exceed by much, the same for all ranks that hold parts of the same tensors."""
     return max(MIN_CHUNK_ELEMENTS, sum(part.rows * part.row_elements for part in parts) // num_ranks // CHUNKS_PER_RANK)
 
 
-def plan_shares(parts: Sequence[Part], num_ranks: int, limit: int) -> Plan:
+def deal_out(parts: Sequence[LocalTensor], num_ranks: int, limit: int) -> WriteRounds:
     """Each chunk goes to the rank that holds most of it, or to the least loaded where that one has its fair share."""
     fair_share = sum(part.rows * part.row_elements for part in parts) / num_ranks * FAIRNESS
     loads: list[int] = [0] * num_ranks
@@ -79,10 +79,10 @@ def plan_shares(parts: Sequence[Part], num_ranks: int, limit: int) -> Plan:
         pieces = tuple(_pieces(start, stop, owner, part.ranges))
         queues[owner].append(Chunk(part.name, row, chunk_rows, start, stop - start, owner, pieces))
     length = max((len(queue) for queue in queues), default=0)
-    return Plan([[queue[i] for queue in queues if i < len(queue)] for i in range(length)])
+    return WriteRounds([[queue[i] for queue in queues if i < len(queue)] for i in range(length)])
 
 
-def _cut(part: Part, limit: int) -> Iterable[tuple[int, int]]:
+def _cut(part: LocalTensor, limit: int) -> Iterable[tuple[int, int]]:
     """(first row, rows of a chunk) of each chunk: few enough rows to stay near ``limit`` elements."""
     wanted = min(part.rows, -(-part.rows * part.row_elements // limit))
     if part.even:

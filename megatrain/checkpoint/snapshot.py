@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.placement import Placement, is_saved_here, placement_of, sharing_ranks
-from megatrain.checkpoint.shares import Chunk, Part, Plan, chunk_limit, plan_shares
+from megatrain.checkpoint.shares import Chunk, LocalTensor, WriteRounds, chunk_limit, deal_out
 from megatrain.checkpoint.store.arrays import CheckpointWriter
 from megatrain.checkpoint.store.errors import CheckpointError
 from megatrain.engine.engine import Engine
@@ -76,24 +76,24 @@ class Holders:
         self.position = ranks.index(engine.mesh.rank)
         self.parameters = {name: parameter for name, parameter in engine.parameters if name in names}
         self.placements: dict[str, Placement] = {name: placement_of(engine, self.parameters[name]) for name in names}
-        self.plan = self._make_plan(held)
+        self.writes = self._dealt_out(held)
         own = [(kind, chunk) for kind in KINDS for round_ in self.rounds(kind) for chunk in round_]
         self.own_elements = sum(chunk.size for _, chunk in own if chunk.owner == self.position)
 
     def rounds(self, kind: str) -> list[list[Chunk]]:
-        """Of the plan, without parameters that have no such state."""
+        """Of the writes, without parameters that have no such state."""
         having = {name for name, parameter in self.parameters.items() if kind in kinds_of(self.engine, parameter)}
-        return [[chunk for chunk in chunks if chunk.name in having] for chunks in self.plan.rounds]
+        return [[chunk for chunk in chunks if chunk.name in having] for chunks in self.writes.rounds]
 
-    def _make_plan(self, held: Held) -> Plan:
+    def _dealt_out(self, held: Held) -> WriteRounds:
         parts = []
         for name, where in self.placements.items():
             ranges = {i: held[rank][name] for i, rank in enumerate(self.ranks) if name in held[rank]}
             row_elements = torch.Size(where.shape[1:]).numel()
-            parts.append(Part(name, where.rows, row_elements, ranges, even=where.splits_rows))
+            parts.append(LocalTensor(name, where.rows, row_elements, ranges, even=where.splits_rows))
         limit = chunk_limit(parts, len(self.ranks))
         own = [part for part in parts if is_saved_here(self.engine, self.parameters[part.name])]
-        return plan_shares(own, len(self.ranks), limit)
+        return deal_out(own, len(self.ranks), limit)
 
     def pieces(self, fragments: Mapping[str, Fragment]) -> dict[PieceKey, Tensor]:
         """This rank's part of the chunks."""

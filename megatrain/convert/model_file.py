@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from megatrain.config.reading.yaml_text import Loader
+from megatrain.config.reading.yaml_text import StrictYamlLoader
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_check import resolved, said
 from megatrain.disk.small import read_regular
@@ -29,7 +29,7 @@ def read_model(folder: Path, given: Path | None) -> ModelSpec:
     """
     path = given or folder / NAME
     try:
-        values = yaml.load(read_regular(path), Loader)
+        values = yaml.load(read_regular(path), StrictYamlLoader)
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: --model names a config file that says what model it is") from error
     except OSError as error:

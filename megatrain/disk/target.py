@@ -19,7 +19,7 @@ def require_free(path: Path, cure: str = "choose another place, or remove it") -
         raise FileExistsError(f"{path} is there already ({kind_of(os.lstat(path))}): {cure}")
 
 
-def require_place(path: Path, overwrite: bool) -> None:
+def require_target(path: Path, overwrite: bool) -> None:
     """Checks that a file may be written to ``path`` by a tool with the option ``--overwrite``.
 
     Raises:

@@ -5,7 +5,7 @@ import os
 import torch
 
 from megatrain.cluster.errors import LauncherError
-from megatrain.cluster.place import place_from_environment, require_address
+from megatrain.cluster.identity import identity_from_environment, require_address
 from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.determinism import make_deterministic, num_cpu_threads
 from megatrain.engine.zero.import_once import import_deepspeed
@@ -22,15 +22,15 @@ def start_distributed(deterministic: bool = False) -> torch.device:
     Raises:
         LauncherError: the environment is not what a launcher sets, or the ranks can't meet.
     """
-    place = place_from_environment()
-    require_address(place)
+    identity = identity_from_environment()
+    require_address(identity)
     if deterministic:
         make_deterministic()
     deepspeed = import_deepspeed()
-    if not place.is_launched:
+    if not identity.is_launched:
         os.environ.update(_ALONE)
     if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", identity.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -38,7 +38,7 @@ def start_distributed(deterministic: bool = False) -> torch.device:
             torch.set_num_threads(num_cpu_threads(deterministic))
         speed_up_bf16_matmul()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not place.is_launched:
+    if not identity.is_launched:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

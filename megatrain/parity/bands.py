@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatrain.parity.capture import BIAS, CONTRIBUTION, GRADIENT, UPDATE, Key, Part, RankCapture
+from megatrain.parity.capture import BIAS, CONTRIBUTION, GRADIENT, UPDATE, Key, RankCapture, TensorPart
 from megatrain.spec.kinds import MOMENTS, WEIGHT
 
 Measures = dict[str, float]
@@ -22,7 +22,7 @@ TIPPED = 4
 
 def assemble(ranks: list[RankCapture]) -> dict[Key, np.ndarray]:
     """Whole tensors: of copies the first counts; the contributions of ranks are added up."""
-    holders: defaultdict[Key, list[Part]] = defaultdict(list)
+    holders: defaultdict[Key, list[TensorPart]] = defaultdict(list)
     for captured in ranks:
         for key, part in captured.parts.items():
             holders[key].append(part)
@@ -78,7 +78,7 @@ class Bands:
     def __init__(self, reference: list[list[RankCapture]]):
         self.whole, *self._draws = [assemble(ranks) for ranks in reference]
         self._scalars = [ranks[0].scalars for ranks in reference]
-        self._pooled = self._pool()
+        self._pooled = self._usual_spread()
 
     @property
     def num_tensors(self) -> int:
@@ -124,7 +124,7 @@ class Bands:
         for draw in self._draws:
             yield measure(key[1], draw[key][place] - wanted, wanted, weight)
 
-    def _pool(self) -> dict[tuple[int, str], Measures]:
+    def _usual_spread(self) -> dict[tuple[int, str], Measures]:
         """By step and kind the usual spread of a tensor, relative to its size: a small tensor may have had luck."""
         found: defaultdict[tuple[int, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for key, wanted in self.whole.items():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatrain.checkpoint.placement import place
+from megatrain.checkpoint.placement import placement_of
 from megatrain.config.schema import ResolvedRun
 from megatrain.data.feed.training import TrainingData
 from megatrain.engine.engine import Engine, RankBatch, StepResult
@@ -27,7 +27,7 @@ from megatrain.train.build import build_engine
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A part of a whole tensor: ``index`` says for each dim which places of the whole its own are."""
 
     values: np.ndarray
@@ -48,7 +48,7 @@ class RankCapture:
     rank: int
     sum_eps: float
     scalars: dict[tuple[int, str], float] = field(default_factory=dict)
-    parts: dict[Key, Part] = field(default_factory=dict)
+    parts: dict[Key, TensorPart] = field(default_factory=dict)
 
 
 STEPS = 3
@@ -184,7 +184,7 @@ def _watch_gradients(engine: Engine, sums: dict[str, Tensor]) -> list[Any]:
     return [p.register_hook(add(name)) for name, p in engine.parameters if first or partition_dim(p) is not None]
 
 
-def _activation(outputs: list[Tensor], engine: Engine, batch: RankBatch) -> Part:
+def _activation(outputs: list[Tensor], engine: Engine, batch: RankBatch) -> TensorPart:
     """All micro-batches of a border, [S, N, D]: this rank's positions of its sequences."""
     num_micro_batches = len(batch.sample_ids) // engine.config.train.micro_batch_size
     outputs = outputs[-num_micro_batches:]  # a pipeline runs once more before, to see the shapes
@@ -196,13 +196,13 @@ def _activation(outputs: list[Tensor], engine: Engine, batch: RankBatch) -> Part
     if parallel.sequence_parallel:
         positions = positions.chunk(mesh.topology.tp)[mesh.coordinate("tp")]
     rows = mesh.coordinate("dp") * len(batch.sample_ids) + np.arange(len(batch.sample_ids))
-    return Part(values, [positions.numpy(), rows, np.arange(values.shape[2])])
+    return TensorPart(values, [positions.numpy(), rows, np.arange(values.shape[2])])
 
 
-def _part(engine: Engine, name: str, tensor: Tensor) -> Part:
-    starts = place(engine, dict(engine.parameters)[name]).offset
+def _part(engine: Engine, name: str, tensor: Tensor) -> TensorPart:
+    starts = placement_of(engine, dict(engine.parameters)[name]).offset
     index = [np.arange(start, start + size) for start, size in zip(starts, tensor.shape, strict=True)]
-    return Part(tensor.float().cpu().numpy(), index)
+    return TensorPart(tensor.float().cpu().numpy(), index)
 
 
 def _add_state(captured: RankCapture, engine: Engine, step: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,10 +221,10 @@ def _add_state(captured: RankCapture, engine: Engine, step: int, before: dict[st
         captured.parts[step, kind, name] = _part(engine, name, tensor.clone())
     for (kind, name), values in factors(engine).items() if step else ():
         whole = values.detach().float().cpu().clone().numpy()
-        captured.parts[step, kind, name] = Part(whole, [np.arange(len(whole))])
+        captured.parts[step, kind, name] = TensorPart(whole, [np.arange(len(whole))])
     if step and engine.config.model.router.balance_rate and engine.routers.layers:
         biases = engine.routers.biases.cpu().clone().numpy()
-        captured.parts[step, BIAS, "routers"] = Part(biases, [np.arange(size) for size in biases.shape])
+        captured.parts[step, BIAS, "routers"] = TensorPart(biases, [np.arange(size) for size in biases.shape])
     return weights
 
 

@@ -46,11 +46,11 @@ class Timeline:
 def timeline(parallel: ParallelConfig, num_micro_batches: int, costs: Mapping[str, float] = UNIT_COSTS) -> Timeline:
     """The schedule of a layout with the given times of F, I and W on every stage; messages take no time."""
     costs = {**costs, "B": costs["I"] + costs["W"]}
-    ranks = place(rank_actions(parallel, num_micro_batches), num_stages(parallel), costs)
+    ranks = timed(rank_actions(parallel, num_micro_batches), num_stages(parallel), costs)
     return Timeline(parallel.pp_schedule, num_micro_batches, ranks, theory(parallel, num_micro_batches, costs))
 
 
-def place(orders: list[list[Action]], stages: int, costs: Mapping[str, float]) -> list[list[Span]]:
+def timed(orders: list[list[Action]], stages: int, costs: Mapping[str, float]) -> list[list[Span]]:
     """Starts every action as soon as its rank and what it waits for are ready.
 
     Raises:

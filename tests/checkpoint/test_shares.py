@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.checkpoint import shares
-from megatrain.checkpoint.shares import Part, Plan, chunk_limit, plan_shares
+from megatrain.checkpoint.shares import LocalTensor, WriteRounds, chunk_limit, deal_out
 
 
 def zero_ranges(sizes: list[int], num_ranks: int) -> list[dict[int, tuple[int, int]]]:
@@ -24,11 +24,11 @@ def zero_ranges(sizes: list[int], num_ranks: int) -> list[dict[int, tuple[int, i
     return ranges
 
 
-def loads(plan: Plan, num_ranks: int) -> list[int]:
+def loads(plan: WriteRounds, num_ranks: int) -> list[int]:
     return [sum(chunk.size for chunk in plan.chunks if chunk.owner == rank) for rank in range(num_ranks)]
 
 
-def require_sound(parts: list[Part], plan: Plan, num_ranks: int) -> None:
+def require_sound(parts: list[LocalTensor], plan: WriteRounds, num_ranks: int) -> None:
     """Each element in one chunk, each chunk put together from what the ranks hold, a rank at most once in a round."""
     for part in parts:
         chunks = sorted((c.start, c.size, c.first_row) for c in plan.chunks if c.name == part.name)
@@ -63,13 +63,13 @@ def test_any_plan_is_sound(tensors: list, num_ranks: int, held: str, limit: int)
         "each": [zero_ranges([size], num_ranks)[0] for size in sizes],
     }
     parts = [
-        Part(f"t{i}", rows, row, ranges, even)
+        LocalTensor(f"t{i}", rows, row, ranges, even)
         for i, ((rows, row, even), ranges) in enumerate(zip(tensors, by_kind[held], strict=True))
     ]
-    require_sound(parts, plan_shares(parts, num_ranks, limit), num_ranks)
+    require_sound(parts, deal_out(parts, num_ranks, limit), num_ranks)
 
 
-def transformer(ranges: str, num_ranks: int) -> list[Part]:
+def transformer(ranges: str, num_ranks: int) -> list[LocalTensor]:
     """The tensors of a small Llama: one large embedding, layers, tiny norms."""
     tensors = [(32000, 512)] + [(rows, row) for _ in range(8) for rows, row in [(1536, 512), (512, 512), (2816, 512)]]
     tensors += [(512, 1)] * 16
@@ -79,14 +79,14 @@ def transformer(ranges: str, num_ranks: int) -> list[Part]:
         "flat": zero_ranges(sizes, num_ranks),
         "first": [{0: (0, size)} for size in sizes],
     }[ranges]
-    return [Part(f"t{i}", *shape, ranges) for i, (shape, ranges) in enumerate(zip(tensors, held, strict=True))]
+    return [LocalTensor(f"t{i}", *shape, ranges) for i, (shape, ranges) in enumerate(zip(tensors, held, strict=True))]
 
 
 def test_the_work_is_spread_evenly() -> None:
     for ranges in ("all", "flat", "first"):
         for num_ranks in (2, 4, 8, 16):
             parts = transformer(ranges, num_ranks)
-            plan = plan_shares(parts, num_ranks, chunk_limit(parts, num_ranks))
+            plan = deal_out(parts, num_ranks, chunk_limit(parts, num_ranks))
             per_rank = loads(plan, num_ranks)
             mean = sum(per_rank) / num_ranks
             assert max(per_rank) <= 1.3 * mean, f"{ranges}, {num_ranks} ranks: {per_rank}"
@@ -95,16 +95,16 @@ def test_the_work_is_spread_evenly() -> None:
 
 def test_what_a_rank_holds_stays_with_it() -> None:
     parts = transformer("flat", 4)
-    plan = plan_shares(parts, 4, chunk_limit(parts, 4))
+    plan = deal_out(parts, 4, chunk_limit(parts, 4))
     moved = sum(size for chunk in plan.chunks for rank, _, size in chunk.pieces if rank != chunk.owner)
     assert moved <= 0.25 * sum(chunk.size for chunk in plan.chunks)
-    copies = plan_shares(transformer("all", 4), 4, chunk_limit(parts, 4))
+    copies = deal_out(transformer("all", 4), 4, chunk_limit(parts, 4))
     assert all(chunk.pieces == ((chunk.owner, chunk.start, chunk.size),) for chunk in copies.chunks)
 
 
 def test_parts_of_other_tensor_ranks_continue_the_grid() -> None:
-    part = Part("w", rows=6 * shares.MIN_CHUNK_ELEMENTS, row_elements=1, ranges={0: (0, 6 * 2**18)}, even=True)
-    plan = plan_shares([part], 1, shares.MIN_CHUNK_ELEMENTS)
+    part = LocalTensor("w", rows=6 * shares.MIN_CHUNK_ELEMENTS, row_elements=1, ranges={0: (0, 6 * 2**18)}, even=True)
+    plan = deal_out([part], 1, shares.MIN_CHUNK_ELEMENTS)
     assert {chunk.chunk_rows for chunk in plan.chunks} == {shares.MIN_CHUNK_ELEMENTS}
-    prime = Part("w", rows=101, row_elements=1, ranges={0: (0, 101)}, even=True)
-    assert len(plan_shares([prime], 1, 10).chunks) == 1, "no even cut: one chunk"
+    prime = LocalTensor("w", rows=101, row_elements=1, ranges={0: (0, 101)}, even=True)
+    assert len(deal_out([prime], 1, 10).chunks) == 1, "no even cut: one chunk"

@@ -7,7 +7,7 @@ import pytest
 
 from megatrain.disk.durable import write_durably
 from megatrain.disk.small import read_regular
-from megatrain.disk.target import require_free, require_place
+from megatrain.disk.target import require_free, require_target
 
 
 def test_a_place_is_free_only_where_nothing_stands(tmp_path: Path) -> None:
@@ -19,10 +19,10 @@ def test_a_place_is_free_only_where_nothing_stands(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match=rf"{tmp_path}\S* is there already \({kind}\): go"):
             require_free(tmp_path / name, "go")
         with pytest.raises(FileExistsError, match="--overwrite"):
-            require_place(tmp_path / name, overwrite=False)
-    require_place(tmp_path / "file", overwrite=True)
+            require_target(tmp_path / name, overwrite=False)
+    require_target(tmp_path / "file", overwrite=True)
     with pytest.raises(FileExistsError, match="replaces files alone"):
-        require_place(tmp_path / "pipe", overwrite=True)
+        require_target(tmp_path / "pipe", overwrite=True)
 
 
 @pytest.mark.timeout(10)

@@ -12,7 +12,7 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.config.stages import num_stages, rank_of_stage
 from megatrain.parallel.schedules import Action, rank_actions
 from megatrain.plan.draw import as_png, as_text
-from megatrain.plan.pipeline import Timeline, place, timeline
+from megatrain.plan.pipeline import Timeline, timed, timeline
 
 PAGE = Path(__file__).parents[2] / "docs/pipeline.md"
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
@@ -72,7 +72,7 @@ def test_theory_holds_for_other_times() -> None:
 def test_an_order_that_cannot_run_is_seen() -> None:
     orders = [[Action("F", 0, 0), Action("B", 0, 0)], [Action("B", 1, 0), Action("F", 1, 0)]]
     with pytest.raises(ValueError, match="wait for each other"):
-        place(orders, 2, UNIT)
+        timed(orders, 2, UNIT)
 
 
 def test_text_of_1f1b() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatrain.config.reading.problems import ConfigError, Problem
-from megatrain.config.reading.yaml_text import Loader
+from megatrain.config.reading.yaml_text import StrictYamlLoader
 
 COMMAND_LINE = "command line"
 _MAX_BYTES = 2**22
@@ -163,7 +163,7 @@ def read_overrides(arguments: Sequence[str]) -> Node:
 def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Node:
     """The tree of YAML ``text``; ``key`` and ``shown`` name it in problems."""
     try:
-        loader = Loader(text)
+        loader = StrictYamlLoader(text)
         root = loader.get_single_node()
         return (
             Node(None, origin(1), is_empty=True) if root is None else _tree(loader, root, origin, root.start_mark.line)
@@ -178,7 +178,7 @@ def _parse(text: str, origin: Callable[[int], str], key: str, shown: str) -> Nod
     raise ConfigError([Problem(key, shown, f"is not valid YAML: {what}", "YAML", cure, origin(line))])
 
 
-def _tree(loader: Loader, node: yaml.Node, origin: Callable[[int], str], line: int, depth: int = 0) -> Node:
+def _tree(loader: StrictYamlLoader, node: yaml.Node, origin: Callable[[int], str], line: int, depth: int = 0) -> Node:
     if isinstance(node, yaml.ScalarNode):
         empty = node.value == "" and node.style is None
         return Node(loader.construct_object(node, deep=True), origin(line + 1), is_empty=empty)

@@ -29,7 +29,7 @@ _MAX_NESTED = 100  # brackets
 _AS_WRITTEN: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": math.inf}
 
 
-class Loader(yaml.SafeLoader):
+class StrictYamlLoader(yaml.SafeLoader):
     """Safe loader of YAML 1.2's core types, for text of a bounded size written out: aliases of aliases have no end."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - filled below, and PyYAML wants it on the class
@@ -75,7 +75,7 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 for _tag, _pattern, _first in _PLAIN_SCALARS:
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+    StrictYamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 

@@ -39,7 +39,7 @@ def module_order(model: ModelSpec) -> list[str]:
     return [name for name, _ in whole.named_parameters()]
 
 
-class Split:
+class AutoTPSplit:
     """How tensor ranks share the modules of a family like Llama, the way that DeepSpeed's AutoTP cuts them.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.convert.deepspeed.names import Split, module_order, names_of
+from megatrain.convert.deepspeed.names import AutoTPSplit, module_order, names_of
 from megatrain.convert.deepspeed.read import LATEST, UNIVERSAL_NAMES
 from megatrain.convert.errors import ConversionError
 from megatrain.convert.model_file import write_model
@@ -44,7 +44,7 @@ class _Flat:
 class _ModelStates:
     """``mp_rank_…_model_states.pt``: the weights of one tensor rank's modules in the type that they are trained in."""
 
-    def __init__(self, scratch: Path, shapes: dict[str, torch.Size], split: Split, rank: int, data_ranks: int):
+    def __init__(self, scratch: Path, shapes: dict[str, torch.Size], split: AutoTPSplit, rank: int, data_ranks: int):
         self._shapes, self._split, self._rank, self._data_ranks = shapes, split, rank, data_ranks
         self._starts, end = {}, 0
         for name, shape in shapes.items():
@@ -161,7 +161,7 @@ class _DeepSpeedWriter:
         self.folder, self._scratch = root / tag, root / tag / "scratch"
         self._order = module_order(model)
         self.table = names_of(model, self._order)
-        self._split = Split(model, self._order, tensor_ranks)
+        self._split = AutoTPSplit(model, self._order, tensor_ranks)
 
     def _begin(self, shapes: dict[str, torch.Size], data_ranks: int, latest: str) -> list[dict[str, torch.Size]]:
         """Returns the shapes of each tensor rank, in the modules' order."""

@@ -33,7 +33,7 @@ class Position(NamedTuple):
     record: int = 0
 
 
-class Part(NamedTuple):
+class SourceBytes(NamedTuple):
     """Consecutive bytes of one source: lines, or (a piece of) one document.
 
     ``record``: number of the first line, or of the row, from 1; 0: the file itself is the document.
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
     """
 
     number: int
-    parts: list[Part]
+    parts: list[SourceBytes]
     next: Position
     begins: bool = True
     ends: bool = True
@@ -82,7 +82,7 @@ def read_chunks(
     Raises:
         DataError: an input can't be read.
     """
-    parts: list[Part] = []
+    parts: list[SourceBytes] = []
     size = number = 0
     for at in range(start.file, len(sources)):
         begin = start if at == start.file else Position(at)
@@ -100,7 +100,7 @@ def read_chunks(
 
 
 class _Piece(NamedTuple):
-    part: Part
+    part: SourceBytes
     next: Position
     begins: bool = True
     ends: bool = True
@@ -142,7 +142,7 @@ def _lines(file: IO[bytes], source: Source, start: Position) -> Iterator[_Piece]
             content = bytes(pending)
             offset += len(content)
             num_lines = content.count(b"\n")
-            yield _Piece(Part(source, record + 1, content), Position(at, offset, record + num_lines))
+            yield _Piece(SourceBytes(source, record + 1, content), Position(at, offset, record + num_lines))
             record += num_lines
             pending.clear()
         pending += begun
@@ -150,10 +150,10 @@ def _lines(file: IO[bytes], source: Source, start: Position) -> Iterator[_Piece]
             length = len(pending) + _read_over_line(file)
             offset, record = offset + length, record + 1
             problem = f"a line of {length} bytes (at most {MAX_LINE_BYTES} can be read)"
-            yield _Piece(Part(source, record, b"", problem), Position(at, offset, record))
+            yield _Piece(SourceBytes(source, record, b"", problem), Position(at, offset, record))
             pending.clear()
     if pending:
-        yield _Piece(Part(source, record + 1, bytes(pending)), Position(at + 1))
+        yield _Piece(SourceBytes(source, record + 1, bytes(pending)), Position(at + 1))
 
 
 def refuse_array(file: IO[bytes], source: Source) -> None:
@@ -187,7 +187,7 @@ def _text(file: IO[bytes], source: Source, start: Position, find_cut: FindCut) -
         cut = find_cut(content, searched)
         held = len(content) if cut < 0 else cut
         if held > MAX_PIECE_BYTES:
-            yield _Piece(Part(source, 0, b"", no_cut_within(held)), following, begins, True)
+            yield _Piece(SourceBytes(source, 0, b"", no_cut_within(held)), following, begins, True)
             return
         if cut < 0:  # held together until there is a place, or the end
             searched = len(content) - 4  # a character that is not whole yet was not seen
@@ -195,11 +195,11 @@ def _text(file: IO[bytes], source: Source, start: Position, find_cut: FindCut) -
                 break
             content += more
             continue
-        yield _Piece(Part(source, 0, content[:cut]), following, begins, False, before)
+        yield _Piece(SourceBytes(source, 0, content[:cut]), following, begins, False, before)
         before = content[max(0, cut - 4) : cut].decode(errors="ignore")[-1:]
         content = content[cut:] + file.read(cut)
         begins, searched = False, PIECE_BYTES
-    yield _Piece(Part(source, 0, content), following, begins, True, before)
+    yield _Piece(SourceBytes(source, 0, content), following, begins, True, before)
 
 
 def no_cut_within(num_bytes: int) -> str:
@@ -214,5 +214,5 @@ def _rows(source: Source, start: Position) -> Iterator[_Piece]:
     from megatrain.data.corpus.tables import read_rows  # only where a table is read
 
     for row, content in read_rows(source.path, source.field, start.record):
-        part = Part(source, row, content or b"", "no text (null)" if content is None else "")
+        part = SourceBytes(source, row, content or b"", "no text (null)" if content is None else "")
         yield _Piece(part, Position(start.file, 0, row))

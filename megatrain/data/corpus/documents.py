@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from megatrain.data.corpus.chunks import Chunk, Part, read_chunks
+from megatrain.data.corpus.chunks import Chunk, SourceBytes, read_chunks
 from megatrain.data.corpus.inputs import Source
 from megatrain.data.errors import DataError
 
@@ -70,7 +70,7 @@ class RecordReader:
             if chunk.ends and not bad:
                 yield Document("".join(piece.text for piece in pieces), pieces[0].origin)
 
-    def _part(self, part: Part, begins: bool) -> Iterator[Document]:
+    def _part(self, part: SourceBytes, begins: bool) -> Iterator[Document]:
         source, content = part.source, part.content
         if begins and part.record <= 1 and source.kind != "table":
             content = content.removeprefix(BYTE_ORDER_MARK)

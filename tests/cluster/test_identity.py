@@ -7,7 +7,7 @@ import torch
 
 from launch import pretrain
 from megatrain.cluster.errors import LauncherError
-from megatrain.cluster.place import Place, place_from_environment, require_address
+from megatrain.cluster.identity import RankIdentity, identity_from_environment, require_address
 from megatrain.engine.start import start_distributed
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -28,11 +28,11 @@ def set_all(environment: pytest.MonkeyPatch, text: str) -> None:
 
 
 def test_places(environment: pytest.MonkeyPatch) -> None:
-    assert place_from_environment() == Place(0, 1, 0, 1, False)
+    assert identity_from_environment() == RankIdentity(0, 1, 0, 1, False)
     set_all(environment, "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1")
-    assert place_from_environment() == Place(5, 8, 1, 8, True)
+    assert identity_from_environment() == RankIdentity(5, 8, 1, 8, True)
     set_all(environment, "LOCAL_WORLD_SIZE=4")
-    assert place_from_environment() == Place(5, 8, 1, 4, True)
+    assert identity_from_environment() == RankIdentity(5, 8, 1, 4, True)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_half_set_and_odd_variables_get_one_message(
 ) -> None:
     set_all(environment, variables)
     with pytest.raises(LauncherError, match="unset RANK WORLD_SIZE LOCAL_RANK") as caught:
-        require_address(place_from_environment())
+        require_address(identity_from_environment())
     assert said in str(caught.value)
     assert pretrain.main(["--data.train", "nowhere"]) == 2
     errors = capsys.readouterr().err

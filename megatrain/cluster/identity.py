@@ -13,7 +13,7 @@ _CURE = (
 
 
 @dataclass(frozen=True)
-class Place:
+class RankIdentity:
     """``rank`` of ``world_size`` ranks, the ``local_rank``-th of ``num_local_ranks`` on its host, all from 0.
 
     is_launched: a launcher said so; else the process is a world of its own.
@@ -26,7 +26,7 @@ class Place:
     is_launched: bool = False
 
 
-def place_from_environment() -> Place:
+def identity_from_environment() -> RankIdentity:
     """What RANK, WORLD_SIZE, LOCAL_RANK and, where it is set, LOCAL_WORLD_SIZE say; none of them: a process alone.
 
     Raises:
@@ -34,7 +34,7 @@ def place_from_environment() -> Place:
     """
     missing = [name for name in _TOLD if name not in os.environ]
     if len(missing) == len(_TOLD):
-        return Place()
+        return RankIdentity()
     if missing:
         there = ", ".join(f"{name}={os.environ[name]}" for name in _TOLD if name not in missing)
         raise LauncherError(
@@ -49,21 +49,21 @@ def place_from_environment() -> Place:
             "LOCAL_WORLD_SIZE", 1, world_size, f"a whole number from 1 to WORLD_SIZE, {world_size}"
         )
     rank = _number("RANK", 0, world_size - 1, below)
-    return Place(rank, world_size, _number("LOCAL_RANK", 0, world_size - 1, below), num_local_ranks, True)
+    return RankIdentity(rank, world_size, _number("LOCAL_RANK", 0, world_size - 1, below), num_local_ranks, True)
 
 
-def require_address(place: Place) -> None:
+def require_address(identity: RankIdentity) -> None:
     """Several ranks meet at MASTER_ADDR:MASTER_PORT.
 
     Raises:
         LauncherError: one of them is not set, or the port is none.
     """
-    if place.world_size == 1:
+    if identity.world_size == 1:
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise LauncherError(
-                f"the environment has WORLD_SIZE={place.world_size}, but no {name}, where the ranks meet. {_CURE}"
+                f"the environment has WORLD_SIZE={identity.world_size}, but no {name}, where the ranks meet. {_CURE}"
             )
     _number("MASTER_PORT", 1, 65535, "a port, from 1 to 65535")
 
