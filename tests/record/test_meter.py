@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.derive import resolve
 from megatrain.data.feed.rows import Batch
 from megatrain.record.meter import Meter
 from megatrain.record.throughput import Hardware
 from megatrain.spec.counts import flops_per_token
 from megatrain.spec.labels import IGNORE
+from tests.configs import run_config_of
 
-CONFIG = RunConfig(model={"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 8}, train={"steps": 100})
+MODEL = {"num_layers": 1, "hidden_size": 16, "attention.num_heads": 2, "vocab_size": 8}
+CONFIG = resolve(run_config_of({"model": MODEL, "train": {"steps": 100}}), 1)
 
 
 def meter_at(step: int) -> Meter:

@@ -7,9 +7,13 @@ from megatrain.config.derive import data_parallel_size
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
+from megatrain.config.rules.rule import LAYOUT, rule
 from megatrain.config.schema import RunConfig
 
+_BATCH = ("train.global_batch_size", "train.micro_batch_size")
 
+
+@rule(*_BATCH, *LAYOUT, of_each_shape=True)
 def batch_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Every rank makes the same number of whole micro-batches in a step."""
     train, dp = config.train, data_parallel_size(config, world_size)
@@ -33,6 +37,7 @@ def batch_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem
     )
 
 
+@rule(*_BATCH, *LAYOUT, "parallel.pp_schedule", of_each_shape=True)
 def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """What torch's pipeline schedules ask of the number of micro-batches."""
     train, pp, dp = config.train, config.parallel.pp, data_parallel_size(config, world_size)
@@ -67,6 +72,7 @@ def pipeline_has_micro_batches(config: RunConfig, world_size: int | None) -> Ite
     )
 
 
+@rule("schedule.name", "schedule.warmup_steps", "schedule.decay_steps", "train.steps")
 def decay_follows_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The decay comes after the warm-up.
 
@@ -86,6 +92,7 @@ def decay_follows_warmup(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+@rule("precision.initial_loss_scale", "precision.min_loss_scale")
 def loss_scales_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The scale moves by factors of two, so that it never rounds a gradient, from the first one down to the least.
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from megatrain.config.reading.problems import Problem
+from megatrain.config.rules.rule import rule
 from megatrain.config.schema import RunConfig
 
 
+@rule("data.train")
 def sources_have_weight(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Somebody must give the first sample."""
     sources = config.data.train
@@ -23,6 +25,7 @@ def sources_have_weight(config: RunConfig, world_size: int | None) -> Iterator[P
 _LEAST_TEMPERATURE = 0.05
 
 
+@rule("data.temperature")
 def temperature_leaves_numbers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Tokens of a source are raised to the power of 1 / temperature: 10^15 tokens to that of 20 are 10^300."""
     if config.data.temperature < _LEAST_TEMPERATURE:
@@ -35,6 +38,7 @@ def temperature_leaves_numbers(config: RunConfig, world_size: int | None) -> Ite
         )
 
 
+@rule("data.train", "data.weight_schedule")
 def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Changes of weights come in order, speak of sources that are there, and leave one with weight."""
     weights = {name: Fraction(source.weight) for name, source in config.data.train.items()}
@@ -55,6 +59,7 @@ def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterato
             yield Problem(f"{key}.weights", change.weights, "makes all weights 0", "at least one above 0", cure)
 
 
+@rule("train.ramp", "train.global_batch_size", "data.seq_len")
 def ramp_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Stages come in order, and each one's step cuts whole samples of data.seq_len tokens."""
     train, data, last = config.train, config.data, 0  # a ramp may be longer than the run: it is stopped early then

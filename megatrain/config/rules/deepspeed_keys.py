@@ -9,6 +9,7 @@ from typing import Any
 
 from megatrain.config.reading.fields import nearest_keys
 from megatrain.config.reading.problems import Problem
+from megatrain.config.rules.rule import rule
 from megatrain.config.schema import RunConfig
 
 # dotted key below `deepspeed` -> type, what it does
@@ -70,6 +71,7 @@ _LEAST = {"zero_optimization.reduce_bucket_size": 1}
 """Least numbers other than 0."""
 
 
+@rule("deepspeed")
 def forbidden_keys(config: RunConfig, world_size: int | None = None) -> Iterator[Problem]:
     """Problems of the extra keys in `deepspeed`."""
     yield from _problems(config.deepspeed, "")

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
+from megatrain.config.rules.rule import rule
 from megatrain.config.schema import RunConfig
 from megatrain.spec.derive import mixture_layers
 
+_EXPERTS = ("model.experts.num_experts", "model.experts.per_token")
 
+
+@rule(*_EXPERTS)
 def tokens_find_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A token passes each expert once at most."""
     model = config.model
@@ -21,6 +25,7 @@ def tokens_find_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+@rule("model.experts.num_experts", "model.experts.capacity")
 def experts_take_tokens(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """An expert that takes no token never learns."""
     model = config.model
@@ -34,6 +39,7 @@ def experts_take_tokens(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+@rule("model.experts.num_experts", "model.experts.per_token", "model.router.normalize", "model.router.score")
 def router_learns(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A gate that is always 1 hands the token losses' gradient to no score: the router would stay as it began."""
     model = config.model
@@ -58,6 +64,7 @@ def router_learns(config: RunConfig, world_size: int | None) -> Iterator[Problem
         )
 
 
+@rule("model.experts.num_experts", "model.experts.per_token", "model.router.groups", "model.router.groups_per_token")
 def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The router's groups are equal, and those that a token may use hold as many experts as it needs."""
     model = config.model
@@ -85,6 +92,7 @@ def groups_share_experts(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+@rule("model.experts.num_experts", "model.num_layers", "model.experts.num_dense_layers", "model.experts.interval")
 def dense_blocks_leave_room(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Dense blocks come before blocks with experts."""
     model = config.model
@@ -110,6 +118,7 @@ def dense_blocks_leave_room(config: RunConfig, world_size: int | None) -> Iterat
         )
 
 
+@rule("model.experts.num_experts", "parallel.ep")
 def expert_ranks_divide_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each expert rank holds equally many whole experts."""
     num_experts, ep = config.model.experts.num_experts, config.parallel.ep
@@ -124,6 +133,7 @@ def expert_ranks_divide_experts(config: RunConfig, world_size: int | None) -> It
         )
 
 
+@rule("model.experts.num_experts", "model.experts.hidden_size", "parallel.tp")
 def tensor_ranks_divide_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each tensor rank holds equally many columns of every expert."""
     model, tp = config.model, config.parallel.tp

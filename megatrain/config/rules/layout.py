@@ -7,11 +7,13 @@ from megatrain.config.derive import data_parallel_size, num_ranks
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.model import divisors, listed
+from megatrain.config.rules.rule import LAYOUT, rule
 from megatrain.config.schema import RunConfig
 from megatrain.config.stages import num_stages
 from megatrain.spec.derive import ffn_hidden_size
 
 
+@rule(*LAYOUT)
 def ranks_fit_world(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """tp x cp x pp x dp ranks are asked for; exactly so many must be started."""
     if world_size is None:
@@ -54,6 +56,16 @@ def _names(dp: int | None) -> str:
     return f"parallel.tp, parallel.cp{',' if dp else ' or'} parallel.pp{' or parallel.dp' if dp else ''}"
 
 
+@rule(
+    "parallel.tp",
+    "model.family",
+    "model.hidden_size",
+    "model.attention.num_heads",
+    "model.attention.num_kv_heads",
+    "model.feed_forward.hidden_size",
+    "model.feed_forward.activation",
+    "model.vocab_size",
+)
 def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each tensor rank holds an equal part of every split matrix: whole heads, equal rows."""
     model, tp = config.model, config.parallel.tp
@@ -77,6 +89,7 @@ def tensor_ranks_divide_model(config: RunConfig, world_size: int | None) -> Iter
             )
 
 
+@rule("parallel.sequence_parallel", "parallel.tp", "parallel.cp", "data.seq_len", of_each_shape=True)
 def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Sequence parallelism lives between the tensor ranks, which take equal parts of the sequence."""
     parallel, seq_len = config.parallel, config.data.seq_len
@@ -92,6 +105,7 @@ def sequence_parallel_fits(config: RunConfig, world_size: int | None) -> Iterato
         )
 
 
+@rule("parallel.cp", "parallel.cp_method", "data.seq_len", of_each_shape=True)
 def context_fits_sequence(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Context ranks hold equal parts of the sequence; all_gather halves them, to balance the causal mask."""
     parallel, seq_len = config.parallel, config.data.seq_len
@@ -107,6 +121,7 @@ def context_fits_sequence(config: RunConfig, world_size: int | None) -> Iterator
         )
 
 
+@rule("parallel.cp", "parallel.cp_method", "parallel.tp", "model.attention.num_heads")
 def ulysses_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Ulysses gives each context rank an equal part of the query heads of its tensor rank."""
     parallel, heads = config.parallel, config.model.attention.num_heads
@@ -123,6 +138,7 @@ def ulysses_divides_heads(config: RunConfig, world_size: int | None) -> Iterator
         )
 
 
+@rule(*LAYOUT, "parallel.ep")
 def expert_ranks_share_data_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The ranks that share the experts are taken from those that hold the same dense weights."""
     parallel, dp = config.parallel, data_parallel_size(config, world_size)
@@ -136,6 +152,7 @@ def expert_ranks_share_data_ranks(config: RunConfig, world_size: int | None) -> 
         )
 
 
+@rule("model.num_layers", "parallel.pp", "parallel.stages_per_rank")
 def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A stage without a layer has nothing to do."""
     parallel, num_layers = config.parallel, config.model.num_layers
@@ -151,6 +168,7 @@ def layers_fill_stages(config: RunConfig, world_size: int | None) -> Iterator[Pr
         )
 
 
+@rule("parallel.pp_schedule", "parallel.stages_per_rank")
 def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """How many stages a schedule puts on a rank."""
     parallel = config.parallel
@@ -170,6 +188,7 @@ def schedule_fits_stages(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+@rule("parallel.stage_layers", "model.num_layers", "parallel.pp", "parallel.stages_per_rank")
 def stage_layers_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A list of stages names all stages and all blocks."""
     parallel, num_layers = config.parallel, config.model.num_layers
@@ -186,6 +205,7 @@ def stage_layers_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
     )
 
 
+@rule("offload.optimizer", "offload.parameters", "offload.nvme_path")
 def offload_has_a_path(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A disk needs a path."""
     offload = config.offload

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterator
 
 from megatrain.config.reading.problems import Problem
+from megatrain.config.rules.rule import rule
 from megatrain.config.schema import RunConfig
 from megatrain.spec.derive import chosen, head_width
+
+_HEADS = ("model.hidden_size", "model.attention.num_heads", "model.attention.head_width")
 
 
 def divisors(number: int) -> list[int]:
@@ -21,6 +24,7 @@ def listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+@rule(*_HEADS)
 def heads_divide_width(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each head takes an equal slice of the stream."""
     model = config.model
@@ -35,6 +39,7 @@ def heads_divide_width(config: RunConfig, world_size: int | None) -> Iterator[Pr
         )
 
 
+@rule("model.family", "model.positions.kind", *_HEADS)
 def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Rotary positions turn pairs of a head's numbers."""
     model, width = config.model, head_width(config.model)
@@ -60,6 +65,7 @@ def rotary_needs_even_heads(config: RunConfig, world_size: int | None) -> Iterat
         )
 
 
+@rule("model.attention.num_heads", "model.attention.num_kv_heads")
 def groups_divide_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each key/value head serves equally many query heads."""
     model = config.model
@@ -73,6 +79,7 @@ def groups_divide_heads(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+@rule("model.vocab_size", "model.vocab_padding")
 def padding_leaves_tokens(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Some row of the embedding stands for a token."""
     padding, rows = config.model.vocab_padding, config.model.vocab_size
@@ -86,6 +93,13 @@ def padding_leaves_tokens(config: RunConfig, world_size: int | None) -> Iterator
         )
 
 
+@rule(
+    "model.rope.scaling",
+    "model.rope.low_freq_factor",
+    "model.rope.high_freq_factor",
+    "model.rope.beta_fast",
+    "model.rope.beta_slow",
+)
 def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The two ends of the transition between stretched and unstretched frequencies."""
     rope = config.model.rope
@@ -104,6 +118,7 @@ def scaled_frequencies_differ(config: RunConfig, world_size: int | None) -> Iter
         )
 
 
+@rule("model.rope.scaling", "model.rope.short_factors", "model.rope.long_factors", *_HEADS)
 def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """One stretch for each frequency."""
     rope, width = config.model.rope, head_width(config.model)
@@ -119,6 +134,13 @@ def longrope_has_factors(config: RunConfig, world_size: int | None) -> Iterator[
             )
 
 
+@rule(
+    "model.rope.scaling",
+    "model.rope.theta",
+    "model.rope.attention_factor",
+    "model.rope.original_max_seq_len",
+    "model.max_seq_len",
+)
 def stretch_is_defined(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """YaRN divides by the logarithm of the base (Peng et al. 2023, eq. 14), longrope's factor by that of the original
     length."""
@@ -142,6 +164,7 @@ def stretch_is_defined(config: RunConfig, world_size: int | None) -> Iterator[Pr
         )
 
 
+@rule("data.seq_len", "model.max_seq_len")
 def sequence_fits_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A model has positions for so many tokens only."""
     seq_len, longest = config.data.seq_len, config.model.max_seq_len
