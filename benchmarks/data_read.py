@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def print_first_batch(folder: str) -> None:
-    """In a process of its own: opening, the first batch, a far one, and the memory."""
+    """Measures in a process of its own: opening, the first batch, a far one, and the memory."""
     imported = peak_memory()
     begin = time.process_time()
     data = training_data(folder, "concatenate")

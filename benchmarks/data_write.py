@@ -33,7 +33,7 @@ _tokenizer: Any = None
 
 
 class Cost(NamedTuple):
-    """Of one run. ``seconds``: on the clock; ``cpu``: seconds; ``tokens``: written; ``peak``: bytes."""
+    """What one run costs. ``seconds``: on the clock; ``cpu``: seconds; ``tokens``: written; ``peak``: bytes."""
 
     seconds: float
     cpu: float

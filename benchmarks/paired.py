@@ -52,7 +52,7 @@ def quick_engine(config: ResolvedRun, device: torch.device) -> Any:
 
 
 def wait(device: torch.device) -> None:
-    """Until ``device`` has done what it was given."""
+    """Waits until ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -36,7 +36,9 @@ def run_config_tool(
     argv: Sequence[str] | None = None,
     tell: Callable[[str, Exception], None] | None = None,
 ) -> int:
-    """As ``run_tool``, for a program that also takes dotted overrides of the config: ``body``'s second argument.
+    """Does what ``run_tool`` does for a program that also takes dotted overrides of the config.
+
+    ``body`` gets them as its second argument.
 
     Args:
         tell: says a message about an error, in place of a line on stderr.

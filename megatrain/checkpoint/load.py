@@ -170,7 +170,7 @@ class _Loading:
 
     @property
     def parts(self) -> list[ReadPart]:
-        """Of chunks, read without a proof."""
+        """The parts of chunks that were read without a proof."""
         return [part for read in self._reads for part in read.parts or ()]
 
     def read(self) -> Rows:

@@ -265,7 +265,7 @@ def _told(action: Callable[[], list[Result]]) -> tuple[CheckpointError | None, l
 
 
 def _worst(problems: list[CheckpointError | None]) -> CheckpointError | None:
-    """Of all ranks' problems one, with its rank: rather one that stays than one that may pass."""
+    """The gravest of all ranks' problems, with its rank: one that stays goes before one that may pass."""
     found = [(rank, error) for rank, error in enumerate(problems) if error is not None]
     if not found:
         return None

@@ -55,7 +55,7 @@ class Shares:
         return pieces | {(kind, name, 0): values for (kind, name), values in self._factors().items()}
 
     def _factors(self) -> dict[tuple[str, str], Tensor]:
-        """Those that this rank writes: of all that hold them, the first."""
+        """The factors that this rank writes: the first of all ranks that hold them does."""
         if self.engine.mesh.coordinate("tp") > 0:
             return {}
         mine = {
@@ -81,7 +81,7 @@ class Holders:
         self.own_elements = sum(chunk.size for _, chunk in own if chunk.owner == self.position)
 
     def rounds(self, kind: str) -> list[list[Chunk]]:
-        """Of the writes, without parameters that have no such state."""
+        """The rounds of writes, without parameters that have no such state."""
         having = {name for name, parameter in self.parameters.items() if kind in kinds_of(self.engine, parameter)}
         return [[chunk for chunk in chunks if chunk.name in having] for chunks in self.writes.rounds]
 
@@ -134,7 +134,7 @@ class Staging:
 
 
 def sizes(pieces: Mapping[PieceKey, Tensor]) -> str:
-    """Of each kind of state, for people."""
+    """Says for people how large each kind of state is."""
     of_kind: dict[str, int] = {}
     for (kind, _, _), piece in pieces.items():
         of_kind[kind] = of_kind.get(kind, 0) + piece.numel() * _BYTES

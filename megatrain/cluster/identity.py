@@ -69,7 +69,7 @@ def require_address(identity: RankIdentity) -> None:
 
 
 def let_idle_threads_sleep() -> None:
-    """To be called before torch is imported, which reads it once; what is set stays.
+    """Lets threads without work sleep. Call it before torch is imported, which reads it once; what is set stays.
 
     OpenMP's threads otherwise wait for their next piece of work at full load. Where something else wants the cores,
     most of the time then goes into waiting: 20 times as many seconds for a small model on a busy host.

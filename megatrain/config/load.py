@@ -30,7 +30,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
     def with_derived(self, world_size: int) -> "Resolved":
-        """With the fields filled in that follow from others, for a run of ``world_size`` ranks.
+        """The same with the fields filled in that follow from others, for a run of ``world_size`` ranks.
 
         Raises:
             ConfigError: the config does not fit so many ranks.

@@ -35,7 +35,7 @@ def _lines(values: dict[str, Any], origins: Mapping[str, str], prefix: str = "")
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """Of a value, or of what it was made from: a source can be written as its folder alone."""
+    """Where a value comes from, or what it was made from: a source can be written as its folder alone."""
     while key not in origins and "." in key:
         key = key.rpartition(".")[0]
     return origins.get(key, DEFAULT)

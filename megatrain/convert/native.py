@@ -60,7 +60,7 @@ class NativeReader:
             raise ConversionError(str(error)) from error
 
     def names(self) -> Collection[str]:
-        """Of the weights."""
+        """Names of the weights."""
         return [*(name for kind, name in self._reader.arrays if kind == WEIGHT), *self._biases]
 
 

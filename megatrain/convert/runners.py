@@ -58,7 +58,7 @@ class OwnRunner:
                 yield head(rows[:, None])[:, 0, :tokens]
 
     def _part(self, blocks: range, first: bool = False, last: bool = False) -> Decoder:
-        """As a pipeline stage."""
+        """The given blocks as a pipeline stage has them."""
         part = Decoder(self._model, Layers(), blocks, first, last).eval()
         for name, parameter in part.named_parameters():
             parameter.copy_(self._weights.read(WEIGHT, name).to(self._rounding))

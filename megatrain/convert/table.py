@@ -36,7 +36,7 @@ def every_block(model: ModelSpec) -> range:
 
 
 def dense_blocks(model: ModelSpec) -> list[int]:
-    """Those without experts."""
+    """The blocks without experts."""
     return [layer for layer in range(model.num_layers) if layer not in mixture_layers(model)]
 
 
@@ -221,7 +221,7 @@ def adam_group(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kinds_of(name: str, kinds: Collection[str]) -> list[str]:
-    """Those of ``kinds`` that a tensor has: balance biases have no moments."""
+    """The members of ``kinds`` that a tensor has: balance biases have no moments."""
     return [kind for kind in kinds if kind == WEIGHT or not name.endswith("balance_bias")]
 
 

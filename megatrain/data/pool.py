@@ -73,7 +73,7 @@ def open_pool(num_workers: int) -> Iterator[Pool]:
 
 @contextlib.contextmanager
 def open_mpi_pool() -> Iterator[Pool | None]:
-    """On rank 0 of an MPI job a pool of the other ranks. They serve it here, and get None when it closes.
+    """A pool of all other ranks on rank 0 of an MPI job. They serve it here, and get None when it closes.
 
     Raises:
         DataError: mpi4py is not installed.

@@ -88,7 +88,7 @@ def _given(reader: CheckpointReader, path: Path, carried: CarriedTokenizer | Non
 
 
 def _encoder(found: CarriedTokenizer) -> Encoder:
-    """That the data tools encode with, for the end-of-document token of these data.
+    """The encoder of the data tools, for the end-of-document token of these data.
 
     Raises:
         DataError: it can't be made.

@@ -116,11 +116,11 @@ class AllGatherContext(_SplitSequence):
         return self._reorder(gather_first_dim(x_S, self.group))
 
     def gather(self, x_S: Tensor) -> Tensor:
-        """As ``in_order``, with a gradient."""
+        """Does what ``in_order`` does, with a gradient."""
         return self._reorder(all_gather(x_S, self.group))
 
     def _reorder(self, gathered_S: Tensor) -> Tensor:
-        """From the ranks' order of chunks (0, last, 1, last but one, ...) to the true one."""
+        """Puts chunks from the ranks' order (0, last, 1, last but one, ...) into the true one."""
         last = 2 * self.size - 1
         places = [2 * i if i < self.size else 2 * (last - i) + 1 for i in range(2 * self.size)]
         return gathered_S.unflatten(0, (2 * self.size, -1))[places].flatten(0, 1)

@@ -81,7 +81,7 @@ class ExpertExchange:
 
 
 class ExpertParallelExchange(ExpertExchange):
-    """As above, where each rank of ``group`` holds an equal run of the experts: rows travel there and back."""
+    """The exchange where each rank of ``group`` holds an equal run of the experts: rows travel there and back."""
 
     def __init__(self, num_experts: int, drops: bool, group: dist.ProcessGroup):
         super().__init__(num_experts, drops)

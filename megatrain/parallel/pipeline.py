@@ -103,7 +103,7 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, batch: StepInput) -> Tensor:
-        """As ``forward_backward``, without gradients."""
+        """Does what ``forward_backward`` does, without gradients."""
         return self._run(self._schedule(batch).eval, batch)
 
     def _run(self, method: Callable[..., Any], batch: StepInput) -> Tensor:

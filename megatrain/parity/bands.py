@@ -125,7 +125,7 @@ class Bands:
             yield measure(key[1], draw[key][place] - wanted, wanted, weight)
 
     def _usual_spread(self) -> dict[tuple[int, str], Measures]:
-        """By step and kind the usual spread of a tensor, relative to its size: a small tensor may have had luck."""
+        """The usual spread of a tensor by step and kind, relative to its size: a small tensor may have had luck."""
         found: defaultdict[tuple[int, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for key, wanted in self.whole.items():
             scale = _norm(wanted) / np.sqrt(wanted.size)
@@ -141,5 +141,6 @@ class Bands:
 
 
 def _usual(name: str, spreads: np.ndarray) -> float:
-    """Of the tensors' spreads: the median errors' median, as that measure follows no outlier, else the mean square."""
+    """What is usual among the tensors' spreads: for median errors their median, as that measure follows no outlier,
+    else the mean square."""
     return float(np.median(spreads) if name == HALF else np.sqrt(np.mean(spreads**2)))

@@ -82,7 +82,7 @@ def _replicas(config: ResolvedRun, weights: int, micro_batches: int, ranks: int)
 
 
 def _tensor(config: ResolvedRun, mesh: Mesh) -> float:
-    """Of one micro-batch. n bytes of activations: a block all-reduces twice forward and twice backward.
+    """Traffic of one micro-batch, of n bytes of activations: a block all-reduces twice forward and twice backward.
 
     With sequence parallelism each of its two halves gathers n and scatters n, both ways, and gathers its input once
     more for the weight gradient: 5 n (4 n where experts keep what they gathered). The embedding, whose table is split,
@@ -110,7 +110,7 @@ def _norms(config: ResolvedRun, mesh: Mesh, parameters: list[tuple[str, nn.Param
 
 
 def _context(config: ResolvedRun) -> float:
-    """Of one micro-batch and block: keys and values gathered and their gradients scattered, or four all-to-alls."""
+    """Traffic of a micro-batch and block: keys and values gathered, their gradients scattered, or four all-to-alls."""
     parallel, model = config.parallel, config.model
     heads, groups = (
         model.attention.num_heads // parallel.tp,
@@ -129,7 +129,7 @@ def _context(config: ResolvedRun) -> float:
 
 
 def _pipeline(config: ResolvedRun, mesh: Mesh) -> float:
-    """Of one micro-batch: activations to the next stage, gradients to the one before, if it is another rank's."""
+    """Traffic of a micro-batch: activations to the next stage, gradients to the one before, if it is another rank's."""
     parallel, own = config.parallel, mesh.coordinate("pp")
     sent = _activation(config) / (parallel.tp if parallel.sequence_parallel else 1)
     total = num_stages(parallel)

@@ -27,7 +27,7 @@ class Ledger:
             self._sums[1].index_add_(0, sources, tokens.double())
 
     def counts(self, step: int) -> dict[str, SourceCounts]:
-        """By source, after ``step`` steps; then the sums start anew. Collective."""
+        """What each source has given after ``step`` steps; then the sums start anew. Collective."""
         losses, counts = self.engine.over_all_ranks(self._sums).tolist()
         self._sums = self._nothing()
         consumed = self.data.blend.counts(self.data.steps.first_sample(step))

@@ -117,7 +117,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the programs that take part, and host and time of this start."""
+    """Versions of the programs that take part, and host and time of this start."""
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},

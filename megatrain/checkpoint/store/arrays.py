@@ -345,7 +345,7 @@ def problem_of(path: Path) -> str | None:
 
 
 def _cure(path: Path) -> str:
-    """For a folder that may have been a checkpoint."""
+    """What can be done about a folder that may have been a checkpoint."""
     with suppress(OSError):
         if layout.step_of(path.name) is not None and (path / TENSORS).is_dir():
             return f"; if it was lost: python launch/checkpoint.py rebuild {path}"

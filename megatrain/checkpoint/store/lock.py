@@ -168,7 +168,7 @@ class FolderLock:
         self._heart = self._descriptor = None
 
     def forget(self) -> None:
-        """In a forked process: the folder is its parent's, and must be free when that one dies."""
+        """Lets go of the lock in a forked process: the folder is its parent's, and must be free when that one dies."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._mine = self._heart = self._descriptor = None

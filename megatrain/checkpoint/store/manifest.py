@@ -73,7 +73,7 @@ class ArraySpec:
 
     @property
     def folder(self) -> str:
-        """Of the array, relative to the checkpoint."""
+        """The folder of the array, relative to the checkpoint."""
         return f"{TENSORS}/{self.kind}/{self.name}"
 
     @property
@@ -114,7 +114,7 @@ class StoredArray:
     header: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest and for gathering what each rank wrote."""
+        """The fields as JSON, for the manifest and for gathering what each rank wrote."""
         return {**asdict(self.spec), "header": self.header, "chunks": self.chunks}
 
     @classmethod

@@ -93,7 +93,7 @@ def _boot() -> str:
 
 
 def _pid_namespace() -> str | None:
-    """In which process numbers count as they do here; None where /proc does not show that of this process."""
+    """The name space of process numbers here; None where /proc does not show that of this process."""
     try:
         return os.readlink("/proc/self/ns/pid") if os.readlink("/proc/self") == str(os.getpid()) else None
     except OSError:

@@ -15,7 +15,7 @@ class Retention:
     keep_every: int = 0
 
     def surplus(self, steps: Iterable[int]) -> list[int]:
-        """Those of ``steps`` that go, lowest first; never the highest."""
+        """The members of ``steps`` that go, lowest first; the highest never does."""
         ordered = sorted(steps)
         if self.keep_last == 0:
             return []

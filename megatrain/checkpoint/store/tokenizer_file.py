@@ -30,7 +30,7 @@ class CarriedTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of the content, in hexadecimal."""
+        """The SHA-256 of the content, in hexadecimal."""
         return hashlib.sha256(self.content).hexdigest()
 
     def state(self) -> dict[str, Any]:

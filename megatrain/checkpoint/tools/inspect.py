@@ -18,7 +18,10 @@ Progress = Callable[[int], object]  # told the bytes that were read
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one array in two checkpoints. ``relative``: the largest difference over the largest value of the first."""
+    """How one array differs between two checkpoints.
+
+    ``relative``: the largest difference over the largest value of the first.
+    """
 
     key: Key
     equal: bool
@@ -28,12 +31,12 @@ class Difference:
 
 
 def data_bytes(spec: ArraySpec) -> int:
-    """Of all elements of an array."""
+    """Bytes of all elements of an array."""
     return int(np.prod(spec.shape, dtype=object)) * DTYPES[spec.dtype].itemsize
 
 
 def total_bytes(reader: CheckpointReader) -> int:
-    """Of all arrays of a checkpoint."""
+    """Bytes of all arrays of a checkpoint."""
     return sum(data_bytes(spec) for spec in reader.arrays.values())
 
 

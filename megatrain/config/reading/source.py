@@ -38,7 +38,7 @@ class Node:
         return self.content
 
     def parts(self) -> dict[str, "Node"]:
-        """By key, or by number in a list; none of a plain value."""
+        """What stands inside, by key, or by number in a list; a plain value has nothing inside."""
         if isinstance(self.content, list):
             return {str(number): node for number, node in enumerate(self.content)}
         return self.content if isinstance(self.content, dict) else {}

@@ -166,7 +166,7 @@ def _is_used(setting: Setting, config: RunConfig) -> bool:
 
 
 def _plain(raw: object) -> object:
-    """As a file would say it."""
+    """The value as a file would say it."""
     if isinstance(raw, list):
         return [item.model_dump(exclude_none=True) if isinstance(item, RampStage) else item for item in raw]
     return raw

@@ -63,7 +63,7 @@ class FamilyNames:
         }
 
     def name(self, name: str) -> str:
-        """Of a parameter, its expert numbered in the whole layer."""
+        """A parameter's name, in which its expert is numbered in the whole layer."""
         if found := _IN_LAYER.match(name):
             part = "gate" if found[2] == "gate.wg" else "experts"
             return f"{found[1]}{self._module}.{part}.{name[found.end() :]}"
@@ -98,7 +98,7 @@ class FamilyNames:
 def ranks_of_groups(
     states: Mapping[str, Any], settings: Mapping[str, Any], num_ranks: int, num_groups: int
 ) -> list[list[range]]:
-    """For each parameter group and each rank of its expert axis, which data-parallel ranks hold its partitions in turn.
+    """Which data-parallel ranks hold the partitions in turn, for each parameter group and each rank of its expert axis.
 
     A group of other parameters has one such rank, and all data-parallel ranks hold its partitions.
 

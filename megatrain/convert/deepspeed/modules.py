@@ -62,5 +62,5 @@ class ModulesReader:
         return self._tensor_ranks.join(name, self._parts[name])
 
     def names(self) -> Collection[str]:
-        """Of the weights; a tied head does not count."""
+        """Names of the weights; a tied head does not count."""
         return self._parts.keys() - ({_HEAD} if self.model.tie_embeddings else set())

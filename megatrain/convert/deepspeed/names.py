@@ -63,14 +63,14 @@ class AutoTPSplit:
                 raise ConversionError(f"{field} = {size} cannot be shared by {num_ranks} tensor ranks")
 
     def shape(self, name: str, whole: torch.Size) -> torch.Size:
-        """Of one rank's part."""
+        """The shape of one rank's part."""
         dim = self._dim(name)
         return (
             whole if dim is None else torch.Size(n // (self.num_ranks if d == dim else 1) for d, n in enumerate(whole))
         )
 
     def parts(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Of the ranks."""
+        """The parts that the ranks hold, in their order."""
         dim = self._dim(name)
         return (tensor,) * self.num_ranks if dim is None else tensor.chunk(self.num_ranks, dim)
 
@@ -85,7 +85,7 @@ class AutoTPSplit:
         }
 
     def _dim(self, name: str) -> int | None:
-        """That is split: of matrices rows x columns."""
+        """The dim that is split, of matrices of rows x columns."""
         if self.num_ranks == 1:
             return None
         if re.search(r"\.(q|k|v|gate|up)_proj\.(weight|bias)$", name) or name == "lm_head.weight":

@@ -119,7 +119,7 @@ class ZeroReader:
         return self._tensor_ranks.join(name, [part.read(kind, name) for part in self._parts if name in part.places])
 
     def names(self) -> Collection[str]:
-        """Of the trained parameters."""
+        """Names of the trained parameters."""
         return {name for part in self._parts for name in part.places}
 
 
@@ -281,7 +281,7 @@ class UniversalReader:
         return whole
 
     def names(self) -> Collection[str]:
-        """Of the parameters; a tied head that has a copy does not count."""
+        """Names of the parameters; a tied head that has a copy does not count."""
         return self._names - ({_HEAD} if self.model.tie_embeddings else set())
 
     def _require_one_head(self) -> None:

@@ -82,7 +82,7 @@ class HuggingFaceReader:
         return self._tensors.read(name.removeprefix(self._prefix))
 
     def names(self) -> Collection[str]:
-        """Of the weights; a tied head that was stored all the same does not count."""
+        """Names of the weights; a tied head that was stored all the same does not count."""
         tied = {HEAD} if self.model.tie_embeddings else set()
         there = {name for name in self._tensors.names() if not _BUFFERS.search(name)} - tied
         return {name if name == HEAD else self._prefix + name for name in there}

@@ -137,8 +137,9 @@ def _number(value: Any, name: str) -> Any:
 
 
 def _yarn_size(factor: Any, given: Mapping[str, Any]) -> float:
-    """Of turned queries and keys: YaRN's own (Peng et al. 2023, eq. 15) with its logarithm weighed by ``mscale``, over
-    the same weighed by ``mscale_all_dim``, as DeepSeek's configs have it and transformers computes it."""
+    """The size of turned queries and keys: YaRN's own (Peng et al. 2023, eq. 15) with its logarithm weighed by
+    ``mscale``, over the same weighed by ``mscale_all_dim``, as DeepSeek's configs have it and transformers
+    computes it."""
     try:
         logarithm = math.log(max(float(factor), 1.0))
         numerator, denominator = (0.1 * float(given[name]) * logarithm + 1.0 for name in _YARN_SIZES)

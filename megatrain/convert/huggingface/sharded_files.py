@@ -14,7 +14,7 @@ class ShardedFiles:
     file_of: dict[str, str]
 
     def names(self) -> Collection[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return self.file_of.keys()
 
     def file_with(self, name: str) -> str:

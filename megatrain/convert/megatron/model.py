@@ -112,7 +112,7 @@ class MegatronReader:
             )
 
     def names(self) -> Collection[str]:
-        """Of the weights, layer by layer."""
+        """Names of the weights, layer by layer."""
         found = []
         for kind, key in self._keys:
             shape = self._tensors.shape(key) if kind == WEIGHT else None
@@ -149,7 +149,8 @@ class MegatronReader:
         return [place for one in names for place in (_key(one), (one, None))]
 
     def _spelled(self, name: str) -> str:
-        """Without Transformer Engine, Megatron-core gives the norm before experts the name of that before a matrix."""
+        """The name in a file: without Transformer Engine, Megatron-core calls the norm before experts as that before a
+        matrix."""
         layer = _LAYER.match(name)
         if layer and int(layer[2]) in mixture_layers(self.model) and name.endswith(_NORM_OF_LOCAL_SPEC):
             return name.removesuffix(_NORM_OF_LOCAL_SPEC) + _NORM

@@ -41,7 +41,7 @@ def common_states(step: int, adam: Mapping[str, Any], own_for_experts: bool) -> 
 
 
 def _states(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """For the optimizer of FP32 weights at the top, for the others under ``optimizer``.
+    """The states: they stand at the top for the optimizer of FP32 weights, and under ``optimizer`` for the others.
 
     The first is taken for one around torch's AdamW, whose parameters have a step each, the others for ones around that
     of Transformer Engine or Apex, which has it in the groups: neither loads what the other needs.

@@ -60,7 +60,7 @@ class TorchDistReader:
             raise ConversionError(f"{folder / METADATA} names files outside its folder: {elsewhere[0]!r:.100}")
 
     def shape(self, key: str) -> torch.Size | None:
-        """Of a tensor; None if there is none of that key."""
+        """The shape of a tensor; None if there is none of that key."""
         entry = self.entries.get(key)
         return entry.size if isinstance(entry, metadata.TensorStorageMetadata) else None
 

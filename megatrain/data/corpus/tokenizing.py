@@ -80,7 +80,7 @@ class ProblemLog:
             self.sha256.update(lines)
 
     def state(self) -> dict[str, int]:
-        """For ``resume``."""
+        """What ``resume`` needs to go on from here."""
         return {"count": self.count, "bytes": self.path.stat().st_size if self.count else 0}
 
     def first(self, count: int) -> list[str]:

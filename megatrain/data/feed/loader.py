@@ -125,7 +125,7 @@ class Loader:
         return range(base + first // cuts, base + -(-(first + count) // cuts)), first % cuts, count
 
     def _computed(self, done: int) -> _Reads:
-        """For as many steps of one shape as are worth computing at once."""
+        """What is read in as many steps of one shape as are worth computing at once."""
         samples, first, count = self._own(done)
         goes_on = self._reads is not None and done == self._reads.done.stop
         steps = self.steps.run(done, max(1, (_AT_ONCE if goes_on else _FIRST_AT_ONCE) // len(samples)))
@@ -142,7 +142,7 @@ class Loader:
 
 
 class OneSource:
-    """For a ``Loader`` of one source: its samples are the global samples."""
+    """The map for a ``Loader`` of one source, whose samples are the global samples."""
 
     num_samples: int | None = None
 

@@ -37,7 +37,7 @@ class Steps:
             self._samples.append(self._samples[-1] + steps * self.samples_per_step(shape))
 
     def shape(self, done: int) -> StepShape:
-        """That of the step after ``done`` ones."""
+        """The shape of the step after ``done`` ones."""
         return self.shapes[bisect_right(self._after, done) - 1]
 
     def first_sample(self, done: int) -> int:

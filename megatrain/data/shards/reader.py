@@ -305,7 +305,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sampled_sha256(file: TokenFile) -> str:
-    """Of evenly spaced parts and the size: a whole corpus would take hours to read at every start."""
+    """The SHA-256 of evenly spaced parts and of the size: a whole corpus would take hours to read at every start."""
     total = hashlib.sha256(str(file.size).encode())
     step = max(_SAMPLED_BYTES, (file.size - _SAMPLED_BYTES) // _MAX_SAMPLES)
     with open(file.path, "rb") as content:
