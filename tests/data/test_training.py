@@ -89,6 +89,12 @@ def test_a_ramp_goes_on_where_it_was(sources):
     data = training_data(sources, ramp)
     for stop in (2, 4, 7, 9, 12):
         assert read(resumed(data, stop, sources, ramp), stop, 20) == read(data, stop, 20)
+    # as checkpoints have it, those of before among them
+    assert data.state(0)["stages"] == [
+        {"from_step": 0, "batch_size": 8, "seq_len": 8},
+        {"from_step": 4, "batch_size": 24, "seq_len": 4},
+        {"from_step": 9, "batch_size": 24, "seq_len": 16},
+    ]
     # the rest of the ramp is given up
     other = resumed(data, 2, sources)
     assert [other.steps.first_sample(step) for step in (0, 1, 2, 3, 4)] == [0, 4, 8, 32, 56]
