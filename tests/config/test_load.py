@@ -59,7 +59,8 @@ def test_derived_fields_stay_open_until_the_world_is_known() -> None:
     assert derived.config.parallel.dp == 2
     filled = {key for key, origin in derived.origins.items() if origin == "derived"}
     assert filled == {
-        "model.tie_embeddings", "model.attention.num_kv_heads", "model.attention.head_width", "model.attention.bias",
+        "model.blocks", "model.tie_embeddings", "model.attention.num_kv_heads", "model.attention.head_width",
+        "model.attention.bias",
         "model.attention.head_norms", "model.positions.kind", "model.rope.original_max_seq_len", "model.norm.kind",
         "model.feed_forward.hidden_size", "model.feed_forward.activation", "model.feed_forward.bias",
         "model.experts.hidden_size", "parallel.dp", "schedule.decay_steps",

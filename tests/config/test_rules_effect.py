@@ -18,6 +18,7 @@ CASES = [
     ("model.router.z_loss=0.1", MIXTURE),
     ("model.rope.theta=500000.0", "model.family=qwen3"),
     ("model.rope.scaling=linear", "model.family=qwen3"),
+    ("model.attention.window=8", "model.family=mistral"),
     ("model.rope.factor=2.0", "model.rope.scaling=linear"),
     ("model.rope.original_max_seq_len=512", "model.rope.scaling=dynamic"),
     (
