@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "CHANGELOG.md"]
 BASH_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README_COMMAND = re.compile(r"^    (bash .+)$", re.MULTILINE)
-OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|\.ci)/")
+OWN_FILE = re.compile(r"^(?:launch|data_tools|configs|tests|docs|benchmarks|examples|\.ci)/")
 INTERPRETERS = {"bash", "source", "python", "python3", "deepspeed", "torchrun"}
 OPTION = re.compile(r"^--[A-Za-z][\w.-]*")
 
@@ -110,7 +110,7 @@ class Workspace:
         self.environment = warm_programs().parent
         for stamp in Path(sys.prefix).glob("megatrain-install.*"):  # launch/install.sh finds all installed
             shutil.copy(stamp, self.environment)
-        for name in ("launch", "data_tools", "configs", "benchmarks", "tests", "megatrain"):
+        for name in ("launch", "data_tools", "configs", "benchmarks", "examples", "tests", "megatrain"):
             if (ROOT / name).exists():
                 (folder / name).symlink_to(ROOT / name)
         (folder / "run.yaml").write_text(TINY_RUN)
