@@ -1,13 +1,21 @@
 """Packaging of megatrain; exact versions stand in requirements.lock."""
 
+import ast
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+# the version stands in the package; to import it would take what is not installed yet
+TREE = ast.parse((Path(__file__).parent / "megatrain" / "__init__.py").read_text(encoding="utf-8"))
+VERSION = next(ast.literal_eval(node.value) for node in TREE.body if isinstance(node, ast.Assign))
 
 setup(
     name="megatrain",
-    version="0.1.0",
+    version=VERSION,
     description="A pretraining stack for the Transformer family: any layout, same numbers.",
     license="Apache-2.0",
     packages=find_packages(include=["megatrain", "megatrain.*"]),
+    package_data={"megatrain": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",
@@ -42,6 +50,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",
+            "codespell>=2.4",
+            "coverage>=7.10",
             "types-PyYAML",
             "tensorstore>=0.1.70",
         ],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then checks style, types and behaviour. Arguments go to pytest:
+# Installs what is missing, then checks style, spelling, types and behaviour. Arguments go to pytest:
 #
 #   bash launch/test.sh                     everything that CI runs
 #   bash launch/test.sh -m slow             the slow cases
@@ -11,5 +11,6 @@ source launch/install.sh
 
 ruff check .
 ruff format --check .
+codespell
 mypy
 pytest "$@"

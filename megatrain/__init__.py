@@ -1,0 +1,3 @@
+"""Pretraining of Transformers: any layout, same numbers."""
+
+__version__ = "0.1.0"

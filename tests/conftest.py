@@ -17,7 +17,7 @@ def pool() -> Iterator[Pool]:
     """Eight gloo workers, started when first used."""
     workers = Pool(8)
     yield workers
-    workers.close()
+    workers.dismiss()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import gc
 import multiprocessing as mp
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -54,7 +55,7 @@ class Pool:
         results = self._collect(pipes)
         workers = [psutil.Process(process.pid) for process, _ in self._workers]
         if any(w.memory_info().rss > self.memory or w.num_threads() > self.threads for w in workers):
-            self.close()  # what compilers and libraries keep of each engine adds up, and gloo's threads never rest
+            self.dismiss()  # what compilers and libraries keep of each engine adds up, and gloo's threads never rest
         return results
 
     def _collect(self, pipes: list[Connection]) -> list[Any]:
@@ -88,6 +89,15 @@ class Pool:
             process.start()
             self._workers.append((process, ours))
 
+    def dismiss(self) -> None:
+        """Lets the workers end by themselves, as a measurement of coverage needs it; those that don't are killed."""
+        for _, pipe in self._workers:
+            pipe.close()
+        end = time.monotonic() + 10
+        for process, _ in self._workers:
+            process.join(max(0.0, end - time.monotonic()))
+        self.close()
+
     def close(self) -> None:
         for process, _ in self._workers:
             process.kill()
@@ -101,7 +111,10 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     while True:
-        function, rank, world_size, store, args, options = pipe.recv()
+        try:
+            function, rank, world_size, store, args, options = pipe.recv()
+        except EOFError:  # nobody is left to ask
+            return
         gc.collect()  # engines are cycles
         gc.freeze()  # what the libraries hold is not looked through again: a second per rank and engine
         try:

@@ -32,6 +32,7 @@ NOT_RUN = {
     "pytest tests/": "is a part of what runs this",
     "python -m megatrain.config.pages.reference": "writes into the checkout; tests/config checks its output",
     "python -m tests.architecture_picture": "writes into the checkout; tests/test_architecture_page.py checks it",
+    "bash launch/coverage.sh": "runs what launch/test.sh runs",
     "deepspeed --hostfile": "needs several hosts",
     "srun": "needs a Slurm cluster",
     "mpirun": "needs an MPI; tests/data/test_tokenize.py runs it where there is one",

@@ -15,9 +15,13 @@ def one() -> Iterator[Pool]:
     pool.close()
 
 
+def die() -> None:
+    os._exit(3)
+
+
 def test_a_worker_that_dies_is_named_and_replaced(one: Pool) -> None:
     with pytest.raises(WorkerFailure, match="rank 0 of 1 ended without an answer"):
-        one.run(os._exit, 1, 3)
+        one.run(die, 1)
     assert one.run(abs, 1, -2) == [2]
 
 

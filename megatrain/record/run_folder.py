@@ -13,13 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
+from megatrain import __version__
 from megatrain.config.reading.problems import ConfigError, Problem
 from megatrain.config.schema import ResolvedRun
 from megatrain.config.show import to_yaml
 from megatrain.disk.durable import write_durably
 from megatrain.errors import ExpectedError
 
-_PACKAGES = ("megatrain", "torch", "deepspeed", "megatron-core")
+_PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
 class RunFolderError(ExpectedError):
@@ -120,6 +121,7 @@ def versions() -> dict[str, str | None]:
     """Versions of the programs that take part, and host and time of this start."""
     return {
         "python": platform.python_version(),
+        "megatrain": __version__,
         **{package: _version(package) for package in _PACKAGES},
         "git_commit": _git_commit(),
         "host": socket.gethostname(),
@@ -130,14 +132,14 @@ def versions() -> dict[str, str | None]:
 def other_versions(saved: Mapping[str, str]) -> list[str]:
     """Each program whose version differs from the one that saved a checkpoint, with both."""
     here = versions()
-    names = [name for name in ("python", *_PACKAGES) if name in saved and saved[name] != here[name]]
+    names = [name for name in ("python", "megatrain", *_PACKAGES) if name in saved and saved[name] != here[name]]
     return [f"{name} {saved[name]} then, {here[name]} now" for name in names]
 
 
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # run from its source, not installed
+    except PackageNotFoundError:
         return None
 
 

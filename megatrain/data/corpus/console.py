@@ -4,10 +4,10 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatrain import __version__
 from megatrain.data.corpus.documents import RecordReader
 from megatrain.data.corpus.inputs import InputDigest, Source, find_sources, left_out_lines
 from megatrain.data.file_names import DEFAULT_SUFFIXES
@@ -108,5 +108,5 @@ def lineage_of(
         "inputs": listed,
         "num_inputs": len(inputs),
         "input_bytes": sum(i.num_bytes for i in inputs),
-        "versions": {"megatrain": metadata.version("megatrain"), "python": platform.python_version(), **versions},
+        "versions": {"megatrain": __version__, "python": platform.python_version(), **versions},
     }
