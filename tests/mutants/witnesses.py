@@ -22,7 +22,7 @@ WITNESSES: dict[str, list[str]] = {
     "loop": ["tests/engine/test_bare_loop.py"],
     "optimizers": ["tests/optim"],
     "schedule": ["tests/optim/test_schedule.py"],
-    "norms": ["tests/models/test_norms.py"],
+    "norms": ["tests/models/parts/test_norms.py"],
     "mixture": ["tests/models/test_mixture.py", "--deselect", f"{_COMPILED}"],
     "window-attention": ["tests/models/test_window_attention.py"],
     "documents": ["tests/models/test_documents.py", "tests/models/test_document_attention.py"],
