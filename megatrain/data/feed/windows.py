@@ -118,7 +118,10 @@ class SequentialWindows(Windows):
         return [(start, min(self.seq_len, self.dataset.num_tokens - start))] if index < self.num_samples else []
 
     def holding(self, begin: int, end: int, epoch: int) -> list[int]:
-        return [] if epoch else list(range(begin // self.seq_len, (end - 1) // self.seq_len + 1))
+        if epoch:
+            return []
+        last = min((end - 1) // self.seq_len, self.num_samples - 1)  # the stream's last token may be only a label
+        return list(range(begin // self.seq_len, last + 1))
 
 
 class _Buffer(threading.local):
