@@ -1,3 +1,3 @@
 """Pretraining of Transformers: any layout, same numbers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

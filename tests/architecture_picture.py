@@ -31,7 +31,7 @@ def imports() -> tuple[Imports, Imports]:
         room = room_of(path)
         for name in imported_names(path.read_text(encoding="utf-8")):
             first, *rest = name.split(".")
-            if first == "megatrain" and rest and rest[0] != room:
+            if first == "megatrain" and rest and rest[0] not in (room, "__version__"):
                 rooms[room].add(rest[0])
             libraries[room] |= {library for library in SEAMS if f"{name}.".startswith(f"{library}.")}
     return rooms, libraries

@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples import tiny_gpt
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.models.build import build_model
 from tests.layouts import ONE_PROCESS, global_batch, run_config, train
 from tests.pool import Pool
 
 WIDTH, HEADS, INNER, LAYERS = 32, 4, 128, 5
-SHAPE: dict[str, Any] = {"num_kv_heads": HEADS, "ffn_hidden_size": INNER}
+SHAPE: dict[str, Any] = {"attention.num_kv_heads": HEADS, "feed_forward.hidden_size": INNER}
 STEPS = 5
 EPS = {"eps": 1e-4}  # with AdamW's own, a gradient that is only rounding would move a weight by the whole rate
 
 
-def config_of() -> RunConfig:
+def config_of() -> ResolvedRun:
     return run_config("gpt", ONE_PROCESS, model=SHAPE, optimizer=EPS)
 
 
@@ -46,7 +46,7 @@ def its_weights(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def its_model(config: RunConfig) -> tiny_gpt.GPT:
+def its_model(config: ResolvedRun) -> tiny_gpt.GPT:
     """The page's model in FP64, with our initial weights."""
     model = tiny_gpt.GPT(64, 16, WIDTH, HEADS, INNER, LAYERS).double()
     ours = build_model(config.model, config.train.seed)

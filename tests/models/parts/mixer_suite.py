@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.models.parts.documents import documents_of
 from megatrain.models.parts.rotary import Rotary
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.parallel.dropout import dropout_keys
 from megatrain.parallel.layers import Layers
 from tests.layouts import Layout
@@ -42,6 +43,10 @@ class MixerSuite(SplitPartSuite):
     documents: ClassVar[tuple[bool, ...]] = (False, True)
     rotary: ClassVar[bool] = False
 
+    @classmethod
+    def build(cls, config: ResolvedRun, layers: Layers) -> nn.Module:
+        return cls.part(config.model, layers, SITE)
+
     @staticmethod
     def sees(query: int, key: int) -> bool:
         """Whether the token at place ``query`` of a document sees the one at ``key``."""
@@ -53,7 +58,7 @@ class MixerSuite(SplitPartSuite):
         part: nn.Module,
         x_SBD: Tensor,
         layers: Layers,
-        config: RunConfig,
+        config: ResolvedRun,
         positions_BS: Tensor | None,
         keys_B: Tensor | None = None,
     ) -> Tensor:
@@ -63,11 +68,11 @@ class MixerSuite(SplitPartSuite):
             own_S = layers.positions(count)
             places_SB = own_S[:, None] if positions_BS is None else positions_BS[:, own_S].T
             turns = Rotary(config.model)(places_SB, layers.sequence_length(count))
-        return part(x_SBD, keys_B, documents, turns)
+        return part(x_SBD, MicroBatch(keys_B, documents, turns, None))
 
     @classmethod
     def expected(
-        cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: RunConfig, dropout: Dropout | None = None
+        cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: ResolvedRun, dropout: Dropout | None = None
     ) -> Tensor:
         """Vaswani et al. 2017, eq. 1, head by head; a group of heads shares a key and a value (Ainslie et al. 2023)."""
         x_BSD, head_width = x_SBD.transpose(0, 1), WIDTH // HEADS
@@ -103,7 +108,7 @@ class MixerSuite(SplitPartSuite):
 
     @pytest.mark.parametrize("groups", [1, 2, 4])
     def test_heads_share_the_keys_of_their_group(self, groups: int) -> None:
-        self.compare_on_one_rank(num_kv_heads=groups)
+        self.compare_on_one_rank(**{"attention.num_kv_heads": groups})
 
     @pytest.mark.parametrize("documents", [False, True])
     def test_a_position_sees_what_it_may(self, documents: bool) -> None:
@@ -129,7 +134,7 @@ class MixerSuite(SplitPartSuite):
 
     @pytest.mark.parametrize("documents", [False, True])
     def test_dropout_falls_on_the_probabilities(self, documents: bool) -> None:
-        config, layers = self.config(attention_dropout=0.3), Layers()
+        config, layers = self.config(**{"attention.dropout": 0.3}), Layers()
         part = self.with_weights(config, layers).train()
         positions = positions_of(*DOCUMENTS) if documents else positions_of(*[[SEQ]] * BATCH)
         keys = dropout_keys(SEED, torch.tensor(IDS))
@@ -152,7 +157,7 @@ class CausalMixerSuite(MixerSuite):
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
     def test_the_last_queries_alone_get_what_they_get_among_all(self, dropout: float, documents: bool) -> None:
         """As generation with a cache and context ranks have it: all keys up to the last query, some queries."""
-        config, generator = self.config(attention_dropout=dropout), torch.Generator().manual_seed(4)
+        config, generator = self.config(**{"attention.dropout": dropout}), torch.Generator().manual_seed(4)
         core = self.core(self.with_weights(config, Layers())).train()
         query, key, value = (torch.randn(SEQ, BATCH, heads, 8, generator=generator).double() for heads in (4, 2, 2))
         plan = documents_of(positions_of(*DOCUMENTS), None) if documents else None

@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
+from megatrain.models.parts.sublayers import MicroBatch
 from megatrain.parallel.layers import Layers
 from tests.layouts import ONE_PROCESS, Layout, run_config
 from tests.pool import Pool
 
-SEQ, BATCH, WIDTH, HEADS = 12, 2, 32, 4  # of run_config's model
+SEQ, BATCH, WIDTH, HEADS, INNER = 12, 2, 32, 4, 64  # of run_config's model
 TENSOR = (Layout(tp=2), Layout(tp=2, sequence_parallel=True))
 CONTEXT = (Layout(cp=2), Layout(cp=2, cp_method="ulysses"))
+EPS = 0.5  # of norms: one that counts
 DOCUMENTS = ([5, 1, 6], [12])  # lengths, of each sequence
 Weights = dict[str, Tensor]
 
@@ -24,45 +26,47 @@ Weights = dict[str, Tensor]
 class PartSuite:
     """What every part must hold: its formula and its gradients.
 
-    ``family`` and ``model`` are the config's. ``error``: the largest that is rounding, relative to the largest number,
-    in FP64 (a part that computes in FP32 has FP32's). ``documents``: whether a case's sequences hold several.
+    ``part``: the class. ``family`` and ``model`` are the config's. ``error``: the largest that is rounding, relative to
+    the largest number, in FP64 (a part that computes in FP32 has FP32's). ``documents``: whether a case's sequences
+    hold several.
     """
 
+    part: ClassVar[type[nn.Module]]
     family: ClassVar[str] = "llama"
     model: ClassVar[dict[str, Any]] = {}
     error: ClassVar[float] = 1e-12
     documents: ClassVar[tuple[bool, ...]] = (False,)
 
     @classmethod
-    def build(cls, config: RunConfig, layers: Layers) -> nn.Module:
+    def build(cls, config: ResolvedRun, layers: Layers) -> nn.Module:
         """The part, with weights of any values."""
         raise NotImplementedError
 
     @classmethod
     def run(
-        cls, part: nn.Module, x_SBD: Tensor, layers: Layers, config: RunConfig, positions_BS: Tensor | None
+        cls, part: nn.Module, x_SBD: Tensor, layers: Layers, config: ResolvedRun, positions_BS: Tensor | None
     ) -> Tensor:
         """What the part makes of activations; ``positions_BS``: places of all tokens in their documents, None: one."""
         return part(x_SBD)
 
     @classmethod
-    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: RunConfig) -> Tensor:
+    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: ResolvedRun) -> Tensor:
         """The same by the published formula, from the weights by their names; shares no code with the part."""
         raise NotImplementedError
 
     @classmethod
-    def config(cls, layout: Layout = ONE_PROCESS, **model: Any) -> RunConfig:
+    def config(cls, layout: Layout = ONE_PROCESS, **model: Any) -> ResolvedRun:
         return run_config(cls.family, layout, model={**cls.model, **model})
 
     @classmethod
-    def weights(cls, config: RunConfig) -> Weights:
+    def weights(cls, config: ResolvedRun) -> Weights:
         """Whole weights in FP64, none of them a neutral one."""
         generator = torch.Generator().manual_seed(1)
         shapes = {name: p.shape for name, p in cls.build(config, Layers()).named_parameters()}
         return {name: 0.5 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
 
     @classmethod
-    def with_weights(cls, config: RunConfig, layers: Layers) -> nn.Module:
+    def with_weights(cls, config: ResolvedRun, layers: Layers) -> nn.Module:
         """The part with this rank's share of ``weights``."""
         part = cls.build(config, layers).double()
         with torch.no_grad():
@@ -186,11 +190,27 @@ class EachPositionSuite(PartSuite):
 
 
 class FeedForwardSuite(SplitPartSuite, EachPositionSuite):
-    """What every feed-forward must hold."""
+    """What every feed-forward must hold. ``bias``: of its matrices; ``INNER`` is its inner width."""
+
+    bias: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: ResolvedRun, layers: Layers) -> nn.Module:
+        return cls.part(WIDTH, INNER, cls.bias, layers)
+
+    @classmethod
+    def run(
+        cls, part: nn.Module, x_SBD: Tensor, layers: Layers, config: ResolvedRun, positions_BS: Tensor | None
+    ) -> Tensor:
+        return part(x_SBD, MicroBatch())
 
 
 class NormSuite(EachPositionSuite):
     """What every norm must hold besides: it computes in the type of a wider stream, and returns that of its weights."""
+
+    @classmethod
+    def build(cls, config: ResolvedRun, layers: Layers) -> nn.Module:
+        return cls.part(WIDTH, EPS)
 
     def test_a_wider_stream_is_rounded_once(self) -> None:
         config = self.config()

@@ -1,21 +1,18 @@
-"""Attention against its formula: GPT's, and that with turned and normalised queries and keys."""
+"""Attention against its formula: GPT's, that with turned and normalised queries and keys, and that with a window."""
 
-from torch import nn
+from typing import Any, ClassVar
 
-from megatrain.config.schema import RunConfig
 from megatrain.models.parts.attention import Attention
-from megatrain.parallel.layers import Layers
-from tests.models.parts.mixer_suite import SITE, CausalMixerSuite
+from megatrain.models.parts.window_attention import WindowAttention
+from tests.models.parts.mixer_suite import CausalMixerSuite
+
+WINDOW = 4
 
 
 class TestAttention(CausalMixerSuite):
     """Biases, no turns, all in FP64."""
 
-    family = "gpt"
-
-    @classmethod
-    def build(cls, config: RunConfig, layers: Layers) -> nn.Module:
-        return Attention(config.model, layers, SITE, head_norms=cls.rotary)
+    part, family = Attention, "gpt"
 
     @staticmethod
     def sees(query: int, key: int) -> bool:
@@ -26,3 +23,14 @@ class TestTurnedAttention(TestAttention):
     """Qwen 3: rotary positions, and a norm on each head's queries and keys. Turns are made in FP32."""
 
     family, rotary, error = "qwen3", True, 3e-6
+
+
+class TestWindowAttention(CausalMixerSuite):
+    """Jiang et al. 2023, section 2: a token sees the last positions up to its own."""
+
+    part, family = WindowAttention, "gpt"
+    model: ClassVar[dict[str, Any]] = {"blocks": ["window"], "attention.window": WINDOW}
+
+    @staticmethod
+    def sees(query: int, key: int) -> bool:
+        return query - WINDOW < key <= query

@@ -1,24 +1,19 @@
 """Norms against their formulas, with an epsilon that counts."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.models.parts.norm import LayerNorm, RMSNorm
-from megatrain.parallel.layers import Layers
-from tests.models.parts.suite import WIDTH, NormSuite, Weights
-
-EPS = 0.5
+from tests.models.parts.suite import EPS, NormSuite, Weights
 
 
 class TestLayerNorm(NormSuite):
     """Ba et al. 2016."""
 
-    @classmethod
-    def build(cls, config: RunConfig, layers: Layers) -> nn.Module:
-        return LayerNorm(WIDTH, eps=EPS)
+    part = LayerNorm
 
     @classmethod
-    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: RunConfig) -> Tensor:
+    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: ResolvedRun) -> Tensor:
         centred = x_SBD - x_SBD.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weights["weight"] + weights["bias"]
 
@@ -26,10 +21,8 @@ class TestLayerNorm(NormSuite):
 class TestRMSNorm(NormSuite):
     """Zhang & Sennrich 2019."""
 
-    @classmethod
-    def build(cls, config: RunConfig, layers: Layers) -> nn.Module:
-        return RMSNorm(WIDTH, eps=EPS)
+    part = RMSNorm
 
     @classmethod
-    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: RunConfig) -> Tensor:
+    def expected(cls, weights: Weights, x_SBD: Tensor, positions_BS: Tensor, config: ResolvedRun) -> Tensor:
         return x_SBD / (x_SBD.square().mean(-1, keepdim=True) + EPS).sqrt() * weights["weight"]

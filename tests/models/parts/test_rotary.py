@@ -15,10 +15,10 @@ HEADS, WIDTH, LONGEST = 4, 128, 4096  # of a head: enough frequencies for every 
 SHORT, LONG = [1 + 0.01 * i for i in range(WIDTH // 2)], [1 + 0.5 * i for i in range(WIDTH // 2)]
 # by ours, what transformers calls the same. Numbers of published models: Llama 3.1, Qwen 2.5, Phi 3
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "linear": ({"rope_scaling_factor": 4.0}, {"factor": 4.0}),
-    "dynamic": ({"rope_scaling_factor": 4.0, "rope_original_max_seq_len": LONGEST}, {"factor": 4.0}),
+    "linear": ({"rope.factor": 4.0}, {"factor": 4.0}),
+    "dynamic": ({"rope.factor": 4.0, "rope.original_max_seq_len": LONGEST}, {"factor": 4.0}),
     "llama3": (
-        {"rope_scaling_factor": 8.0, "rope_original_max_seq_len": 1024, "rope_theta": 500000.0},
+        {"rope.factor": 8.0, "rope.original_max_seq_len": 1024, "rope.theta": 500000.0},
         {
             "factor": 8.0,
             "low_freq_factor": 1.0,
@@ -28,15 +28,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "yarn": (
-        {"rope_scaling_factor": 4.0, "rope_original_max_seq_len": 1024, "rope_theta": 1e6},
+        {"rope.factor": 4.0, "rope.original_max_seq_len": 1024, "rope.theta": 1e6},
         {"factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e6},
     ),
     "longrope": (
         {
-            "rope_scaling_factor": 4.0,
-            "rope_original_max_seq_len": 1024,
-            "rope_short_factors": SHORT,
-            "rope_long_factors": LONG,
+            "rope.factor": 4.0,
+            "rope.original_max_seq_len": 1024,
+            "rope.short_factors": SHORT,
+            "rope.long_factors": LONG,
         },
         {"factor": 4.0, "original_max_position_embeddings": 1024, "short_factor": SHORT, "long_factor": LONG},
     ),
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def rotary(**model: Any) -> Rotary:
-    shape = {"num_heads": HEADS, "hidden_size": HEADS * WIDTH, "max_seq_len": LONGEST}
+    shape = {"attention.num_heads": HEADS, "hidden_size": HEADS * WIDTH, "max_seq_len": LONGEST}
     return Rotary(run_config("llama", ONE_PROCESS, model={**shape, **model}).model)
 
 
@@ -64,7 +64,7 @@ def test_a_scaling_is_that_of_transformers(kind: str, length: int) -> None:
     )
     frequencies, size = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
     positions = torch.tensor([0, 1, 2, 100, length - 1])
-    cos, sin = rotary(rope_scaling=kind, **ours)(positions[:, None], length)
+    cos, sin = rotary(**{"rope.scaling": kind, **ours})(positions[:, None], length)
     angles = positions[:, None, None, None].double() * frequencies.double()
     # an angle of 8000 is rounded by 2.4e-4 in FP32, one of 100 by 4e-6; a frequency by 6e-8 of itself
     bound = 1e-6 + 2.4e-7 * float(angles.max())
@@ -74,7 +74,7 @@ def test_a_scaling_is_that_of_transformers(kind: str, length: int) -> None:
 
 def test_plain_frequencies_are_powers_of_theta() -> None:
     """Su et al. 2021, section 3.2.2: theta_i = theta^(-2i/K)."""
-    cos, sin = rotary(rope_theta=100.0)(torch.tensor([[3]]), 8)
+    cos, sin = rotary(**{"rope.theta": 100.0})(torch.tensor([[3]]), 8)
     angles = torch.tensor([3 * 100.0 ** (-2 * i / WIDTH) for i in range(WIDTH // 2)], dtype=torch.float64)
     torch.testing.assert_close(cos.double()[0, 0, 0], angles.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(sin.double()[0, 0, 0], angles.sin(), rtol=0, atol=1e-6)
