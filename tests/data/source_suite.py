@@ -10,8 +10,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from megatrain.data.feed.rows import IGNORE, Rows, Samples
+from megatrain.data.feed.rows import Rows, Samples
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 from tests.data.factory import EOD_ID, write_documents
 
 SEQ, NUM_TOKENS = 16, 1009  # whole windows, and one more label

@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from megatrain.models.parts.loss import IGNORE, sequence_losses
+from megatrain.models.parts.loss import sequence_losses
 from megatrain.parallel.layers import Layers
+from megatrain.spec.labels import IGNORE
 
 SEQ, BATCH, VOCAB = 6, 3, 11
 
