@@ -60,7 +60,7 @@ def on_rank(sequence_parallel: bool) -> tuple[int, dict[str, Found]]:
     found["column"] = kept(column(x), back, x, weight=column.weight, bias=column.bias)
     gate, up = (filled(layers.column_linear(WIDTH, OUT, bias=False), layers, seed) for seed in (30, 31))
     x = part.rows(random(1, SEQ, BATCH, WIDTH))
-    both = torch.cat(layers.together((gate, up), x), -1)
+    both = torch.cat(layers.column_outputs((gate, up), x), -1)
     twice = torch.cat([back, part.columns(random(3, SEQ, BATCH, OUT))], -1)
     found["together"] = kept(both, twice, x, gate=gate.weight, up=up.weight)
     row, x = filled(layers.row_linear(OUT, WIDTH, bias=True), layers, 40), part.columns(random(4, SEQ, BATCH, OUT))
