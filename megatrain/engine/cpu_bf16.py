@@ -11,9 +11,16 @@ from torch import Tensor
 _OVERRIDES: list[torch.library.Library] = []  # an override lives as long as its object
 
 
-def speed_up_bf16_matmul() -> None:
-    """Replaces torch's BF16 ``mm`` and ``bmm`` on a CPU without native ones; once a process."""
-    if _OVERRIDES or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+def speed_up_bf16_matmul(wanted: bool) -> None:
+    """Replaces torch's ``mm`` and ``bmm`` on a CPU without BF16 ones where ``wanted``, else puts them back.
+
+    Products of every type then pass through Python, in the whole process: so a run in FP32 does without.
+    """
+    wanted = wanted and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if wanted == bool(_OVERRIDES):
+        return
+    if not wanted:
+        _OVERRIDES.clear()
         return
     library = torch.library.Library("aten", "IMPL")
     for name in ("mm", "bmm"):

@@ -13,6 +13,7 @@ from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import num_stages, rank_of_stage
+from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.routing import Routers, RoutingReport
 from megatrain.engine.zero.base_optimizer import build_base_optimizer
@@ -109,6 +110,8 @@ class Engine:
         self.config, self.mesh = config, mesh
         if mesh.device.type == "cuda":  # what comes from 16 bits is exact in TF32: routers and FP32 logits lose nothing
             torch.set_float32_matmul_precision("highest" if config.precision.dtype == "fp32" else "high")
+        else:
+            speed_up_bf16_matmul(config.precision.dtype == "bf16")
         self._context = build_context(config.parallel, mesh)
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()

@@ -6,7 +6,6 @@ import torch
 
 from megatrain.cluster.errors import LauncherError
 from megatrain.cluster.identity import identity_from_environment, require_address
-from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.determinism import make_deterministic, num_cpu_threads
 from megatrain.engine.zero.import_once import import_deepspeed
 
@@ -36,7 +35,6 @@ def start_distributed(deterministic: bool = False) -> torch.device:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores wait for each other
             torch.set_num_threads(num_cpu_threads(deterministic))
-        speed_up_bf16_matmul()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not identity.is_launched:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -326,6 +326,8 @@ MUTANTS = [
         "swapped",
         "resume-optimizers",
     ),
+    _m("engine/engine", 'speed_up_bf16_matmul(config.precision.dtype == "bf16")', "pass", "ignored", "cpu-bf16"),
+    _m("engine/cpu_bf16", "        _OVERRIDES.clear()\n", "", "stale state", "cpu-bf16"),
     _m("engine/cpu_bf16", "return result.to(a.dtype)", "return result", "another type", "cpu-bf16", "16-bit"),
     _m(
         "engine/cpu_bf16",
