@@ -67,10 +67,13 @@ def sync_files(folder: Path) -> None:
 
 
 class Formats:
-    """One method to save and one to load for each format; all write below ``folder``."""
+    """One method to save and one to load for each format; all write below ``folder``.
 
-    def __init__(self, engine: Engine, folder: Path):
-        self.engine, self.folder, self.state = engine, folder, state_of(engine)
+    ``deepspeed``: an engine of DeepSpeed's with as much state.
+    """
+
+    def __init__(self, engine: Engine, deepspeed: Any, folder: Path):
+        self.engine, self.deepspeed, self.folder, self.state = engine, deepspeed, folder, state_of(engine)
         self.saver = Saver(engine, folder / "megatrain", "benchmark", background=False)
         self.target = {name: torch.empty_like(tensor) for name, tensor in self.state.items()}
 
@@ -127,11 +130,11 @@ class Formats:
         dcp.load(dict(self.target), checkpoint_id=self.folder / "DCP")
 
     def save_deepspeed(self) -> None:
-        self.engine._deepspeed.save_checkpoint(str(self._fresh("DeepSpeed")), tag="one")
+        self.deepspeed.save_checkpoint(str(self._fresh("DeepSpeed")), tag="one")
         sync_files(self.folder / "DeepSpeed")
 
     def load_deepspeed(self) -> None:
-        self.engine._deepspeed.load_checkpoint(str(self.folder / "DeepSpeed"), tag="one")
+        self.deepspeed.load_checkpoint(str(self.folder / "DeepSpeed"), tag="one")
 
     def _fresh(self, name: str) -> Path:
         (self.folder / name).mkdir(parents=True)
@@ -195,7 +198,9 @@ def measure_formats(hidden_size: int, repeats: int, folder: Path) -> None:
     config = config_of(hidden_size, 1)
     engine = build_engine(config, device)
     engine.train_step(random_batch(config, device), 1)
-    formats = Formats(engine, folder)
+    other: Any = build_engine(config_of(hidden_size, 1, "--parallel.zero_stage=2"), device)
+    other.train_step(random_batch(config, device), 1)
+    formats = Formats(engine, other.runtime.deepspeed, folder)
     num_bytes = sum(tensor.nbytes for tensor in formats.state.values())
     print(describe_machine("torch", "deepspeed", "safetensors", "zarr"))
     print(f"{num_bytes / 1e6:.0f} MB in {len(formats.state)} tensors, {repeats} repeats, medians")

@@ -1,7 +1,5 @@
 """The training step: micro-batches in, one optimizer update out."""
 
-import contextlib
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,32 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config.deepspeed import deepspeed_config
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import num_stages, rank_of_stage
 from megatrain.engine.cpu_bf16 import speed_up_bf16_matmul
 from megatrain.engine.errors import LossScaleError
 from megatrain.engine.routing import Routers, RoutingReport
-from megatrain.engine.zero.base_optimizer import build_base_optimizer
-from megatrain.engine.zero.compiled_operators import announce_compilations, free_locked_operators
-from megatrain.engine.zero.cpu_fp16 import allow_fp16_on_cpus
-from megatrain.engine.zero.experts import mark_dense_copies, mark_experts
-from megatrain.engine.zero.gradients import (
-    add_experts_to_norm,
-    add_without_copies,
-    align_norms,
-    all_reduce_accumulated,
-    collect_gradients,
-    count_good_steps_later,
-    set_up_buckets,
-)
-from megatrain.engine.zero.import_once import import_deepspeed
-from megatrain.engine.zero.leftovers import clear_leftovers
-from megatrain.engine.zero.mpu import MeshForDeepSpeed
+from megatrain.engine.zero.gradients import all_reduce_each
+from megatrain.engine.zero.start import start_runtime
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.context import build_context
-from megatrain.parallel.dropout import dropout_keys
+from megatrain.parallel.dropout import dropout_keys, has_dropout
 from megatrain.parallel.marks import is_spread
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.step_input import StepInput
@@ -43,7 +26,6 @@ from megatrain.spec.labels import IGNORE
 if TYPE_CHECKING:
     from megatrain.parallel.pipeline import Pipeline
 
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class RankBatch(Protocol):
@@ -103,7 +85,7 @@ class Engine:
     """Trains the parts of a model that stand on this rank.
 
     One object for every layout: without a pipeline each micro-batch runs forward and backward in
-    turn, with one a schedule runs them all; then DeepSpeed reduces the gradients and steps once.
+    turn, with one a schedule runs them all; then the runtime reduces the gradients and steps once.
     """
 
     def __init__(self, config: ResolvedRun, mesh: Mesh, parts: list[nn.Module]):
@@ -116,38 +98,10 @@ class Engine:
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
         self.routers = Routers(config.model, self.model, mesh)
+        self._drops = has_dropout(self.model)
         self._mark_tied_copy()
-        if config.parallel.zero_stage > 0:
-            mark_experts(self.model, mesh)
-        else:
-            mark_dense_copies((p for _, p in self.parameters), mesh)
-        free_locked_operators(config)
-        if mesh.rank == 0:
-            announce_compilations(config)
-        if config.precision.dtype == "fp16":
-            allow_fp16_on_cpus()
-        base = build_base_optimizer(self.parameters, config, mesh)
-        self.moments = {parameter: group["moments"] for group in base.param_groups for parameter in group["params"]}
-        """What the optimizer keeps of each parameter, by kind (engine/state.py)."""
-        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no log level silences
-            self._deepspeed, *_ = import_deepspeed().initialize(
-                model=self.model,
-                optimizer=base,
-                config=deepspeed_config(config),
-                mpu=MeshForDeepSpeed(mesh, shards_data_parallel=config.parallel.zero_stage > 0),
-                dist_init_required=False,
-            )
-        self.optimizer = self._deepspeed.optimizer
-        add_without_copies(self.optimizer)
-        if config.parallel.pp > 1:
-            align_norms(self.optimizer)
-        if config.parallel.ep > 1 and config.parallel.zero_stage > 0 and hasattr(self.optimizer, "bf16_groups"):
-            mark_dense_copies((p for _, p in self.parameters), mesh)
-            add_experts_to_norm(self.optimizer, MeshForDeepSpeed(mesh, shards_data_parallel=False))
-        if config.precision.dtype == "fp16":
-            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `train_step` tells it better
-            self._count_good_step = count_good_steps_later(self.optimizer.loss_scaler)
-        self.base_optimizer: torch.optim.Optimizer = self._deepspeed.basic_optimizer
+        self.runtime = start_runtime(self.model, self.parameters, config, mesh)
+        self.moments = self.runtime.moments
         self._pipeline = self._build_pipeline(parts) if config.parallel.pp > 1 else None
 
     def _build_pipeline(self, parts: list[nn.Module]) -> "Pipeline":
@@ -160,7 +114,7 @@ class Engine:
             config.parallel,
             config.train.micro_batch_size,
             self.mesh,
-            lambda: collect_gradients(self.optimizer),
+            self.runtime.collect_gradients,
         )
 
     def train_step(self, batch: RankBatch, step: int) -> StepResult:
@@ -170,18 +124,15 @@ class Engine:
             LossScaleError: on every rank, when an overflow on any skips a step at the smallest loss scale.
         """
         lr = learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
-        for group in self.optimizer.param_groups:
+        for group in self.runtime.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.model.train()
         scale = self.loss_scale
         losses, num_tokens = self.accumulate(batch)
-        self._reduce_what_deepspeed_does_not()
-        self._deepspeed.step()
-        skipped = not self._deepspeed.was_step_applied()
+        self._sum_over_copies()
+        updated = self.runtime.step()
         precision = self.config.precision
-        if precision.dtype == "fp16" and not skipped:
-            self._count_good_step()
-        if skipped and precision.dtype == "fp16" and scale == precision.min_loss_scale:
+        if not updated.applied and precision.dtype == "fp16" and scale == precision.min_loss_scale:
             raise LossScaleError(
                 f"step {step}: FP16 gradients overflow at the smallest loss scale, precision.min_loss_scale = {scale:g}"
                 "; lower optimizer.lr or precision.min_loss_scale, or set precision.dtype to bf16"
@@ -189,23 +140,23 @@ class Engine:
         return StepResult(
             loss=self.over_all_ranks(losses.sum()) / num_tokens,
             losses=losses,
-            grad_norm=torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32),
+            grad_norm=updated.grad_norm,
             lr=lr,
             tokens=batch.tokens.numel() * self.mesh.topology.dp,
             loss_scale=scale,
-            skipped=skipped,
-            routing=self.routers.end_step(updated=not skipped),
+            skipped=not updated.applied,
+            routing=self.routers.end_step(updated=updated.applied),
         )
 
-    def accumulate(self, batch: RankBatch) -> tuple[Tensor, int]:
-        """The forward and backward passes of a step: leaves the gradients where DeepSpeed reduces them.
+    def accumulate(self, batch: RankBatch) -> tuple[Tensor, Tensor]:
+        """The forward and backward passes of a step: leaves the gradients where the runtime reduces them.
 
         Returns: the sum of the losses of each of this rank's sequences [N] (zeros but on the last pipeline rank), and
-        the number of loss tokens over all ranks.
+        the number of loss tokens over all ranks, both on the device.
         """
         inputs = self._inputs(batch)
         num_tokens = self._global_loss_tokens(inputs.labels)
-        return self._forward_backward(inputs, self._gradient_factor() / num_tokens), num_tokens
+        return self._forward_backward(inputs, self._gradient_factor() / num_tokens.double()), num_tokens
 
     @torch.no_grad()
     def evaluate(self, batch: RankBatch) -> tuple[Tensor, int]:
@@ -215,41 +166,38 @@ class Engine:
         if self._pipeline is not None:
             losses = self._pipeline.forward(inputs)
         else:
-            losses = torch.cat([self._deepspeed(*micro_batch) for micro_batch in self._split(inputs)])
-        return self.over_all_ranks(losses.sum()), self._global_loss_tokens(inputs.labels)
+            losses = torch.cat([self.runtime.forward(*micro_batch) for micro_batch in self._split(inputs)])
+        return self.over_all_ranks(losses.sum()), int(self._global_loss_tokens(inputs.labels))
 
     def close(self) -> None:
-        """Takes DeepSpeed out of the process, for one that builds one engine after another."""
-        self._deepspeed.destroy()
-        clear_leftovers()
+        """Takes what it left out of the process, for one that builds one engine after another."""
+        self.runtime.close()
 
     @property
     def loss_scale(self) -> float:
         """Factor on the loss in FP16, else 1."""
-        return float(self.optimizer.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
+        return self.runtime.loss_scale
 
     def loss_scaler_state(self) -> dict[str, float]:
         """The dynamic loss scaler's numbers, for a checkpoint; empty but in FP16."""
-        if self.config.precision.dtype != "fp16":
-            return {}
-        return {name: float(getattr(self.optimizer.loss_scaler, name)) for name in _SCALER_STATE}
+        return self.runtime.loss_scaler_state()
 
     def load_loss_scaler_state(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            current = getattr(self.optimizer.loss_scaler, name)
-            setattr(self.optimizer.loss_scaler, name, type(current)(value))
+        """Goes on with the numbers of a checkpoint."""
+        self.runtime.load_loss_scaler_state(state)
 
-    def _forward_backward(self, inputs: StepInput, factor: float) -> Tensor:
+    def _forward_backward(self, inputs: StepInput, factor: Tensor) -> Tensor:
+        """``factor``: what each token's loss is multiplied by, FP64."""
         self.routers.begin_step(factor * self.loss_scale)
         if self._pipeline is not None:
-            # the schedule runs the backward passes, so DeepSpeed cannot scale the loss
-            self._pipeline.loss_factor = factor * self.loss_scale
-            set_up_buckets(self.optimizer)
+            # the schedule runs the backward passes, so nobody else scales the loss
+            self._pipeline.loss_factor = (factor * self.loss_scale).float()
+            self.runtime.begin_schedule()
             return self._pipeline.forward_backward(inputs)
-        parts = []
+        parts, factor = [], factor.float()
         for micro_batch in self._split(inputs):
-            losses = self._deepspeed(*micro_batch)
-            self._deepspeed.backward(losses.sum() * factor, scale_wrt_gas=False)
+            losses = self.runtime.forward(*micro_batch)
+            self.runtime.backward(losses.sum() * factor)
             parts.append(losses.detach())
         return torch.cat(parts)
 
@@ -257,15 +205,19 @@ class Engine:
         """DeepSpeed averages over the data-parallel ranks that share its states; the loss wants a sum."""
         return self.mesh.topology.data_size if self.config.parallel.zero_stage > 0 else 1
 
-    def _reduce_what_deepspeed_does_not(self) -> None:
+    def _sum_over_copies(self) -> None:
         """Sums the two copies of a tied embedding and, without ZeRO, the gradients of all replicas."""
         if self._tied_copies():
             word = [p for name, p in self.parameters if name == "embedding.word.weight"]
-            all_reduce_accumulated(word, self.mesh.tied_group)
+            self._all_reduce(word, self.mesh.tied_group)
         if self.config.parallel.zero_stage == 0:
             parameters = [p for _, p in self.parameters]
-            all_reduce_accumulated([p for p in parameters if not is_spread(p)], self.mesh.data_group)
-            all_reduce_accumulated([p for p in parameters if is_spread(p)], self.mesh.edp_group)
+            self._all_reduce([p for p in parameters if not is_spread(p)], self.mesh.data_group)
+            self._all_reduce([p for p in parameters if is_spread(p)], self.mesh.edp_group)
+
+    def _all_reduce(self, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+        gradients = map(self.runtime.accumulated_gradient, parameters)
+        all_reduce_each([gradient for gradient in gradients if gradient is not None], group)
 
     def _tied_copies(self) -> bool:
         """Whether two ranks hold the tied embedding: the ends of a V stand on one, and share it."""
@@ -283,28 +235,33 @@ class Engine:
 
     def _inputs(self, batch: RankBatch) -> StepInput:
         """The batch on this rank's device, cut down to the positions that it holds."""
-        device = self.mesh.device
-        own = self._context.positions(batch.tokens.shape[1] // self._context.size)
-        tokens, labels, ids = (
-            x.to(device, non_blocking=True) for x in (batch.tokens[:, own], batch.labels[:, own], batch.sample_ids)
-        )
+        tokens, labels = batch.tokens, batch.labels
+        if self._context.size > 1:
+            own = self._context.positions(tokens.shape[1] // self._context.size)
+            tokens, labels = tokens[:, own], labels[:, own]
+        tokens, labels, ids = (x.to(self.mesh.device, non_blocking=True) for x in (tokens, labels, batch.sample_ids))
         positions, lengths = (
-            None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.lengths)
+            None if x is None else x.to(self.mesh.device, non_blocking=True) for x in (batch.positions, batch.lengths)
         )
-        return StepInput(tokens, labels, dropout_keys(self.config.train.seed, ids), positions, lengths)
+        keys = dropout_keys(self.config.train.seed, ids) if self._drops else ids
+        return StepInput(tokens, labels, keys, positions, lengths)
 
     def _split(self, inputs: StepInput) -> list[StepInput]:
         return inputs.split(self.config.train.micro_batch_size)
 
-    def _global_loss_tokens(self, labels: Tensor) -> int:
+    def _global_loss_tokens(self, labels: Tensor) -> Tensor:
+        """Labels of all ranks that count, at least 1; on the device, so that no step waits for it."""
         count = (labels != IGNORE).sum()
-        dist.all_reduce(count, group=self.mesh.data_group)
-        return max(1, int(count))
+        if self.mesh.topology.data_size > 1:
+            dist.all_reduce(count, group=self.mesh.data_group)
+        return count.clamp_min(1)
 
     def over_all_ranks(self, losses: Tensor) -> Tensor:
         """Sum over the data-parallel and context ranks of what the last stage holds, on every rank. Collective."""
         losses = losses.detach().clone()
-        dist.all_reduce(losses, group=self.mesh.data_group)
-        last = rank_of_stage(self.config.parallel, num_stages(self.config.parallel) - 1)
-        dist.broadcast(losses, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
+        if self.mesh.topology.data_size > 1:
+            dist.all_reduce(losses, group=self.mesh.data_group)
+        if self.mesh.topology.pp > 1:
+            last = rank_of_stage(self.config.parallel, num_stages(self.config.parallel) - 1)
+            dist.broadcast(losses, self.mesh.pipeline_rank(last), group=self.mesh.pp_group)
         return losses

@@ -13,3 +13,7 @@ class NonFiniteError(ExpectedError):
 
 class OperatorLockError(ExpectedError):
     """A lock says that an operator of DeepSpeed is being compiled, and nobody seems to do it."""
+
+
+class UnknownOptimizerError(ExpectedError):
+    """DeepSpeed chose a class of optimizer whose insides are not known here."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatrain.engine.engine import Engine, RankBatch
 from megatrain.engine.state import factors, kinds_of, local_fragments
-from megatrain.engine.zero.gradients import accumulated_gradient
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def bad_gradient(engine: Engine, batch: RankBatch) -> Found | None:
         handle.remove()
     if not hooked:
         for name, parameter in engine.parameters:
-            look(name, accumulated_gradient(parameter))
+            look(name, engine.runtime.accumulated_gradient(parameter))
     places = [(place, name, "gradient") for place, (name, _) in enumerate(engine.parameters) if name in found]
     return _first_of_all_ranks(places)
 

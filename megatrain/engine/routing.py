@@ -56,7 +56,7 @@ class Routers:
         for layer, state in self.states.items():
             state.bias_E = self.biases[self.layers.index(layer)]
 
-    def begin_step(self, loss_factor: float) -> None:
+    def begin_step(self, loss_factor: Tensor) -> None:
         """``loss_factor``: what the sum of token losses is multiplied by before its backward pass."""
         for state in self.states.values():
             state.begin_step(loss_factor)

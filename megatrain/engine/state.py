@@ -1,7 +1,7 @@
 """The whole training state in layout-free form: FP32 weights and moments under canonical names.
 
-DeepSpeed keeps them in flat partitions, spread over the ranks of a data-parallel group. A ``Fragment`` is what this
-rank holds of one parameter: a run of elements of the flattened tensor-parallel part. No call here communicates but
+They may lie in flat partitions, spread over the ranks of a data-parallel group. A ``Fragment`` is what this rank holds
+of one parameter: a run of elements of the flattened tensor-parallel part. No call here communicates but
 ``finish_import`` and ``export_state``.
 """
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.engine.engine import Engine
-from megatrain.engine.zero.fragments import Fragment, _link_moments, _make_moments, _moments_exist, _range
-from megatrain.engine.zero.import_once import import_deepspeed
+from megatrain.engine.zero.fragments import Fragment
 from megatrain.spec.kinds import FACTORS, WEIGHT
 
 
@@ -23,35 +22,26 @@ def kinds_of(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
 
 def factors(engine: Engine) -> dict[tuple[str, str], Tensor]:
     """By kind (``FACTORS``) and canonical name, the live state; none but Adafactor's."""
-    own: dict[str, tuple[Tensor, Tensor]] = getattr(engine.base_optimizer, "factors", {})
+    own: dict[str, tuple[Tensor, Tensor]] = getattr(engine.runtime.base_optimizer, "factors", {})
     return {(kind, name): values for name, pair in own.items() for kind, values in zip(FACTORS, pair, strict=True)}
 
 
 def local_fragments(engine: Engine) -> list[Fragment]:
     """What this rank holds of its parameters, in their order; those that lie on other ranks altogether are left out."""
-    if _moments_exist(engine.base_optimizer):
-        _link_moments(engine)
-    ranges = ((name, parameter, *_range(engine, parameter)) for name, parameter in engine.parameters)
-    return [Fragment(*fields) for fields in ranges if fields[-1] > 0]
+    engine.runtime.link_moments()
+    found = (engine.runtime.fragment(name, parameter) for name, parameter in engine.parameters)
+    return [fragment for fragment in found if fragment is not None]
 
 
 def prepare_import(engine: Engine) -> None:
     """Makes the moments where no step has made them yet."""
-    if not _moments_exist(engine.base_optimizer):
-        _make_moments(engine)
+    if not engine.runtime.moments_exist():
+        engine.runtime.make_moments()
 
 
 def finish_import(engine: Engine) -> None:
     """Carries the FP32 weights over to those of the step. Collective."""
-    optimizer = engine.optimizer
-    if engine.config.parallel.zero_stage < 3:
-        optimizer.update_lp_params()
-        return
-    # an evaluation may have left weights whole, which would go on to be used as they were
-    optimizer.parameter_offload.partition_all_parameters()
-    if persistent := optimizer.persistent_parameters:  # small weights that ZeRO 3 keeps whole
-        persistent[0].partition(persistent)
-        persistent[0].all_gather(persistent)
+    engine.runtime.finish_import()
 
 
 def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
@@ -59,24 +49,24 @@ def export_state(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
 
     For tests and small models. Collective over the ranks that share ZeRO's partitions: all iterate to the end.
     """
-    utils = import_deepspeed().utils
-    made = _moments_exist(engine.base_optimizer)  # before the first step there are none
-    if made:
-        _link_moments(engine)
+    runtime = engine.runtime
+    made = runtime.moments_exist()  # before the first step there are none
+    runtime.link_moments()
     for name, parameter in engine.parameters:
-        weight = utils.safe_get_full_fp32_param(parameter).detach().float().cpu()
+        weight = runtime.whole(parameter, WEIGHT).detach().float().cpu()
         yield WEIGHT, name, weight
         for kind in engine.moments[parameter]:
-            moment = utils.safe_get_full_optimizer_state(parameter, kind) if made else torch.zeros_like(weight)
+            moment = runtime.whole(parameter, kind) if made else torch.zeros_like(weight)
             yield kind, name, moment.detach().float().cpu()
 
 
 def optimizer_step_count(engine: Engine) -> int:
     """Updates that AdamW has made (its bias correction); skipped steps do not count."""
-    return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
+    states = engine.runtime.base_optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def set_optimizer_step_count(engine: Engine, count: int) -> None:
     """Sets AdamW's update count; ``prepare_import`` must have run before."""
-    for state in engine.base_optimizer.state.values():
-        state["step"] = torch.tensor(float(count))
+    for state in engine.runtime.base_optimizer.state.values():
+        state["step"] = torch.full_like(state["step"], float(count))

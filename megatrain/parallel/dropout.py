@@ -49,6 +49,11 @@ class _Dropout(nn.Module):
         return x * keep.to(x.dtype) / (1.0 - self.probability)
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether ``model`` drops anything in training."""
+    return any(isinstance(module, _Dropout) and module.probability > 0 for module in model.modules())
+
+
 class Dropout(_Dropout):
     """Dropout of activations [S, B, D]. ``rows``: true positions in the sequence of the S rows that are here."""
 

@@ -60,7 +60,7 @@ class Pipeline:
         collect_gradients: Callable[[], None],
     ):
         self.mesh = mesh
-        self.loss_factor: float = 1.0
+        self.loss_factor: Tensor | float = 1.0
         self._stages, self._parallel, self._micro_batch_size = stages, parallel, micro_batch_size
         self._collect_gradients = collect_gradients
         indices = own_stages(parallel, mesh.coordinate("pp"))

@@ -38,7 +38,7 @@ class RouterState(nn.Module):
         self.loss_factor = torch.zeros(())
         self.statistics = torch.zeros(num_experts + 3, dtype=torch.float64)
 
-    def begin_step(self, loss_factor: float) -> None:
+    def begin_step(self, loss_factor: Tensor) -> None:
         """``loss_factor``: what the sum of token losses is multiplied by before its backward pass."""
         self.loss_factor.fill_(loss_factor * self.gradient_share)
         self.statistics.zero_()

@@ -8,6 +8,7 @@ from torch import Tensor
 class StepInput(NamedTuple):
     """One rank's sequences of a step: [N, S] tokens and labels, [N] dropout keys.
 
+    ``keys`` are the samples' numbers where the model drops nothing: nobody reads them.
     ``positions`` [N, T]: places in their documents of all tokens, also of those that other context ranks hold.
     ``lengths`` [N]: tokens of the whole sequences before their padding.
     """

@@ -91,12 +91,12 @@ def capture_steps(
         before = _add_state(captured, engine, 0, {})
         if change is not None:
             change(engine)
-        clip, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 0.0
+        clip, engine.runtime.clip_norm = engine.runtime.clip_norm, 0.0
         for step in range(1, steps + 1):
             result = _captured_step(captured, engine, step)
             before = _add_state(captured, engine, step, before)
             if step == 1 and clip and not result.skipped:
-                engine.optimizer.clip_grad = min(clip, float(result.grad_norm) / 2)
+                engine.runtime.clip_norm = min(clip, float(result.grad_norm) / 2)
         return captured
     finally:
         engine.close()

@@ -36,12 +36,12 @@ def shift_the_vocabulary(engine: Any) -> None:
 
 
 def sum_tied_gradients_twice(engine: Any) -> None:
-    reduce = engine._reduce_what_deepspeed_does_not
-    engine._reduce_what_deepspeed_does_not = lambda: (reduce(), reduce())
+    reduce = engine._sum_over_copies
+    engine._sum_over_copies = lambda: (reduce(), reduce())
 
 
 def average_averages(engine: Any) -> None:
-    engine._global_loss_tokens = lambda labels: int((labels != -100).sum()) * engine.mesh.topology.dp
+    engine._global_loss_tokens = lambda labels: (labels != -100).sum() * engine.mesh.topology.dp
 
 
 def drop_the_last_micro_batch(engine: Any) -> None:
@@ -50,13 +50,13 @@ def drop_the_last_micro_batch(engine: Any) -> None:
 
 
 def forget_a_backward(engine: Any) -> None:
-    backward, calls = engine._deepspeed.backward, []
+    backward, calls = engine.runtime.backward, []
 
-    def all_but_one(loss: Tensor, **options: Any) -> None:
+    def all_but_one(loss: Tensor) -> None:
         calls.append(1)
-        backward(loss if len(calls) < 4 else loss * 0, **options)
+        backward(loss if len(calls) < 4 else loss * 0)
 
-    engine._deepspeed.backward = all_but_one
+    engine.runtime.backward = all_but_one
 
 
 def count_positions_from_zero(engine: Any) -> None:
@@ -68,7 +68,7 @@ def count_positions_from_zero(engine: Any) -> None:
 
 
 def overflow_alone(engine: Any) -> None:
-    engine.optimizer.has_overflow = lambda partition_gradients=True: engine.mesh.rank == 1
+    engine.runtime.optimizer.has_overflow = lambda partition_gradients=True: engine.mesh.rank == 1
 
 
 def average_instead_of_sum(engine: Any) -> None:
@@ -99,24 +99,22 @@ def double_the_rate(engine: Any) -> None:
 
 
 def scale_the_rate(engine: Any, factor: float) -> None:
-    for group in engine.optimizer.param_groups:
+    for group in engine.runtime.param_groups:
         group["lr_scale"] *= factor
 
 
 def forget_the_decay(engine: Any) -> None:
-    for group in engine.optimizer.param_groups:
+    for group in engine.runtime.param_groups:
         group["weight_decay"] = 0.0
 
 
 def count_replicated_norms_on_each_rank(engine: Any) -> None:
-    engine.optimizer.mpu.get_tensor_model_parallel_rank = lambda: 0
+    engine.runtime.optimizer.mpu.get_tensor_model_parallel_rank = lambda: 0
 
 
-def sum_replicas_in_16_bits(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+def sum_replicas_in_16_bits(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """In the place of the engine's sum without ZeRO."""
-    from megatrain.engine.zero.gradients import accumulated_gradient
-
-    for gradient in (g for g in map(accumulated_gradient, parameters) if g is not None):
+    for gradient in gradients:
         total = gradient.to(torch.bfloat16)
         dist.all_reduce(total, group=group)
         gradient.copy_(total)
@@ -131,7 +129,7 @@ def reduce_in_16_bits(config: Any) -> dict[str, Any]:
 
 def in_place_of(name: str, other: Callable[..., Any]) -> Any:
     """A mistake in what the engine imports."""
-    return unittest.mock.patch(f"megatrain.engine.engine.{name}", other)
+    return unittest.mock.patch(f"megatrain.engine.{name}", other)
 
 
 def move_biases_the_wrong_way(engine: Any) -> None:
@@ -142,5 +140,5 @@ def move_biases_the_wrong_way(engine: Any) -> None:
 
 def clip_twice_as_hard(engine: Any) -> None:
     """Takes the norm for twice what it is, when clipping."""
-    unscale = engine.optimizer.unscale_and_clip_grads
-    engine.optimizer.unscale_and_clip_grads = lambda gradients, norm: unscale(gradients, 2 * norm)
+    unscale = engine.runtime.optimizer.unscale_and_clip_grads
+    engine.runtime.optimizer.unscale_and_clip_grads = lambda gradients, norm: unscale(gradients, 2 * norm)

@@ -113,9 +113,9 @@ MISTAKES: list[tuple[Change | Patch, str, Layout, str | dict[str, str]]] = [
     (mistakes.double_the_rate, "llama", Layout(dp=2, zero_stage=3), "update of embedding.word"),
     (mistakes.forget_the_decay, "llama", Layout(dp=2, zero_stage=2), "update of embedding.word"),
     (mistakes.count_replicated_norms_on_each_rank, "llama", Layout(tp=2), NORM_OF_TP),
-    (("all_reduce_accumulated", mistakes.sum_replicas_in_16_bits), "llama", Layout(dp=2), LAST_SUM),
-    (("deepspeed_config", mistakes.reduce_in_16_bits), "llama", Layout(dp=2, zero_stage=1), LAST_SUM),
-    (("deepspeed_config", mistakes.reduce_in_16_bits), "llama", Layout(dp=2, zero_stage=2), LAST_SUM),
+    (("engine.all_reduce_each", mistakes.sum_replicas_in_16_bits), "llama", Layout(dp=2), LAST_SUM),
+    (("zero.start.deepspeed_config", mistakes.reduce_in_16_bits), "llama", Layout(dp=2, zero_stage=1), LAST_SUM),
+    (("zero.start.deepspeed_config", mistakes.reduce_in_16_bits), "llama", Layout(dp=2, zero_stage=2), LAST_SUM),
 ]
 
 
@@ -128,7 +128,7 @@ def name_of(value: object) -> str | None:
 def test_a_mistake_is_found_and_named(
     pool: Pool, mistake: Change | Patch, family: str, layout: Layout, first: str | dict[str, str], dtype: str
 ) -> None:
-    if dtype == "fp32" and mistake == ("deepspeed_config", mistakes.reduce_in_16_bits):
+    if dtype == "fp32" and mistake == ("zero.start.deepspeed_config", mistakes.reduce_in_16_bits):
         pytest.skip("DeepSpeed reduces FP32 weights' gradients as they are")
     found = differences(pool, family, layout, mistake, steps=1, precision={"dtype": dtype})
     wanted = first if isinstance(first, str) else first[dtype]

@@ -1,19 +1,17 @@
-"""What a rank holds of one parameter in DeepSpeed's flat partitions, and how it is read and written."""
+"""What a rank holds of one parameter, and how it is read and written."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.engine.engine import Engine
 from megatrain.engine.zero.import_once import import_deepspeed
-from megatrain.spec.kinds import MOMENTS, WEIGHT
+from megatrain.spec.kinds import WEIGHT
 
 
 @dataclass(frozen=True)
-class Fragment:
+class Fragment(ABC):
     """Elements ``[start, start + size)`` of a parameter's flattened part on this tensor-parallel rank."""
 
     name: str
@@ -24,93 +22,80 @@ class Fragment:
     @property
     def shape(self) -> torch.Size:
         """Of the whole part that the fragment belongs to."""
-        return _local_shape(self.parameter)
+        return self.parameter.shape
 
     def values(self, kind: str) -> Tensor:
         """[size] FP32, a view of the live state where it lies in memory; zeros for a moment that isn't made yet."""
-        if not self._has(kind):
-            return torch.zeros(self.size)
-        return self._state(kind).detach()[: self.size]
+        state = self._state(kind)
+        return torch.zeros(self.size) if state is None else state.detach()[: self.size]
 
     def memory(self, kind: str) -> Tensor | None:
         """[size] FP32 in host memory that may be written instead of a call to ``set``, if there is such."""
-        state = None if _is_zero3(self.parameter) or not self._has(kind) else self._state(kind).detach()
-        return state if state is not None and state.device.type == "cpu" else None
+        state = self._state(kind)
+        return state.detach() if state is not None and state.device.type == "cpu" else None
 
     def set(self, kind: str, values: Tensor) -> None:
         """Overwrites the state; moments must have been made (``prepare_import``); others are dropped."""
+        state = self._state(kind)
+        if state is not None:
+            state.detach().copy_(values)
+
+    @abstractmethod
+    def _state(self, kind: str) -> Tensor | None:
+        """The flat values of ``kind``, padding included; None for a moment that isn't made yet, or never is."""
+
+
+@dataclass(frozen=True)
+class WholeFragment(Fragment):
+    """A parameter that this rank holds whole, its own master weight; ``moments``: the optimizer's state of it."""
+
+    moments: dict[str, Tensor]
+
+    def _state(self, kind: str) -> Tensor | None:
+        state = self.parameter if kind == WEIGHT else self.moments.get(kind)
+        return None if state is None else state.view(-1)
+
+
+@dataclass(frozen=True)
+class PartitionFragment(Fragment):
+    """A run of elements in the flat partitions of DeepSpeed's optimizers for ZeRO 1 and 2."""
+
+    def _state(self, kind: str) -> Tensor | None:
+        mapping = self.parameter._hp_mapping  # type: ignore[attr-defined]
+        if kind != WEIGHT and kind not in (mapping.optim_fragment or ()):
+            return None
+        return mapping.get_hp_fragment(None if kind == WEIGHT else kind)
+
+
+@dataclass(frozen=True)
+class Stage3Fragment(Fragment):
+    """What ZeRO 3 left of a parameter on this rank; it may lie on a disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.ds_shape  # type: ignore[attr-defined]  # the parameter itself is empty
+
+    def memory(self, kind: str) -> Tensor | None:
+        return None
+
+    def set(self, kind: str, values: Tensor) -> None:
         if not self._has(kind):
             return
-        state = self._state(kind).detach()
-        if not _is_zero3(self.parameter):
-            state.copy_(values)
-            return
-        padded = torch.nn.functional.pad(values.to(state.device), (0, state.numel() - self.size))
+        held = self.parameter.ds_tensor  # type: ignore[attr-defined]
+        padded = torch.nn.functional.pad(values.to(held.device), (0, held.numel() - self.size))
         utils = import_deepspeed().utils  # also swaps back what lies on disk
         if kind == WEIGHT:
             utils.safe_set_local_fp32_param(self.parameter, padded)
-            self.parameter.ds_tensor.data.copy_(padded)  # type: ignore[attr-defined]  # the weight of the step
+            held.data.copy_(padded)  # the weight of the step
         else:
             utils.safe_set_local_optimizer_state(self.parameter, padded, kind)
 
-    def _state(self, kind: str) -> Tensor:
-        utils, parameter = import_deepspeed().utils, self.parameter
-        if not _is_zero3(parameter):
-            return parameter._hp_mapping.get_hp_fragment(None if kind == WEIGHT else kind)  # type: ignore[attr-defined]
+    def _state(self, kind: str) -> Tensor | None:
+        utils = import_deepspeed().utils
         if kind == WEIGHT:
-            return utils.safe_get_local_fp32_param(parameter)
-        return utils.safe_get_local_optimizer_state(parameter, kind)
+            return utils.safe_get_local_fp32_param(self.parameter)
+        return utils.safe_get_local_optimizer_state(self.parameter, kind) if self._has(kind) else None
 
     def _has(self, kind: str) -> bool:
-        return kind == WEIGHT or _has_moment(self.parameter, kind)
-
-
-def _is_zero3(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id")
-
-
-def _local_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
-
-
-def _range(engine: Engine, parameter: nn.Parameter) -> tuple[int, int]:
-    """Start and size of the fragment on this rank; the size is 0 where it has none."""
-    if _is_zero3(parameter):
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        start = size * dist.get_rank(engine.mesh.data_group)
-        return start, min(size, _local_shape(parameter).numel() - start)  # the last rank's is padded
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-
-
-def _has_moment(parameter: nn.Parameter, kind: str) -> bool:
-    if _is_zero3(parameter):
-        states = parameter._z3_optimizer.optimizer.state.values()  # type: ignore[attr-defined]
-        return any(kind in state for state in states)
-    return kind in (parameter._hp_mapping.optim_fragment or ())  # type: ignore[attr-defined]
-
-
-def _moments_exist(optimizer: Any) -> bool:
-    return any(kind in state for state in optimizer.state.values() for kind in MOMENTS)
-
-
-def _make_moments(engine: Engine) -> None:
-    """Creates the moments that the optimizer would create in its first step, in the flat partitions."""
-    optimizer, base = engine.optimizer, engine.base_optimizer
-    if engine.config.parallel.zero_stage == 3:  # all groups of such an optimizer have the same moments
-        flats = [(flat, base.param_groups[0]) for flat in optimizer.fp32_partitioned_groups_flat]
-    else:
-        flats = [(flat, group) for group in base.param_groups for flat in group["params"]]
-    for flat, group in flats:
-        base.state[flat] = {
-            "step": torch.tensor(0.0),
-            **{kind: torch.zeros_like(flat, requires_grad=False) for kind in group["moments"]},
-        }
-    _link_moments(engine)
-
-
-def _link_moments(engine: Engine) -> None:
-    """Lets DeepSpeed find a parameter's part of the flat moments: it looked before there were any."""
-    if engine.config.parallel.zero_stage < 3:
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+        states = self.parameter._z3_optimizer.optimizer.state.values()  # type: ignore[attr-defined]
+        return kind == WEIGHT or any(kind in state for state in states)

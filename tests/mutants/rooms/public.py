@@ -66,8 +66,8 @@ MUTANTS = [
     _m(
         "a loss scaled by the size of the tensor axis",
         "engine/engine",
-        "self._gradient_factor() / num_tokens)",
-        "self._gradient_factor() * self.mesh.topology.tp / num_tokens)",
+        "self._gradient_factor() / num_tokens",
+        "self._gradient_factor() * self.mesh.topology.tp / num_tokens",
         "tp",
     ),
     _m(
@@ -161,9 +161,9 @@ MUTANTS = [
     _m(
         "accumulation that averages averages (transformers 34191)",
         "engine/engine",
-        "losses.sum() * factor, scale_wrt_gas=False",
-        "losses.sum() / max(1, int((micro_batch.labels != IGNORE).sum())) / len(self._split(inputs)) "
-        "* self._gradient_factor(), scale_wrt_gas=False",
+        "self.runtime.backward(losses.sum() * factor)",
+        "self.runtime.backward(losses.sum() / max(1, int((micro_batch.labels != IGNORE).sum())) "
+        "/ len(self._split(inputs)) * self._gradient_factor())",
         "reference",
     ),
     _m(
@@ -204,8 +204,8 @@ MUTANTS = [
     _m(
         "labels of a split sequence that are another part's",
         "engine/engine",
-        "batch.labels[:, own]",
-        "batch.labels[:, : len(own)]",
+        "tokens[:, own], labels[:, own]",
+        "tokens[:, own], labels[:, : len(own)]",
         "cp",
     ),
     _m(
@@ -218,7 +218,7 @@ MUTANTS = [
     _m(
         "a skipped step that moves the balance biases all the same",
         "engine/engine",
-        "self.routers.end_step(updated=not skipped)",
+        "self.routers.end_step(updated=updated.applied)",
         "self.routers.end_step(updated=True)",
         "skips",
     ),
