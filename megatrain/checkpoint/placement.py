@@ -31,7 +31,7 @@ class Placement:
 
 def placement_of(engine: Engine, parameter: nn.Parameter) -> Placement:
     """Placement of ``parameter`` on this rank."""
-    local = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 empties the parameter itself
+    local = engine.shapes[parameter]
     splits = {"tp": Split.over(engine.mesh.tp_group), "ep": Split.over(engine.mesh.ep_group)}
     return Placement(tuple(local), *marks.place(parameter, local, splits))
 
@@ -39,7 +39,7 @@ def placement_of(engine: Engine, parameter: nn.Parameter) -> Placement:
 def is_saved_here(engine: Engine, parameter: nn.Parameter) -> bool:
     """Whether this rank and those that share ``parameter`` save it: of several copies only one is kept."""
     tensor_copy = marks.partition_dim(parameter) is None and engine.mesh.coordinate("tp") > 0
-    return not tensor_copy and not getattr(parameter, "tied_copy", False)
+    return not tensor_copy and not marks.marks_of(parameter).tied_copy
 
 
 def sharing_ranks(engine: Engine) -> list[tuple[list[int], list[str]]]:

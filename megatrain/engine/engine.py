@@ -18,7 +18,7 @@ from megatrain.engine.zero.start import start_runtime
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.context import build_context
 from megatrain.parallel.dropout import dropout_keys, has_dropout
-from megatrain.parallel.marks import is_spread
+from megatrain.parallel.marks import is_spread, mark
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.step_input import StepInput
 from megatrain.spec.labels import IGNORE
@@ -97,6 +97,8 @@ class Engine:
         self._context = build_context(config.parallel, mesh)
         self.model = RankModel(parts)
         self.parameters = self.model.canonical_parameters()
+        self.shapes = {parameter: parameter.shape for _, parameter in self.parameters}
+        """Of this rank's parts; ZeRO 3 empties the parameters themselves."""
         self.routers = Routers(config.model, self.model, mesh)
         self._drops = has_dropout(self.model)
         self._mark_tied_copy()
@@ -226,12 +228,11 @@ class Engine:
         return self.config.model.tie_embeddings and parallel.pp > 1 and not v_shaped
 
     def _mark_tied_copy(self) -> None:
-        """DeepSpeed's mark of a parameter that another stage holds too: counted once in the norm."""
+        """Lets the copy of the tied embedding on the last stage count and be saved by the first."""
         if self._tied_copies() and self.mesh.coordinate("pp") > 0:
             for name, parameter in self.parameters:
                 if name == "embedding.word.weight":
-                    parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
-                    parameter.tied_copy = True  # type: ignore[attr-defined]
+                    mark(parameter, counted_elsewhere=True, tied_copy=True)
 
     def _inputs(self, batch: RankBatch) -> StepInput:
         """The batch on this rank's device, cut down to the positions that it holds."""

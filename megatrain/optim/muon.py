@@ -31,13 +31,8 @@ class MatrixPart(NamedTuple):
     stacked_rows: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, stacked_rows: tuple[int, ...] = ()) -> "MatrixPart":
-        split = getattr(parameter, "tensor_model_parallel", False)
-        return cls(
-            getattr(parameter, "ds_shape", parameter.shape),
-            parameter.partition_dim if split else None,  # type: ignore[arg-type,attr-defined]
-            stacked_rows,
-        )
+    def of(cls, parameter: nn.Parameter, split_dim: int | None, stacked_rows: tuple[int, ...] = ()) -> "MatrixPart":
+        return cls(parameter.shape, split_dim, stacked_rows)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,8 +1,8 @@
 """Optimizers and their parameter groups."""
 
 import fnmatch
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,24 @@ from megatrain.optim.muon import MatrixPart, Muon
 from megatrain.spec.parameter import Parameter
 
 
+class Place(NamedTuple):
+    """``split_dim``: of a parameter, the one that is split over the tensor ranks; ``expert_group``: DeepSpeed's name of
+    the ranks over which it reduces experts that are spread over others."""
+
+    split_dim: int | None = None
+    expert_group: str | None = None
+
+
+def _here(parameter: nn.Parameter) -> Place:
+    """All of it is on this rank."""
+    return Place()
+
+
 def parameter_groups(
-    parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig, table: Mapping[str, Parameter]
+    parameters: list[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    table: Mapping[str, Parameter],
+    place_of: Callable[[nn.Parameter], Place] = _here,
 ) -> list[dict[str, Any]]:
     """What the ``table`` of the model says of each parameter's role; rules whose pattern fits a name override what they
     set, in order.
@@ -24,7 +40,7 @@ def parameter_groups(
     ``parameters``: (canonical name, parameter). Each group says by which factor its learning rate differs
     (``lr_scale``), the ``names`` of its parameters, whether they are matrices that Muon orthogonalises or whose second
     moment Adafactor factors, and which moments its weights have.
-    Experts that are spread over ranks stand apart, with DeepSpeed's marks (engine/experts.py).
+    Experts that DeepSpeed reduces over ranks of their own stand apart, as it wants them.
     """
     groups: dict[tuple[float, float, bool, bool, str | None], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
@@ -36,7 +52,7 @@ def parameter_groups(
                 lr_scale = lr_scale if rule.lr_scale is None else rule.lr_scale
         matrix = config.name == "muon" and role.orthogonal
         factored = config.name == "adafactor" and len(table[name].shape) == 2
-        spread = getattr(parameter, "group_name", None)
+        spread = place_of(parameter).expert_group
         groups.setdefault((decay, lr_scale, matrix, factored, spread), []).append((name, parameter))
     return [
         {
@@ -59,6 +75,7 @@ def build_optimizer(
     table: Mapping[str, Parameter],
     tp_group: dist.ProcessGroup | None = None,
     shard_group: dist.ProcessGroup | None = None,
+    place_of: Callable[[nn.Parameter], Place] = _here,
 ) -> torch.optim.Optimizer:
     """The optimizer of ``config.name``, FP32.
 
@@ -66,14 +83,16 @@ def build_optimizer(
         tp_group: ranks that share matrices; shard_group: ranks that share ZeRO's partitions. Muon gathers over both,
             Adafactor sums.
     """
-    groups, betas = parameter_groups(parameters, config, table), (config.beta1, config.beta2)
+    groups, betas = parameter_groups(parameters, config, table, place_of), (config.beta1, config.beta2)
     if config.name == "lion":
         return Lion(groups, lr=config.lr, betas=betas)
     if config.name in ("adafactor", "muon"):
         for group in groups:
             named = zip(group["names"], group["params"], strict=True)
             split = config.name == "muon" and config.muon_split_qkv
-            group["parts"] = [MatrixPart.of(p, table[name].stacked_rows if split else ()) for name, p in named]
+            group["parts"] = [
+                MatrixPart.of(p, place_of(p).split_dim, table[name].stacked_rows if split else ()) for name, p in named
+            ]
     if config.name == "adafactor":
         return Adafactor(groups, config.lr, tp_group, shard_group)
     if config.name == "muon":

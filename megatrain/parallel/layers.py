@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
 from megatrain.parallel.experts import ExpertExchange, ExpertParallelExchange
-from megatrain.parallel.marks import Split, place, split_dims
+from megatrain.parallel.marks import Split, mark, place, split_dims
 from megatrain.parallel.routing import RouterState
 
 
@@ -120,9 +120,7 @@ class Layers:
         shape = [num_experts // expert.size, rows, columns]
         shape[split] //= tensor.size
         parameter = nn.Parameter(torch.empty(shape))
-        parameter.expert_parallel = expert.size > 1  # type: ignore[attr-defined]
-        if tensor.size > 1:  # the marks that megatron-core gives its own layers, and DeepSpeed reads
-            parameter.tensor_model_parallel, parameter.partition_dim = True, split  # type: ignore[attr-defined]
+        mark(parameter, spread=expert.size > 1, tensor_dim=split if tensor.size > 1 else None)
         return parameter
 
     def expert_exchange(self, num_experts: int, drops: bool) -> ExpertExchange:

@@ -22,7 +22,7 @@ from megatrain.parallel.column import column_linears
 from megatrain.parallel.context import WholeSequence
 from megatrain.parallel.dropout import AttentionDropout, Dropout
 from megatrain.parallel.layers import Layers
-from megatrain.parallel.marks import Split
+from megatrain.parallel.marks import Split, mark
 from megatrain.parallel.mesh import Mesh
 
 
@@ -63,7 +63,7 @@ class TensorParallelLayers(Layers):
 
     def column_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         linear = ColumnLinear(in_features, out_features, bias=bias, **self._options)
-        return _mark(linear, weight=0)  # megatron-core marks the bias itself
+        return _split(linear, weight=0, bias=0)
 
     @torch.compiler.disable  # a trace reads ZeRO-3's weights without fetching them
     def column_outputs(self, linears: Sequence[nn.Module], x_SBD: Tensor) -> list[Tensor]:
@@ -76,10 +76,10 @@ class TensorParallelLayers(Layers):
         )
         if bias and self.sequence_parallel:  # it is added to the summed, so sequence-split, outputs
             self._sum_gradient(linear.bias)
-        return _mark(linear, weight=1)
+        return _split(linear, weight=1)
 
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
-        return _mark(tensor_parallel.VocabParallelEmbedding(vocab_size, width, **self._options), weight=0)
+        return _split(tensor_parallel.VocabParallelEmbedding(vocab_size, width, **self._options), weight=0)
 
     def embed(self, table: nn.Module, tokens_BS: Tensor) -> Tensor:
         if not self.sequence_parallel:
@@ -157,13 +157,11 @@ class TensorParallelLayers(Layers):
         return gradient
 
 
-def _mark(module: nn.Module, **partition_dims: int) -> nn.Module:
-    """Marks split parameters the way megatron-core and DeepSpeed recognise them."""
-    for name, dim in partition_dims.items():
-        parameter = getattr(module, name)
-        # from 0.18 on megatron-core has marked its own embeddings and linears, and refuses to mark them twice
-        if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+def _split(module: nn.Module, **dims: int) -> nn.Module:
+    """Marks the parameters of ``module`` that are split, by name with the dim that is."""
+    for name, dim in dims.items():
+        if (parameter := getattr(module, name)) is not None:
+            mark(parameter, tensor_dim=dim)
     return module
 
 

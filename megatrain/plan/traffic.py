@@ -11,7 +11,7 @@ from torch import nn
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ResolvedRun
 from megatrain.config.stages import num_stages, own_stages, rank_of_stage, stage_blocks
-from megatrain.parallel.marks import is_spread
+from megatrain.parallel.marks import is_spread, partition_dim
 from megatrain.parallel.mesh import Mesh
 from megatrain.spec.derive import mixture_layers
 
@@ -104,7 +104,7 @@ def _tensor(config: ResolvedRun, mesh: Mesh) -> float:
 def _norms(config: ResolvedRun, mesh: Mesh, parameters: list[tuple[str, nn.Parameter]]) -> float:
     """One sum a step of the gradients of what every tensor rank holds whole and sees a part of: norms, routers."""
     norms = config.parallel.sequence_parallel
-    whole = [p for name, p in parameters if not getattr(p, "tensor_model_parallel", False)]
+    whole = [p for name, p in parameters if partition_dim(p) is None]
     seen = sum(_size(p) for p in whole if (p.dim() == 1 and norms) or p.shape[0] == config.model.experts.num_experts)
     return _share(config.parallel.tp) * 2 * _gradient_bytes(config) * seen
 

@@ -109,3 +109,20 @@ def test_squares_are_added_up_in_fp64() -> None:
     assert sum_of_squares(tensors).item() == torch.tensor(total).item()
     assert sum_of_squares([torch.full((1 << 20,), 1e-4), torch.ones(1)]).item() == pytest.approx(1.01048576, rel=1e-7)
     assert sum_of_squares([]).item() == 0.0
+
+
+def step_without_a_gradient() -> tuple[torch.Tensor, torch.Tensor, float]:
+    engine = build_engine(run_config("gpt", ONE_PROCESS))
+    weight = dict(engine.parameters)["layers.0.feed_forward.up.weight"]
+    weight.requires_grad_(False)
+    before = weight.clone()
+    engine.train_step(global_batch(1), 1)
+    decay = engine.config.optimizer.weight_decay * engine.runtime.param_groups[0]["lr"]
+    engine.close()
+    return before, weight.clone(), decay
+
+
+def test_a_weight_that_no_loss_depends_on_decays(pool: Pool) -> None:
+    [(before, after, decay)] = pool.run(step_without_a_gradient, 1)
+    assert decay > 0
+    assert torch.equal(after, before * (1 - decay))

@@ -76,8 +76,10 @@ def average_instead_of_sum(engine: Any) -> None:
 
 
 def count_a_tied_copy_twice(engine: Any) -> None:
+    from megatrain.parallel.marks import mark
+
     for _, parameter in engine.parameters:
-        parameter.ds_pipe_replicated = False
+        mark(parameter, counted_elsewhere=False)
 
 
 def scatter_the_wrong_chunk(engine: Any) -> None:
@@ -109,7 +111,10 @@ def forget_the_decay(engine: Any) -> None:
 
 
 def count_replicated_norms_on_each_rank(engine: Any) -> None:
-    engine.runtime.optimizer.mpu.get_tensor_model_parallel_rank = lambda: 0
+    if hasattr(engine.runtime, "optimizer"):
+        engine.runtime.optimizer.mpu.get_tensor_model_parallel_rank = lambda: 0
+    else:  # whole weights
+        engine.runtime._counts = lambda weight: True
 
 
 def sum_replicas_in_16_bits(gradients: list[Tensor], group: dist.ProcessGroup) -> None:

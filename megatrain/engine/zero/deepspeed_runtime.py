@@ -22,11 +22,11 @@ class DeepSpeedRuntime(Runtime):
     def __init__(self, deepspeed: Any, mesh: Mesh, moments: Moments):
         super().__init__(deepspeed.basic_optimizer, moments)
         self.deepspeed, self.optimizer, self.mesh = deepspeed, deepspeed.optimizer, mesh
-        self._scaler: LossScaler | None = None
+        self._loss_scaler: LossScaler | None = None
 
     def scale_loss(self) -> None:
         """Lets the losses of FP16 be scaled; by the optimizers that can."""
-        self._scaler = LossScaler(self.optimizer.loss_scaler)
+        self._loss_scaler = LossScaler(self.optimizer.loss_scaler)
 
     @property
     def clip_norm(self) -> float:
@@ -45,20 +45,20 @@ class DeepSpeedRuntime(Runtime):
     def step(self) -> Updated:
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
-        if applied and self._scaler is not None:
-            self._scaler.count_good_step()
+        if applied and self._loss_scaler is not None:
+            self._loss_scaler.count_good_step()
         return Updated(applied, torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32))
 
     @property
     def loss_scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self.optimizer.loss_scale)
+        return 1.0 if self._loss_scaler is None else float(self.optimizer.loss_scale)
 
     def loss_scaler_state(self) -> dict[str, float]:
-        return {} if self._scaler is None else self._scaler.state()
+        return {} if self._loss_scaler is None else self._loss_scaler.state()
 
     def load_loss_scaler_state(self, state: dict[str, float]) -> None:
-        if self._scaler is not None:
-            self._scaler.load_state(state)
+        if self._loss_scaler is not None:
+            self._loss_scaler.load_state(state)
 
     def whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         utils = import_deepspeed().utils

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.engine.zero.import_once import import_deepspeed
-from megatrain.parallel.marks import is_spread
+from megatrain.parallel.marks import is_spread, mark
 from megatrain.parallel.mesh import Mesh
 
 
@@ -19,8 +19,7 @@ def mark_experts(model: nn.Module, mesh: Mesh) -> None:
     experts = [parameter for parameter in model.parameters() if is_spread(parameter)]
     name = f"ep_size_{mesh.topology.ep}"
     for parameter in experts:
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = name  # type: ignore[attr-defined]
+        mark(parameter, expert_group=name)
     if experts:
         model.add_module("expert_groups", _expert_groups(name, mesh))
 
@@ -30,7 +29,7 @@ def mark_dense_copies(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
     if mesh.coordinate("ep") > 0:
         for parameter in parameters:
             if not is_spread(parameter):
-                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
+                mark(parameter, counted_elsewhere=True)
 
 
 def _expert_groups(name: str, mesh: Mesh) -> nn.Module:

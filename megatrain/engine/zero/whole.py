@@ -10,6 +10,7 @@ from megatrain.config.schema import RunConfig
 from megatrain.engine.zero.fragments import Fragment, WholeFragment
 from megatrain.engine.zero.norm import sum_of_squares
 from megatrain.engine.zero.runtime import Moments, Runtime, Updated
+from megatrain.parallel.marks import marks_of
 from megatrain.parallel.mesh import Mesh
 from megatrain.spec.kinds import WEIGHT
 
@@ -81,9 +82,8 @@ class WholeRuntime(Runtime):
 
     def _counts(self, weight: nn.Parameter) -> bool:
         """Whether this rank's gradient of ``weight`` counts in the norm: of copies, one does."""
-        if getattr(weight, "ds_pipe_replicated", False):
-            return False
-        return getattr(weight, "tensor_model_parallel", False) or self._mesh.coordinate("tp") == 0
+        marks = marks_of(weight)
+        return not marks.counted_elsewhere and (marks.tensor_dim is not None or self._mesh.coordinate("tp") == 0)
 
     def _most_groups(self) -> int:
         """Of any rank of the model: a pipeline's stage may lack some. Collective where there are stages."""

@@ -89,7 +89,7 @@ MUTANTS = [
         "wrong group",
         "resume-mixture",
     ),
-    _m("checkpoint/placement", 'not getattr(parameter, "tied_copy", False)', "True", "saved twice", *_RESUME),
+    _m("checkpoint/placement", "not marks.marks_of(parameter).tied_copy", "True", "saved twice", *_RESUME),
     _m("checkpoint/snapshot", "first = start - fragments[chunk.name].start", "first = start", "wrong part", *_RESUME),
     _m(
         "checkpoint/snapshot",

@@ -128,8 +128,8 @@ MUTANTS = [
     _m("engine/engine", "parallel.pp > 1 and not v_shaped", "parallel.pp > 1", "counted twice", "schedules"),
     _m(
         "engine/engine",
-        "parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]\n                    parameter.tied",
-        "parameter.tied",
+        "mark(parameter, counted_elsewhere=True, tied_copy=True)",
+        "mark(parameter, tied_copy=True)",
         "counted twice",
         "pp",
     ),
@@ -252,7 +252,7 @@ MUTANTS = [
         "pp",
         "ep",
     ),
-    _m("engine/zero/whole", 'or self._mesh.coordinate("tp") == 0', "or True", "counted twice", "tp"),
+    _m("engine/zero/whole", 'or self._mesh.coordinate("tp") == 0)', "or True)", "counted twice", "tp"),
     _m(
         "engine/zero/whole",
         "weight.grad = torch.zeros_like(weight)",
@@ -284,16 +284,16 @@ MUTANTS = [
         "summed twice",
         "dp",
     ),
-    _m("engine/zero/experts", "parameter.allreduce = False  # type: ignore[attr-defined]", "pass", "wrong group", "ep"),
+    _m("engine/zero/experts", "mark(parameter, expert_group=name)", "pass", "wrong group", "ep"),
     _m(
         "engine/zero/experts",
-        "                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]",
-        "                pass",
+        "mark(parameter, counted_elsewhere=True)",
+        "pass",
         "counted ep times",
         "ep",
     ),
     _m("engine/zero/experts", "self.num_experts = mesh.topology.ep", "self.num_experts = 1", "wrong size", "ep"),
-    _m("parallel/marks", 'return "ep" in split_dims(parameter)', "return False", "wrong group", "ep"),
+    _m("parallel/marks", "return marks_of(parameter).spread", "return False", "wrong group", "ep"),
     # the state
     _m(
         "engine/zero/fragments",
@@ -381,8 +381,8 @@ MUTANTS = [
     ),
     _m(
         "engine/zero/base_optimizer",
-        "table, mesh.tp_group, shards)",
-        "table, None, shards)",
+        "table, mesh.tp_group, shards, _place_of)",
+        "table, None, shards, _place_of)",
         "wrong group",
         "muon",
         "adafactor",

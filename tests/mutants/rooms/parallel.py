@@ -64,12 +64,12 @@ MUTANTS = [
     ),
     _m(
         "tensor",
-        "tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)",
-        "tensor_parallel.set_tensor_model_parallel_attributes(parameter, dim == 1, dim, 1)",
+        "mark(parameter, tensor_dim=dim)",
+        "mark(parameter, tensor_dim=dim or None)",
         "counted once for tp",
         "tp",
     ),
-    _m("tensor", "return _mark(linear, weight=1)", "return _mark(linear, weight=0)", "wrong dim", "tp"),
+    _m("tensor", "return _split(linear, weight=1)", "return _split(linear, weight=0)", "wrong dim", "tp"),
     _m(
         "tensor",
         "        table.reduce_scatter_embeddings = True  # type: ignore[assignment]  # sums and splits at once\n"
@@ -134,16 +134,16 @@ MUTANTS = [
     ),
     _m(
         "layers",
-        "parameter.tensor_model_parallel, parameter.partition_dim = True, split",
-        "parameter.tensor_model_parallel, parameter.partition_dim = True, 0",
+        "tensor_dim=split if tensor.size > 1 else None",
+        "tensor_dim=0 if tensor.size > 1 else None",
         "wrong dim",
         "ep-all",
     ),
     _m("marks", "offset[dim] = local_shape[dim] * splits[axis].rank", "offset[dim] = 0", "wrong place", "tp", "resume"),
     _m(
         "layers",
-        "parameter.expert_parallel = expert.size > 1",
-        "parameter.expert_parallel = expert.size > 2",
+        "spread=expert.size > 1",
+        "spread=expert.size > 2",
         "off by one",
         "ep",
     ),

@@ -146,8 +146,8 @@ MUTANTS = [
     _m(
         "experts' gradients divided by the size of the expert axis",
         "engine/zero/experts",
-        "        parameter.group_name = name  # type: ignore[attr-defined]\n",
-        "        parameter.group_name = name  # type: ignore[attr-defined]\n"
+        "        mark(parameter, expert_group=name)\n",
+        "        mark(parameter, expert_group=name)\n"
         "        parameter.register_hook(lambda gradient: gradient / mesh.topology.ep)\n",
         "ep",
     ),
