@@ -1,13 +1,13 @@
 """What torch, DeepSpeed and megatron-core send by themselves: the same model, batch and ranks, their own defaults."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.peer_models import megatron_model, megatron_on_cpu
 from benchmarks.traffic import Traffic
 from megatrain.config.schema import ResolvedRun
 from megatrain.models.build import build_model
@@ -80,42 +80,11 @@ def megatron_core(sequence_parallel: bool) -> Peer:
     """megatron-core's GPTModel over all ranks; under sequence parallelism without the sum of its norms' gradients."""
 
     def count(config: ResolvedRun, tokens_mBS: Tensor) -> Traffic:
-        with _megatron_on_cpu():
+        with megatron_on_cpu():
             from megatron.core import parallel_state
-            from megatron.core.models.gpt import GPTModel
-            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-            from megatron.core.transformer import TransformerConfig
 
-            size, shape, positions = dist.get_world_size(), config.model, tokens_mBS.shape[-1] - 1
-            parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
-            options = TransformerConfig(
-                num_layers=shape.num_layers,
-                hidden_size=shape.hidden_size,
-                num_attention_heads=shape.attention.num_heads,
-                num_query_groups=shape.attention.num_kv_heads,
-                ffn_hidden_size=shape.feed_forward.hidden_size,
-                tensor_model_parallel_size=size,
-                sequence_parallel=sequence_parallel,
-                use_cpu_initialization=True,
-                gated_linear_unit=True,
-                activation_func=nn.functional.silu,
-                add_bias_linear=False,
-                normalization="RMSNorm",
-                hidden_dropout=0.0,
-                attention_dropout=0.0,
-                masked_softmax_fusion=False,
-                bias_dropout_fusion=False,
-                gradient_accumulation_fusion=False,
-            )
-            model = GPTModel(
-                options,
-                get_gpt_layer_local_spec(normalization="RMSNorm"),
-                vocab_size=shape.vocab_size,
-                max_sequence_length=positions,
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
-            )
+            positions = tokens_mBS.shape[-1] - 1
+            model = megatron_model(config, dist.get_world_size(), sequence_parallel, positions)
             hidden = torch.ones(1, 1, positions, positions, dtype=torch.bool).triu(1)
 
             def step() -> None:
@@ -128,23 +97,6 @@ def megatron_core(sequence_parallel: bool) -> Peer:
             return traffic
 
     return count
-
-
-@contextlib.contextmanager
-def _megatron_on_cpu() -> Iterator[None]:
-    """Its random states and, under sequence parallelism, its norm want CUDA; neither sends anything."""
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    def norm(_: type, config: object, hidden_size: int, eps: float = 1e-5, **__: object) -> nn.Module:
-        return nn.RMSNorm(hidden_size, eps)
-
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
-        mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
-        mock.patch.object(WrappedTorchNorm, "__new__", norm),
-    ):
-        yield
 
 
 PEERS: dict[str, tuple[str, Peer]] = {

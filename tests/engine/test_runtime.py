@@ -64,7 +64,7 @@ def by_deepspeed(family: str, layout: Layout, sections: dict[str, Any]) -> Any:
         ("gpt", Layout(dp=2), {"optimizer": {"name": "lion", "lr": 1e-3, "grad_clip": 0.5}}),
         ("llama", Layout(tp=2), {"optimizer": {"name": "muon", "lr": 1e-2, "grad_clip": 0.5}}),
         ("gpt", Layout(pp=2), {}),
-        ("llama", Layout(dp=2, ep=2), {"model": {"num_experts": 4, "experts_per_token": 2}}),
+        ("llama", Layout(dp=2, ep=2), {"model": {"experts.num_experts": 4, "experts.per_token": 2}}),
     ],
 )
 def test_whole_weights_come_to_the_bits_of_deepspeed(

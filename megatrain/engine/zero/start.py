@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatrain.config.deepspeed import deepspeed_config
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.errors import UnknownOptimizerError
 from megatrain.engine.zero.base_optimizer import build_base_optimizer
 from megatrain.engine.zero.compiled_operators import announce_compilations, free_locked_operators
@@ -31,7 +31,7 @@ ADAPTERS: dict[str, type[DeepSpeedRuntime]] = {
 """By DeepSpeed's class of optimizer; their imports take seconds, so they are named."""
 
 
-def start_runtime(model: nn.Module, parameters: Named, config: RunConfig, mesh: Mesh) -> Runtime:
+def start_runtime(model: nn.Module, parameters: Named, config: ResolvedRun, mesh: Mesh) -> Runtime:
     """Sets up the optimizer of ``config`` for this rank's ``parameters``. Collective over all ranks.
 
     Raises:

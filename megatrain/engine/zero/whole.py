@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import ResolvedRun
 from megatrain.engine.zero.fragments import Fragment, WholeFragment
 from megatrain.engine.zero.norm import sum_of_squares
 from megatrain.engine.zero.runtime import Moments, Runtime, Updated
@@ -15,11 +15,10 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.spec.kinds import WEIGHT
 
 
-def holds_whole_weights(config: RunConfig) -> bool:
+def holds_whole_weights(config: ResolvedRun) -> bool:
     """Whether nothing of a run is sharded, offloaded, rounded or asked of DeepSpeed, so that nobody need drive torch's
     optimizer."""
     parallel, offload = config.parallel, config.offload
-    assert parallel.dp is not None, "resolve the config first"
     sharded = parallel.zero_stage > 1 or (parallel.zero_stage == 1 and parallel.cp * parallel.dp > 1)
     here = offload.optimizer == "none" and offload.parameters == "none" and config.optimizer.name != "cpu_adamw"
     return config.precision.dtype == "fp32" and not sharded and here and not config.deepspeed
@@ -33,6 +32,7 @@ class WholeRuntime(Runtime):
     ):
         super().__init__(optimizer, moments)
         self._model, self._mesh, self._clip_norm = model, mesh, clip_norm
+        self._first_of_tensor = mesh.coordinate("tp") == 0
         self._num_norms = self._most_groups()
 
     @property
@@ -83,7 +83,7 @@ class WholeRuntime(Runtime):
     def _counts(self, weight: nn.Parameter) -> bool:
         """Whether this rank's gradient of ``weight`` counts in the norm: of copies, one does."""
         marks = marks_of(weight)
-        return not marks.counted_elsewhere and (marks.tensor_dim is not None or self._mesh.coordinate("tp") == 0)
+        return not marks.counted_elsewhere and (marks.tensor_dim is not None or self._first_of_tensor)
 
     def _most_groups(self) -> int:
         """Of any rank of the model: a pipeline's stage may lack some. Collective where there are stages."""

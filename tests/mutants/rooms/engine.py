@@ -252,7 +252,7 @@ MUTANTS = [
         "pp",
         "ep",
     ),
-    _m("engine/zero/whole", 'or self._mesh.coordinate("tp") == 0)', "or True)", "counted twice", "tp"),
+    _m("engine/zero/whole", "or self._first_of_tensor)", "or True)", "counted twice", "tp"),
     _m(
         "engine/zero/whole",
         "weight.grad = torch.zeros_like(weight)",
