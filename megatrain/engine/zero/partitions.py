@@ -1,5 +1,6 @@
 """DeepSpeed's optimizers that keep FP32 weights and moments in flat partitions: for ZeRO 1 and 2, and for BF16."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from megatrain.engine.zero.deepspeed_runtime import DeepSpeedRuntime
 from megatrain.engine.zero.fragments import Fragment, PartitionFragment
+from megatrain.engine.zero.norm import sum_of_squares
 from megatrain.engine.zero.runtime import Moments
+from megatrain.parallel.marks import marks_of
 from megatrain.parallel.mesh import Mesh
 
 
@@ -38,6 +41,9 @@ class Stage1And2Runtime(PartitionRuntime):
         super().__init__(deepspeed, mesh, moments)
         if self.optimizer.use_grad_accum_attribute:
             self._add_without_copies()
+        self._clip = self.optimizer.unscale_and_clip_grads
+        self.optimizer.unscale_and_clip_grads = self._clip_what_is_too_large
+        self.optimizer.get_grad_norm_direct = self._norm_without_copies
         if mesh.topology.pp > 1:
             self._align_norms()
 
@@ -65,6 +71,29 @@ class Stage1And2Runtime(PartitionRuntime):
                 parameter.grad = None
 
         self.optimizer._fill_param_grad_accum_attribute = fill
+
+    def _norm_without_copies(self, gradients: Iterable[Tensor], params: Iterable[Any], norm_type: int = 2) -> Tensor:
+        """In the place of DeepSpeed's norm of a parameter group, which makes an FP64 copy of each gradient. Collective.
+
+        Returns: -1 where it is not finite, as DeepSpeed wants it.
+        """
+        first, own = self.mesh.coordinate("tp") == 0, []
+        weights = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        for gradient, parameter in zip(weights, params, strict=False):  # padding may follow
+            marks = marks_of(parameter)
+            if not marks.counted_elsewhere and (marks.tensor_dim is not None or first):
+                own.append(gradient.detach())
+        square = sum_of_squares(own).to(self.mesh.device)
+        for group in (self.optimizer.dp_process_group, self.optimizer.model_parallel_group):
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(square, group=group)
+        return torch.where(square.isfinite(), square.sqrt(), -1.0)
+
+    def _clip_what_is_too_large(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """DeepSpeed's, but where it would multiply by 1."""
+        scale, most = self.optimizer.loss_scale, self.optimizer.clip_grad
+        if scale != 1.0 or (most > 0 and (norm + 1e-6) / most > 1.0):
+            self._clip(gradients, norm)
 
     def _align_norms(self) -> None:
         """Lets stages with different parameter groups agree on the gradient norm. Collective over the model's ranks.
