@@ -5,6 +5,7 @@ Shapes: S sequence, B micro-batch, H heads, K head width, D width.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -66,6 +67,29 @@ def transformers(config: ResolvedRun) -> Step:
     return _loop(config, model, _mean_loss(lambda tokens: model(tokens).logits))
 
 
+def torchtitan(config: ResolvedRun) -> Step:
+    """torchtitan's Llama 3 (0.2) with torch's fused attention; without its experts, which ask for Triton, and texts."""
+    rest = ("torchtitan.models.moe.kernels", "torchtitan.hf_datasets.text_datasets")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in rest}):
+        from torchtitan.models.llama3.model.args import TransformerModelArgs
+        from torchtitan.models.llama3.model.model import Transformer
+
+    shape = config.model
+    options = TransformerModelArgs(
+        dim=shape.hidden_size,
+        n_layers=shape.num_layers,
+        n_heads=shape.attention.num_heads,
+        n_kv_heads=shape.attention.num_kv_heads,
+        vocab_size=shape.vocab_size,
+        multiple_of=shape.feed_forward.hidden_size,
+        max_seq_len=config.data.seq_len,
+    )
+    model: Any = Transformer(options)
+    with torch.no_grad():
+        model.init_weights()
+    return _loop(config, model, _mean_loss(model))
+
+
 def megatron(fused: bool) -> Callable[[ResolvedRun], Step]:
     """megatron-core's CPU spec, as it ships or with torch's fused attention put in; over all ranks of the world."""
 
@@ -93,10 +117,10 @@ PEERS: dict[str, Callable[[ResolvedRun], Step]] = {
     "bare loop": bare_loop,
     "torch DDP": torch_ddp,
     "transformers": transformers,
+    "torchtitan": torchtitan,
     "megatron-core": megatron(fused=False),
     "megatron-core, fused attention": megatron(fused=True),
 }
-PACKAGES = {"transformers": "transformers", "megatron-core": "megatron-core", "engine": "deepspeed"}
 
 
 def _mean_loss(logits_of: Callable[[Tensor], Tensor]) -> Losses:

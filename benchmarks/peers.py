@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import IO, Any, NamedTuple
 
 from benchmarks.paired import describe_machine, median_ratio
@@ -28,6 +29,7 @@ _EMPTY = [
     "--model.num_layers=1", "--model.hidden_size=32", "--model.attention.num_heads=2", "--model.vocab_size=64",
     "--data.seq_len=16",
 ]  # fmt: skip
+_ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 _LLAMA, _GPT = ["--model.family=llama"], ["--model.family=gpt"]
 
 
@@ -69,13 +71,13 @@ class Candidate:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        self.ranks = []
+        self.name, self.ranks = name, []
         for rank in range(case.ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
             place["LOCAL_WORLD_SIZE"] = str(case.ranks)
             command = [sys.executable, "-m", "benchmarks.peers", "--serve", name, *case.overrides]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place}, **pipes))
+            self.ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place, **_ON_CPU}, **pipes))
         self.losses: list[float] = []
         self._ask("")  # until all are ready
 
@@ -89,7 +91,10 @@ class Candidate:
             assert rank.stdin is not None
             rank.stdin.write(what)
             rank.stdin.flush()
-        return [json.loads(rank.stdout.readline()) for rank in self.ranks if rank.stdout is not None]
+        answers = [rank.stdout.readline() for rank in self.ranks if rank.stdout is not None]
+        if not all(answers):
+            raise RuntimeError(f"{self.name} ended; what it said stands above")
+        return [json.loads(answer) for answer in answers]
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -148,13 +153,18 @@ def measure(case: Case, peers: list[str], pairs: int) -> None:
         print(f"{line}; loss {candidate.losses[0]:.4f} -> {candidate.losses[-1]:.4f}", flush=True)
 
 
+def _lacking(peer: str) -> bool:
+    """Whether ``peer`` is a package that is not installed."""
+    return peer in ("transformers", "torchtitan") and find_spec(peer) is None
+
+
 def _versions() -> str:
     found = []
     for package in ("transformers", "megatron-core", "torchtitan"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            found.append(f"{package} is not installed, so not measured")
+            found.append(f"{package} " + ("not installed, so not measured" if _lacking(package) else "of a folder"))
     return ", ".join(found)
 
 
@@ -169,7 +179,7 @@ def main() -> None:
         case = CASES[name]
         peers = [peer for peer in case.peers if any(peer.startswith(begin) for begin in options.peers)]
         print(f"{name} ({case.ranks} process{'es' if case.ranks > 1 else ''})", flush=True)
-        measure(case, [peer for peer in peers if peer != "torchtitan"], options.pairs)
+        measure(case, [peer for peer in peers if not _lacking(peer)], options.pairs)
 
 
 if __name__ == "__main__":

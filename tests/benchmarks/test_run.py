@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"__init__", "paired", "traffic", "wire_peers"}
+SHARED = {"__init__", "paired", "peer_models", "traffic", "wire_peers"}
 SMALL = {
     "checkpoint": ["--repeats", "1", "--hidden-size", "64"],
     "conversion": ["--layers", "2", "--width", "64", "--vocabulary", "128", "--proof-tokens", "32"],
@@ -19,7 +19,7 @@ SMALL = {
     "memory": [],
     "mixture": ["--repeats", "1", "--micro-batches", "1", "--small", "--eager"],
     "recompute": ["--repeats", "1", "--modes", "none", "full", "budget 0.5", "--small"],
-    "step": ["--repeats", "1"],
+    "peers": ["--pairs", "1", "--cases", "almost empty", "tensor 2", "ZeRO 1 over two ranks"],
     "wire": ["--axes", "ZeRO 1", "tensor + sequence", "--peers", "--worlds", "16", "10240"],
     "throughput": ["--batch", "1", "--steps", "1", "--dtypes", "bf16", "fp32", "--eager"],
 }

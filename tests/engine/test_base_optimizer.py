@@ -25,7 +25,10 @@ def test_adamw_on_the_host_gets_every_option(monkeypatch: pytest.MonkeyPatch) ->
     config = run_config("gpt", ONE_PROCESS).model_copy(
         update={"optimizer": run_config("gpt", ONE_PROCESS).optimizer.model_copy(update=options)}
     )
-    parameters = [("a.weight", nn.Parameter(torch.ones(2, 2))), ("a.bias", nn.Parameter(torch.ones(2)))]
+    parameters = [
+        ("layers.0.feed_forward.up.weight", nn.Parameter(torch.ones(2, 2))),
+        ("final_norm.bias", nn.Parameter(torch.ones(2))),
+    ]
     mesh: Any = None  # of one process: nothing is read of it
     build_base_optimizer(parameters, config, mesh)
     groups = given.pop("groups")
