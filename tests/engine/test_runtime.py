@@ -51,7 +51,7 @@ def test_an_unknown_optimizer_is_refused_by_name() -> None:
 
 
 def by_deepspeed(family: str, layout: Layout, sections: dict[str, Any]) -> Any:
-    with mock.patch("megatrain.engine.zero.start.holds_whole_weights", lambda config: False):
+    with mock.patch("megatrain.engine.zero.start.needs_no_deepspeed", lambda config: False):
         return train(family, layout, **sections)
 
 
@@ -64,6 +64,9 @@ def by_deepspeed(family: str, layout: Layout, sections: dict[str, Any]) -> Any:
         ("gpt", Layout(dp=2), {"optimizer": {"name": "lion", "lr": 1e-3, "grad_clip": 0.5}}),
         ("llama", Layout(tp=2), {"optimizer": {"name": "muon", "lr": 1e-2, "grad_clip": 0.5}}),
         ("gpt", Layout(pp=2), {}),
+        ("gpt", Layout(dp=2, zero_stage=1), {}),
+        ("llama", Layout(cp=2, zero_stage=1), {"optimizer": {"name": "muon", "lr": 1e-2, "grad_clip": 0.5}}),
+        ("llama", Layout(dp=2, ep=2, zero_stage=1), {"model": {"experts.num_experts": 4, "experts.per_token": 2}}),
         ("llama", Layout(dp=2, ep=2), {"model": {"experts.num_experts": 4, "experts.per_token": 2}}),
     ],
 )

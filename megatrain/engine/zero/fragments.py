@@ -46,14 +46,17 @@ class Fragment(ABC):
 
 
 @dataclass(frozen=True)
-class WholeFragment(Fragment):
-    """A parameter that this rank holds whole, its own master weight; ``moments``: the optimizer's state of it."""
+class OwnFragment(Fragment):
+    """Elements from number ``at`` on of a tensor that torch's optimizer updates: the ``held`` weights, or a shard of
+    many; ``moments``: the optimizer's state of it."""
 
+    held: Tensor
     moments: dict[str, Tensor]
+    at: int = 0
 
     def _state(self, kind: str) -> Tensor | None:
-        state = self.parameter if kind == WEIGHT else self.moments.get(kind)
-        return None if state is None else state.view(-1)
+        state = self.held if kind == WEIGHT else self.moments.get(kind)
+        return None if state is None else state.view(-1)[self.at : self.at + self.size]
 
 
 @dataclass(frozen=True)

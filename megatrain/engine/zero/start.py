@@ -19,8 +19,9 @@ from megatrain.engine.zero.import_once import import_deepspeed
 from megatrain.engine.zero.mpu import MeshForDeepSpeed
 from megatrain.engine.zero.partitions import BF16Runtime, Stage1And2Runtime
 from megatrain.engine.zero.runtime import Moments, Named, Runtime
+from megatrain.engine.zero.sharded import ShardedRuntime
 from megatrain.engine.zero.stage3 import Stage3Runtime
-from megatrain.engine.zero.whole import WholeRuntime, holds_whole_weights
+from megatrain.engine.zero.whole import WholeRuntime, needs_no_deepspeed
 from megatrain.parallel.mesh import Mesh
 
 ADAPTERS: dict[str, type[DeepSpeedRuntime]] = {
@@ -43,9 +44,10 @@ def start_runtime(model: nn.Module, parameters: Named, config: ResolvedRun, mesh
         mark_experts(model, mesh)
     else:
         mark_dense_copies((p for _, p in parameters), mesh)
-    if holds_whole_weights(config):
+    if needs_no_deepspeed(config):
         base = build_base_optimizer(parameters, config, mesh)
-        return WholeRuntime(model, base, moments_of(base), config.optimizer.grad_clip, mesh)
+        kind = ShardedRuntime if sharded and mesh.topology.data_size > 1 else WholeRuntime
+        return kind(model, base, moments_of(base), config.optimizer.grad_clip, mesh)
     free_locked_operators(config)
     if mesh.rank == 0:
         announce_compilations(config)

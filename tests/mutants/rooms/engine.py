@@ -246,8 +246,8 @@ MUTANTS = [
     _m("engine/zero/whole", "1.0 / excess)", "excess)", "inverted", "reference"),
     _m(
         "engine/zero/whole",
-        "group=self._mesh.expert_model_group)\n        norm",
-        "group=self._mesh.tp_group)\n        norm",
+        "self._norm_groups = [mesh.expert_model_group]",
+        "self._norm_groups = [mesh.tp_group]",
         "wrong group",
         "pp",
         "ep",
@@ -261,6 +261,19 @@ MUTANTS = [
         "reference",
     ),
     _m("engine/zero/norm", "torch.stack(norms).square().sum()", "torch.stack(norms).sum()", "missing square"),
+    # shards
+    _m("engine/zero/sharded", "float(self._mesh.topology.data_size)", "1.0", "double sum", "dp"),
+    _m("engine/zero/sharded", "mesh.edp_group if experts else mesh.data_group", "mesh.data_group", "wrong group", "ep"),
+    _m("engine/zero/sharded", "[mesh.data_group, mesh.model_group]", "[mesh.model_group]", "local norm", "dp"),
+    _m("engine/zero/sharded", "return low - begin, low -", "return 0, low -", "wrong part", *_RESUME),
+    _m(
+        "engine/zero/sharded",
+        "dist.all_gather_into_tensor(flat.buffer, flat.shard.detach(), group=flat.ranks)",
+        "pass",
+        "stale state",
+        "dp",
+        *_RESUME,
+    ),
     # who counts and sums what
     _m(
         "engine/zero/mpu",
