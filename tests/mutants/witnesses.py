@@ -81,6 +81,7 @@ WITNESSES: dict[str, list[str]] = {
     "pp-fp16": [f"{_PRECISION}layout_is_near_one_process[tp1-pp2-dp2-zero1-fp16]"],
     "16-bit-all": [f"{_PRECISION}layout_is_near_one_process"],
     "cpu-bf16": ["tests/engine/test_cpu_bf16.py"],
+    "runtime": ["tests/engine/test_runtime.py"],
     "skips": ["tests/engine/test_skipped.py"],
     "cpu-adamw": ["tests/engine/test_base_optimizer.py"],
     "router-precision": ["tests/models/test_router_precision.py"],

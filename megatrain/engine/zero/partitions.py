@@ -125,7 +125,7 @@ class BF16Runtime(PartitionRuntime):
 
     def __init__(self, deepspeed: Any, mesh: Mesh, moments: Moments):
         super().__init__(deepspeed, mesh, moments)
-        self.optimizer._update_hp_grad = self._add_to_sum
+        self._add_without_copies()
 
     def collect_gradients(self) -> None:
         for i, group in enumerate(self.optimizer.bf16_groups):
@@ -134,6 +134,9 @@ class BF16Runtime(PartitionRuntime):
 
     def accumulated_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return getattr(parameter, "_hp_grad", None)  # there is none before the first gradient
+
+    def _add_without_copies(self) -> None:
+        self.optimizer._update_hp_grad = self._add_to_sum
 
     @torch.no_grad()
     def _add_to_sum(self, parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:

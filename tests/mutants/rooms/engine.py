@@ -258,7 +258,7 @@ MUTANTS = [
         "weight.grad = torch.zeros_like(weight)",
         "return torch.zeros_like(weight)",
         "no decay",
-        "reference",
+        "runtime",
     ),
     _m("engine/zero/norm", "torch.stack(norms).square().sum()", "torch.stack(norms).sum()", "missing square"),
     # shards
