@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megatrain.parallel.pipeline import Pipeline
 
 
-
 class RankBatch(Protocol):
     """What the engine reads of a batch: this rank's [N, S] tokens and labels, [N] global sample numbers.
 
