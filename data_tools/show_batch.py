@@ -20,6 +20,7 @@ from megatrain.config.reading.problems import ConfigError
 from megatrain.console import run_tool
 from megatrain.data.errors import DataError
 from megatrain.data.feed.loader import SAMPLE_BITS
+from megatrain.data.feed.rows import IGNORE
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.shards.reader import TokenDataset
 from megatrain.spec.derive import num_tokens
@@ -101,6 +102,8 @@ def batch_lines(data: TrainingData, step: int, rank: int) -> Iterator[str]:
             f"(epoch {epoch:.3f}), documents {documents}"
         )
         yield _decoded(data.datasets[name], batch.tokens[row].tolist())
+        if data.config.data.objective != "causal":  # the next tokens stand there to be read
+            yield _labels(data.datasets[name], batch.labels[row].tolist())
 
 
 def document_lines(data: TrainingData, name: str, number: int) -> Iterator[str]:
@@ -164,6 +167,13 @@ def _decoded(dataset: TokenDataset, ids: list[int]) -> str:
     if dataset.tokenizer_path is None:
         return str(ids)
     return str(Tokenizer.from_file(str(dataset.tokenizer_path)).decode(ids, skip_special_tokens=False))
+
+
+def _labels(dataset: TokenDataset, labels: list[int]) -> str:
+    """The places that have a label, and what it is."""
+    told = {place: label for place, label in enumerate(labels) if label != IGNORE}
+    listed = ", ".join(f"{place}: {_decoded(dataset, [label])!r}" for place, label in told.items())
+    return f"labels at {len(told)} of {len(labels)} places: {listed}"
 
 
 def _excerpt(data: TrainingData, name: str, number: int) -> str:

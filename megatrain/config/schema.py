@@ -163,6 +163,18 @@ class DataConfig(Section):
         "documents, and positions restart. pack_documents: whole documents, best fit (Ding et al. 2024), masked like "
         "that. one_document: one in each sequence, and padding. Documents longer than a sequence are cut.",
     )
+    objective: Literal["causal", "masked"] = Field(
+        "causal",
+        description="causal: each token's label is the next one. masked: some tokens are hidden or replaced, and are "
+        "labels where they stood (BERT, Devlin et al. 2019); for blocks that see both ways.",
+    )
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.15, description="masked: how likely a token is chosen as a label."
+    )
+    mask_token: Natural | None = Field(
+        None,
+        description="masked: id of the token that hides others; default: that of [MASK] or <mask> in the tokenizer.",
+    )
     eod_loss: bool | None = Field(
         None,
         description="Whether the first token of a document has a loss as the label of the end of the one before; "

@@ -52,6 +52,24 @@ def test_it_shows_what_the_rank_read(run, capsys):
             assert data.names[source] in shown
 
 
+def test_it_shows_the_labels_of_hidden_tokens(tmp_path, capsys):
+    text = "".join(map(chr, range(97, 123)))
+    ids = Tokenizer.from_str(byte_tokenizer().decode()).encode(text).ids
+    path = str(write_documents(tmp_path / "data", [np.array([*ids, 0])] * 9, 257))
+    options = {"objective": "masked", "mask_token": 0, "mask_probability": 0.5, "sequences": "one_document"}
+    config = resolve(run_config(path, {"global_batch_size": 1}, seq_len=32, **options), 1)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "data.json").write_text(
+        json.dumps(training_data(path, {"global_batch_size": 1}, seq_len=32, **options).state(0))
+    )
+    assert main(["--run", str(tmp_path), "--step", "1"]) == 0
+    *_, shown, labels = capsys.readouterr().out.splitlines()
+    told = re.findall(r"(\d+): '(.)'", labels)
+    assert labels.startswith(f"labels at {len(told)} of 32 places: ") and len(told) > 3
+    assert all(text[int(place)] == letter for place, letter in told)
+    assert shown.count("<|endoftext|>") > 32 - len(text) - 1, "the end, padding, and what is hidden"
+
+
 def test_it_tells_who_read_a_document(run, capsys):
     """Every step that it names shows the document, and no other step does."""
     folder, data, _ = run

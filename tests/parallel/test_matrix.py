@@ -18,6 +18,7 @@ import torch
 
 from megatrain.config.rules.check import check
 from megatrain.config.rules.compatibility import SETTINGS
+from megatrain.data.feed.objectives import Masked
 from megatrain.spec.keys import flat
 from tests.covering import (
     GPU_ONLY,
@@ -36,6 +37,7 @@ from tests.covering import (
 )
 from tests.layouts import (
     SEQ_LEN,
+    VOCAB_SIZE,
     Layout,
     Trained,
     build_engine,
@@ -58,8 +60,8 @@ NUMBERS = (
         "num_shared_experts",
         "num_dense_layers",
     ),
-    *("blocks", "expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "eod_loss"),
-    *("ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
+    *("blocks", "expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "objective"),
+    *("eod_loss", "ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
 )
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a
 # gradient near zero into a whole step. Lion's are signs, whatever the momentum: small ones.
@@ -124,7 +126,7 @@ def batch_of(case: Case, step: int, rank: int, num_ranks: int, documents: bool =
             cut = {name: getattr(batch, name) for name in ("tokens", "labels", "positions")}
             vars(batch).update({name: None if x is None else x[:, : stage["seq_len"]] for name, x in cut.items()})
             batch.lengths = None if batch.lengths is None else batch.lengths.clamp(max=stage["seq_len"])
-    return batch
+    return Masked("matrix", 0.4, VOCAB_SIZE - 1, VOCAB_SIZE)(batch) if case["objective"] == "masked" else batch
 
 
 @dataclass

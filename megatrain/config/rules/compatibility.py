@@ -125,6 +125,7 @@ SETTINGS = _settings(
     router_balance_rate=("model.router.balance_rate", _NONE),
     sequences="data.sequences",
     eod_loss=("data.eod_loss", ("null", "false", "true")),
+    objective="data.objective",
     ramp=("train.ramp", ("one_length", "shorter_first")),
     tp=("parallel.tp", _ONE),
     sequence_parallel="parallel.sequence_parallel",
@@ -186,6 +187,10 @@ REFUSALS = (
     _refuse(
         "eod_loss", "false true", "sequences", WHOLE_DOCUMENTS,
         "it has no effect, as the end of a whole document never has a loss",
+    ),
+    _refuse(
+        "eod_loss", "false true", "objective", "masked",
+        "it has no effect, as a token's label is the token itself and the end of a document is never one",
     ),
     _refuse("ramp", "shorter_first", "sequences", WHOLE_DOCUMENTS, "shorter sequences would cut the documents"),
     _refuse(

@@ -6,6 +6,7 @@ from fractions import Fraction
 from megatrain.config.reading.problems import Problem
 from megatrain.config.rules.rule import rule
 from megatrain.config.schema import RunConfig
+from megatrain.spec.derive import num_tokens
 
 
 @rule("data.train")
@@ -57,6 +58,20 @@ def schedule_names_sources(config: RunConfig, world_size: int | None) -> Iterato
         if weights and not any(weights.values()):
             cure = "give a source a weight above 0"
             yield Problem(f"{key}.weights", change.weights, "makes all weights 0", "at least one above 0", cure)
+
+
+@rule("data.mask_token", "model.vocab_size", "model.vocab_padding")
+def mask_token_is_a_token(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What hides other tokens has a row of the embedding."""
+    token, count = config.data.mask_token, num_tokens(config.model)
+    if token is not None and token >= count > 0:
+        yield Problem(
+            "data.mask_token",
+            token,
+            f"is no token of the model, which has {count} (model.vocab_size - model.vocab_padding)",
+            f"0 to {count - 1}",
+            f"set model.vocab_size to {token + 1 + config.model.vocab_padding} or more, or choose another token",
+        )
 
 
 @rule("train.ramp", "train.global_batch_size", "data.seq_len")

@@ -71,6 +71,7 @@ COUNTS_WITH = tuple(
         (_DISK, ("offload.nvme_path",)),
         (_one_of("schedule.name", "cosine", "linear", "wsd"), ("schedule.decay_steps",)),
         (_one_of("schedule.name", "cosine", "linear", "inverse_sqrt", "wsd"), ("schedule.min_lr_ratio",)),
+        (_one_of("data.objective", "masked"), ("data.mask_probability", "data.mask_token")),
         (_one_of("data.weigh_by", "tokens"), ("data.temperature",)),
         (_one_of("train.activation_checkpointing", "every_nth"), ("train.checkpoint_every_nth",)),
         (_one_of("train.activation_checkpointing", "budget"), ("train.activation_budget",)),

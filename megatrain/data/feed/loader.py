@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatrain.data.errors import DataError
+from megatrain.data.feed.objectives import Objective
 from megatrain.data.feed.prefetch import prefetch
 from megatrain.data.feed.rows import Batch, Rows, Samples
 from megatrain.data.feed.steps import Steps
@@ -56,6 +57,7 @@ class Loader:
         steps: batch size and sequence length of every step.
         dp_rank, dp_size: this rank's place among those that read different sequences.
         documents: whether batches tell documents apart (``Batch.positions``).
+        objective: what is to be learned of the tokens; None: the next ones, as the sources give them.
         pin: page-locked memory, for a GPU to copy from.
     Raises:
         ValueError: a batch can't be split evenly, or there is no such rank.
@@ -70,6 +72,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         documents: bool = False,
+        objective: Objective | None = None,
         pin: bool = False,
     ):
         for shape in steps.shapes:
@@ -77,7 +80,7 @@ class Loader:
                 raise ValueError(f"a batch of {shape.batch_size} for rank {dp_rank} of {dp_size}")
         self.sources, self.steps = tuple(sources), steps
         self._sample_map, self._dp_rank, self._dp_size = sample_map, dp_rank, dp_size
-        self._documents, self._pin = documents, pin
+        self._documents, self._objective, self._pin = documents, objective, pin
         self._reads: _Reads | None = None
 
     def batch(self, done: int) -> Batch:
@@ -102,7 +105,7 @@ class Loader:
                 own = np.flatnonzero(reads.sources[at] == number)
                 self.sources[number].fill(places[own], rows, own)
         tokens, labels, *positions = rows.sequences(first, count)
-        return Batch(
+        batch = Batch(
             tokens,
             labels,
             reads.ids[at],
@@ -110,6 +113,7 @@ class Loader:
             reads.sequence_sources[at],
             rows.lengths(first, count),
         )
+        return batch if self._objective is None else self._objective(batch)
 
     def batches(self, done: int, last_step: int) -> Generator[Batch, None, None]:
         """The batches of the steps after ``done`` ones up to ``last_step``, read ahead in a thread until closed."""

@@ -90,6 +90,16 @@ def keyed_number(key: str, n: int) -> int:
     return int(_keyed_words(f"number {key}", 1)[0]) % n
 
 
+def keyed_stream(key: str, ids: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
+    """``count`` random 64-bit words for each of ``ids`` [n]: [n, count], a function of the key and the id alone.
+
+    SplitMix64 (Steele, Lea & Flood 2014), started for each id at a keyed hash of it.
+    """
+    starts = _hash(ids.astype(np.uint64) ^ _keyed_words(f"stream {key}", 1)[0])
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _hash(starts[:, None] + steps)
+
+
 def _keyed_words(key: str, count: int) -> NDArray[np.uint64]:
     """``count`` (at most 8) random 64-bit words, the same for the same key on every machine."""
     return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * count).digest(), "<u8").astype(np.uint64)

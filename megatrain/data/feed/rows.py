@@ -14,7 +14,8 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or IGNORE; ``sample_ids`` [N], global numbers.
+    """int64: ``tokens`` [N, S]; ``labels`` [N, S], the next tokens or what else is to be predicted there, or IGNORE;
+    ``sample_ids`` [N], global numbers.
 
     ``positions`` [N, S]: places of the tokens in their documents; None where each sequence counts as one.
     ``sources`` [N]: number of the source of each sequence. ``lengths`` [N]: tokens of each before its padding; None

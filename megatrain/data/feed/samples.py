@@ -18,7 +18,7 @@ def sequential_samples(dataset: TokenDataset, data: DataConfig) -> Samples:
     """The data set once, in order; samples after its end are empty."""
     if data.sequences in WHOLE_DOCUMENTS:
         return SequentialDocuments(DocumentRows(dataset, data.seq_len, data.sequences == "pack_documents"))
-    return SequentialWindows(dataset, data.seq_len, eod_has_loss(data))
+    return SequentialWindows(dataset, data.seq_len, eod_has_loss(data), tells_padding=data.objective != "causal")
 
 
 def eod_has_loss(data: DataConfig) -> bool:

@@ -14,13 +14,15 @@ from megatrain.config.schema import DataConfig, ResolvedRun
 from megatrain.data.errors import DataError
 from megatrain.data.feed.blend import Blend, Segment, planned_segments
 from megatrain.data.feed.loader import Loader
+from megatrain.data.feed.objectives import build_objective
 from megatrain.data.feed.rows import Samples
 from megatrain.data.feed.samples import shuffled_samples, tells_documents_apart
 from megatrain.data.feed.steps import Steps, StepShape, continued
 from megatrain.data.feed.tokenizer_match import require_one_tokenizer
 from megatrain.data.shards.reader import TokenDataset
 
-_FIXED = ("seed", "seq_len", "sequences")  # of the config's data section: they make the samples what they are
+# of the config's data section, with what was before there was a choice: they make the samples what they are
+_FIXED = {"seed": None, "seq_len": None, "sequences": None, "objective": "causal"}
 
 
 class TrainingData:
@@ -45,6 +47,7 @@ class TrainingData:
             name: shuffled_samples(dataset, data, f"{data.seed} {name} {dataset.digest}")
             for name, dataset in self.datasets.items()
         }
+        self._objective = build_objective(data, next(iter(self.datasets.values()), None), vocab_size, "training")
         self.names = list(self.samples)
         self._plan = self._wanted_plan()
         segments, end = self._segments(0, [0] * len(self.names))
@@ -54,8 +57,16 @@ class TrainingData:
     def loader(self, dp_rank: int, dp_size: int, pin: bool = False) -> Loader:
         """The batches of one of ``dp_size`` ranks."""
         sources = [self.samples[name] for name in self.names]
-        documents = tells_documents_apart(self.config.data)
-        return Loader(sources, self.blend, self.steps, dp_rank=dp_rank, dp_size=dp_size, documents=documents, pin=pin)
+        return Loader(
+            sources,
+            self.blend,
+            self.steps,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            documents=tells_documents_apart(self.config.data),
+            objective=self._objective,
+            pin=pin,
+        )
 
     def require_samples(self, end_step: int) -> None:
         """
@@ -135,9 +146,11 @@ class TrainingData:
 
     def _require_same(self, saved: dict[str, Any]) -> None:
         different = [
-            f"data.{name}: {saved[name]!r} before, {getattr(self.config.data, name)!r} now"
-            for name in _FIXED
-            if saved[name] != getattr(self.config.data, name)
+            f"data.{name}: {before!r} before, {now!r} now"
+            for name, (before, now) in {
+                name: (saved.get(name, older), getattr(self.config.data, name)) for name, older in _FIXED.items()
+            }.items()
+            if before != now
         ]
         for name, source in saved["sources"].items():
             if name not in self.datasets:

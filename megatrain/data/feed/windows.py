@@ -94,10 +94,15 @@ class ShuffledWindows(Windows):
 
 
 class SequentialWindows(Windows):
-    """The stream from its start to its end, once; the last window may be short. Samples after it are empty."""
+    """The stream from its start to its end, once; the last window may be short. Samples after it are empty.
 
-    def __init__(self, dataset: TokenDataset, seq_len: int, eod_loss: bool = True):
+    Args:
+        tells_padding: whether batches say how long the short one is. Who looks back only need not know.
+    """
+
+    def __init__(self, dataset: TokenDataset, seq_len: int, eod_loss: bool = True, tells_padding: bool = False):
         super().__init__(dataset, seq_len, eod_loss)
+        self._tells_padding = tells_padding
         self.num_samples = -(-(dataset.num_tokens - 1) // seq_len)
 
     def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -112,6 +117,8 @@ class SequentialWindows(Windows):
         self._finish(rows, own, raw, np.minimum(places, self.dataset.num_tokens - 1))
         past_end = np.arange(1, self.seq_len + 1) >= counts[:, None]
         rows.labels[own] = np.where(past_end, IGNORE, rows.labels[own])
+        if self._tells_padding and (counts < self.seq_len).any():
+            rows.pad_from(own, np.minimum(counts, self.seq_len))
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         start = index * self.seq_len
