@@ -27,7 +27,7 @@ SAMPLES: dict[str, Any] = {
     "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
 }  # fmt: skip
 MOST_RANKS = 8
-BLOCKS = {"full": ["full"], "window": ["window", "full"]}
+BLOCKS = {"full": ["full"], "window": ["window", "full"], "bidirectional": ["bidirectional"]}
 RAMPS: dict[str, list[dict[str, int]]] = {"one_length": [], "shorter_first": [{"until_step": 1, "seq_len": 8}]}
 GPU_ONLY = {
     ("document_attention", "flex"): "FlexAttention gives no gradients on CPUs",

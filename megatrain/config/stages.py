@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from megatrain.config.pipeline_schedules import PIPELINE_SCHEDULES
 from megatrain.config.schema import ParallelConfig, RunConfig
-from megatrain.spec.counts import block_parameters, reach_of
+from megatrain.spec.counts import block_parameters, seen_on_average
 from megatrain.spec.derive import resolve_model
 from megatrain.spec.schema import ModelSpec
 
@@ -38,8 +38,9 @@ def stage_blocks(config: RunConfig) -> list[range]:
 def stage_costs(model: ModelSpec, seq_len: int) -> list[float]:
     """Forward operations per token of each block; the first also embeds, the last has the head and its loss.
 
-    A block's attention counts half its products: it is causal. Of experts those that a token visits count. The
-    embedding multiplies nothing, but copies a row and, backward, adds one: counted as two operations an element.
+    A causal block's attention counts half its products, which is what it sees. Of experts those that a token visits
+    count. The embedding multiplies nothing, but copies a row and, backward, adds one: counted as two operations an
+    element.
     """
     costs = [
         2.0 * block_parameters(model, layer, active=True) + _attention(model, layer, seq_len)
@@ -51,10 +52,8 @@ def stage_costs(model: ModelSpec, seq_len: int) -> list[float]:
 
 
 def _attention(model: ModelSpec, layer: int, seq_len: int) -> float:
-    """Forward operations per token of a block's attention: 4 H K for each position that it sees on average, which is
-    half the sequence, or of a window all but what the first tokens lack."""
-    reach = min(seq_len, reach_of(model, layer))
-    return 4.0 * model.attention.num_heads * model.attention.head_width * reach * (1.0 - reach / (2.0 * seq_len))
+    """Forward operations per token of a block's attention: 4 H K for each position that it sees on average."""
+    return 4.0 * model.attention.num_heads * model.attention.head_width * seen_on_average(model, layer, seq_len)
 
 
 def _balanced(costs: list[float], stages: int) -> list[int]:

@@ -33,12 +33,17 @@ def load_model(checkpoint: Path) -> Decoder:
 
 
 def require_room(reader: CheckpointReader, prompt: list[int]) -> None:
-    """Checks that the model has tokens and positions for all of a prompt.
+    """Checks that the model goes on with texts, and has tokens and positions for all of a prompt.
 
     Raises:
         CheckpointError: it hasn't.
     """
     model = saved_model(reader)
+    if "bidirectional" in model.blocks:
+        raise CheckpointError(
+            f"{reader.path}: the model's blocks see both ways (model.blocks bidirectional): it fills gaps in a "
+            "text, and can't go on with one"
+        )
     if len(prompt) > model.max_seq_len:
         raise CheckpointError(
             f"--prompt is {len(prompt)} tokens long, the model has {model.max_seq_len} positions: shorten it"

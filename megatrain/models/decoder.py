@@ -5,17 +5,18 @@ Shapes: S sequence, B micro-batch, D width, V vocabulary.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from megatrain.config.schema import PrecisionConfig
 from megatrain.models.block import Block
 from megatrain.models.ends import Embedding, Head
 from megatrain.models.parts.document_attention import KERNELS
-from megatrain.models.parts.documents import Documents, documents_of, own_positions
+from megatrain.models.parts.documents import Documents, documents_of, own_positions, with_padding
 from megatrain.models.parts.loss import sequence_losses
 from megatrain.models.parts.norm import build_norm
 from megatrain.models.parts.rotary import Rotary, Turns
-from megatrain.models.parts.sublayers import MicroBatch
+from megatrain.models.parts.sublayers import MicroBatch, Mixer
 from megatrain.parallel.layers import Layers
 from megatrain.spec.derive import num_tokens
 from megatrain.spec.schema import ModelSpec
@@ -47,6 +48,7 @@ class Decoder(nn.Module):
             self.embedding = Embedding(config, layers, has_positions=first)
         self.rotary = Rotary(config) if config.positions.kind == "rotary" else None
         self.layers = nn.ModuleDict({str(i): Block(config, layers, i) for i in block_range})
+        self.sees_ahead = any(not mixer.is_causal for mixer in self.modules() if isinstance(mixer, Mixer))
         self.losses: Callable[[Layers, Tensor, Tensor], Tensor] = sequence_losses
         if last:
             self.final_norm = build_norm(config, layers)
@@ -79,7 +81,10 @@ class Decoder(nn.Module):
             x = self.embedding(x, keys_B, documents)
             if self.precision.residual_dtype == "fp32":
                 x = x.float()  # each sublayer's output is added to it, and takes its type
-        turns = None if self.rotary is None else self._turns(self.rotary, x, documents)
+        num_positions = self.factory.gathered_length(x.shape[0])
+        turns = None if self.rotary is None else self._turns(self.rotary, num_positions, x.device, documents)
+        if lengths_B is not None and self.sees_ahead:
+            documents = with_padding(documents, lengths_B, self.factory.sequence_length(num_positions))
         batch = MicroBatch(keys_B, documents, turns, lengths_B)
         for block in self.layers.values():
             x = block(x, batch)
@@ -94,7 +99,6 @@ class Decoder(nn.Module):
             logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
         return logits_SBV if labels_BS is None else self.losses(self.factory, logits_SBV, labels_BS)
 
-    def _turns(self, rotary: Rotary, x_SBD: Tensor, documents: Documents | None) -> Turns:
-        num_positions = self.factory.gathered_length(x_SBD.shape[0])
-        positions_SB = own_positions(self.factory.positions(num_positions, x_SBD.device), documents)
+    def _turns(self, rotary: Rotary, num_positions: int, device: torch.device, documents: Documents | None) -> Turns:
+        positions_SB = own_positions(self.factory.positions(num_positions, device), documents)
         return rotary(positions_SB, self.factory.sequence_length(num_positions))

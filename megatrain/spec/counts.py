@@ -54,5 +54,14 @@ def reach_of(model: ModelSpec, layer: int) -> float:
     return model.attention.window if block_kind(model, layer) == "window" else math.inf
 
 
+def seen_on_average(model: ModelSpec, layer: int, seq_len: int) -> float:
+    """How many positions a token sees in a block's attention, on average: half of the sequence, or of a window all but
+    what the first tokens lack; all of it where it sees both ways."""
+    if block_kind(model, layer) == "bidirectional":
+        return seq_len
+    reach = min(seq_len, reach_of(model, layer))
+    return reach * (1.0 - reach / (2.0 * seq_len))
+
+
 def _count(entries: Iterable[Parameter], active: bool) -> int:
     return int(sum(entry.size * (entry.used if active else 1) for entry in entries))

@@ -14,7 +14,7 @@ from megatrain.spec.section import Natural, Positive, PositiveFloat, Probability
 PositionKind = Literal["learned", "rotary"]
 NormKind = Literal["layer_norm", "rms_norm"]
 Activation = Literal["gelu", "swiglu"]
-BlockKind = Literal["full", "window"]
+BlockKind = Literal["full", "window", "bidirectional"]
 
 
 class AttentionConfig(Section):
@@ -154,7 +154,8 @@ class ModelConfig(Section):
         None,
         min_length=1,
         description="What mixes positions, block by block; a shorter list is repeated. full: attention to all "
-        "positions up to a token's own. window: to the last model.attention.window of them. Default: the family's.",
+        "positions up to a token's own. window: to the last model.attention.window of them. bidirectional: to all "
+        "positions, also those behind (data.objective masked). Default: the family's.",
     )
     hidden_size: Positive = Field(256, description="Width D of the residual stream.")
     vocab_size: Positive = Field(8192, description="Rows V of the embedding; must be divisible by parallel.tp.")

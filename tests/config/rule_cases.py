@@ -58,7 +58,8 @@ CASES: list[tuple[str, int | None, str, Any, str, str]] = [
         "to a power that no number holds", "to 1 or more",
     ),
     (
-        "data.objective=masked data.mask_token=96 model.vocab_size=100 model.vocab_padding=4",
+        "data.objective=masked data.mask_token=96 model.vocab_size=100 model.vocab_padding=4 "
+        'model.blocks=["bidirectional"]',
         None, "data.mask_token", 96, "is no token of the model, which has 96", "model.vocab_size to 101 or more",
     ),
     (

@@ -114,7 +114,7 @@ SETTINGS = _settings(
     dropout=("model.dropout", _NONE),
     attention_dropout=("model.attention.dropout", _NONE),
     document_attention="model.attention.documents",
-    blocks=("model.blocks", ("full", "window")),
+    blocks=("model.blocks", ("full", "window", "bidirectional")),
     num_experts=("model.experts.num_experts", _NONE),
     expert_capacity=("model.experts.capacity", _UNSET),
     num_shared_experts=("model.experts.num_shared", _NONE),
@@ -182,6 +182,22 @@ REFUSALS = (
     _refuse(
         "document_attention", "per_document flex varlen", "blocks", "window",
         "the kernels let a token see all of its document up to itself",
+    ),
+    _refuse(
+        "document_attention", "per_document flex varlen", "blocks", "bidirectional",
+        "the kernels let a token see its document up to itself, and none of what comes after",
+    ),
+    _refuse(
+        "blocks", "bidirectional", "objective", "causal",
+        "a token would see the one that comes next, which is its label",
+    ),
+    _refuse(
+        "blocks", "full window", "objective", "masked",
+        "a hidden token is to be told from what stands on both sides, and these blocks see what comes before alone",
+    ),
+    _refuse(
+        "blocks", "bidirectional", "cp_method", "all_gather",
+        "it gives a rank keys up to its queries alone, and these blocks see what comes after",
     ),
     _refuse("document_attention", "varlen", "dtype", "fp32", "FlashAttention computes in 16 bits"),
     _refuse(

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries.
+"""Self-attention with grouped queries.
 
 Shapes: S sequence (T: of the keys), B micro-batch, D width, H query heads, G key/value heads, K head width.
 """
@@ -25,6 +25,8 @@ class AttentionCore(nn.Module):
     Where the sequence holds several documents, each position sees its own document only.
     """
 
+    is_causal = True
+
     def __init__(self, config: ModelSpec, layers: Layers, site: str):
         super().__init__()
         self.dropout_probability = config.attention.dropout
@@ -48,16 +50,17 @@ class AttentionCore(nn.Module):
         if self.training and self.dropout_probability > 0.0:
             mixed = self._attend_with_dropout(query, key, value, keys_B, visible)
         else:
-            if visible is None and rows != cols:
+            if visible is None and self.is_causal and rows != cols:
                 visible = causal_lower_right(rows, cols)
+            is_causal, is_grouped = visible is None and self.is_causal, query.shape[1] > key.shape[1]
             mixed = F.scaled_dot_product_attention(
-                query, key, value, visible, is_causal=visible is None, enable_gqa=query.shape[1] > key.shape[1]
+                query, key, value, visible, is_causal=is_causal, enable_gqa=is_grouped
             )
         return mixed.permute(2, 0, 1, 3)
 
     def visible(self, documents: Documents | None, rows: int, cols: int, device: torch.device) -> Tensor | None:
-        """[..., rows, cols]: whether a query, of the last ``rows`` of ``cols`` positions, sees a key; None: all up to
-        its own."""
+        """[..., rows, cols]: whether a query, of the last ``rows`` of ``cols`` positions, sees a key; None: all, or, of
+        a causal core, all up to its own."""
         return None if documents is None else visible_pairs(documents, rows, cols)
 
     def _attend_with_dropout(
@@ -66,10 +69,11 @@ class AttentionCore(nn.Module):
         """Dense attention: the fused kernels draw their masks from a generator, ours is a function."""
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if visible is None:
+        if visible is None and self.is_causal:
             rows, cols = scores.shape[-2:]
             visible = torch.ones(rows, cols, dtype=torch.bool, device=scores.device).tril(cols - rows)
-        weights = scores.float().masked_fill(~visible, -math.inf).softmax(dim=-1)
+        scores = scores.float() if visible is None else scores.float().masked_fill(~visible, -math.inf)
+        weights = scores.softmax(dim=-1)
         return self.dropout(weights, keys_B).to(value.dtype) @ value
 
 
