@@ -20,10 +20,10 @@ from megatrain.config.reading.problems import ConfigError
 from megatrain.console import run_tool
 from megatrain.data.errors import DataError
 from megatrain.data.feed.loader import SAMPLE_BITS
-from megatrain.data.feed.rows import IGNORE
 from megatrain.data.feed.training import TrainingData
 from megatrain.data.shards.reader import TokenDataset
 from megatrain.spec.derive import num_tokens
+from megatrain.spec.labels import IGNORE
 
 _MOST_DOCUMENTS = 20  # that --find reports
 

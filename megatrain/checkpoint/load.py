@@ -117,6 +117,7 @@ _READ = ("step", "optimizer_steps", "dtype", "loss_scaler", "router_biases", "mo
 
 _SHAPES = (
     *("family", "num_layers", "hidden_size", "vocab_size", "tie_embeddings", "positions.kind", "norm.kind"),
+    *("norm.placement", "norm.embedding", "positions.num_token_types", "head_transform"),
     *("attention.num_heads", "attention.num_kv_heads", "attention.head_width", "attention.bias"),
     *("attention.head_norms", "feed_forward.hidden_size", "feed_forward.activation", "feed_forward.bias"),
     *("experts.num_experts", "experts.hidden_size", "experts.num_shared", "experts.num_dense_layers"),

@@ -48,6 +48,8 @@ def stage_costs(model: ModelSpec, seq_len: int) -> list[float]:
     ]
     costs[0] += 4.0 * model.hidden_size
     costs[-1] += 2.0 * model.vocab_size * model.hidden_size
+    if model.head_transform:
+        costs[-1] += 2.0 * model.hidden_size**2
     return costs
 
 

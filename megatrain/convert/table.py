@@ -17,7 +17,7 @@ from megatrain.spec.kinds import WEIGHT
 from megatrain.spec.names import bias_name
 from megatrain.spec.schema import ModelSpec
 
-VOCABULARY_NAMES = ("embedding.word.weight", "head.weight")
+VOCABULARY_NAMES = ("embedding.word.weight", "head.weight", "head.bias")
 
 
 def always(model: ModelSpec) -> bool:

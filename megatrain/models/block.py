@@ -37,3 +37,22 @@ class Block(nn.Module):
         x = x_SBD + self.attention_dropout(mixed, batch.keys_B)
         fed = self.feed_forward(self.feed_forward_norm(x), batch)
         return x + self.feed_forward_dropout(fed, batch.keys_B)
+
+
+class PostNormBlock(Block):
+    """The same with each norm behind the sum (Vaswani et al. 2017, section 3.1)."""
+
+    def forward(self, x_SBD: Tensor, batch: MicroBatch) -> Tensor:
+        mixed = self.attention(x_SBD, batch)
+        x = self.attention_norm(x_SBD + self.attention_dropout(mixed, batch.keys_B))
+        fed = self.feed_forward(x, batch)
+        return self.feed_forward_norm(x + self.feed_forward_dropout(fed, batch.keys_B))
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}
+"""By their names in ``model.norm.placement``."""
+
+
+def build_block(config: ModelSpec, layers: Layers, number: int) -> Block:
+    """Block ``number`` of the model."""
+    return BLOCKS[config.norm.placement](config, layers, number)

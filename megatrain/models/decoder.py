@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: GPT, Llama and Qwen 3.
+"""One stack of Transformer blocks: decoders like GPT, Llama and Qwen 3, and BERT's encoder.
 
 Shapes: S sequence, B micro-batch, D width, V vocabulary.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.config.schema import PrecisionConfig
-from megatrain.models.block import Block
+from megatrain.models.block import build_block
 from megatrain.models.ends import Embedding, Head
 from megatrain.models.parts.document_attention import KERNELS
 from megatrain.models.parts.documents import Documents, documents_of, own_positions, with_padding
@@ -25,7 +25,7 @@ _COMPUTE_TYPE = PrecisionConfig()
 
 
 class Decoder(nn.Module):
-    """Some consecutive blocks of a decoder; the first also embeds, the last also has the head.
+    """Some consecutive blocks of the stack; the first also embeds, the last also has the head.
 
     Parameters have the same names whichever blocks are here. Tied, the last part holds a copy of
     the word embedding under its own name. ``precision`` may keep the residual stream or the logits in FP32.
@@ -45,14 +45,14 @@ class Decoder(nn.Module):
         self.config, self.factory, self.first, self.last = config, layers, first, last
         tied = config.tie_embeddings
         if first or (last and tied):
-            self.embedding = Embedding(config, layers, has_positions=first)
+            self.embedding = Embedding(config, layers, words_only=not first)
         self.rotary = Rotary(config) if config.positions.kind == "rotary" else None
-        self.layers = nn.ModuleDict({str(i): Block(config, layers, i) for i in block_range})
+        self.layers = nn.ModuleDict({str(i): build_block(config, layers, i) for i in block_range})
         self.sees_ahead = any(not mixer.is_causal for mixer in self.modules() if isinstance(mixer, Mixer))
         self.losses: Callable[[Layers, Tensor, Tensor], Tensor] = sequence_losses
         if last:
-            self.final_norm = build_norm(config, layers)
-            if not tied:
+            self.final_norm = build_norm(config, layers) if config.norm.placement == "pre" else nn.Identity()
+            if not tied or config.head_transform:
                 self.head = Head(config, layers)
 
     def forward(
@@ -92,9 +92,13 @@ class Decoder(nn.Module):
             return x
         weight: Tensor = self.embedding.word.weight if self.config.tie_embeddings else self.head.weight  # type: ignore[assignment]
         x = self.final_norm(x)
+        if self.config.head_transform:
+            x = self.head.transform(x)
         if self.precision.logits_dtype == "fp32":
             x, weight = x.float(), weight.float()
         logits_SBV = self.factory.head_logits(x, weight)
+        if self.config.head_transform:
+            logits_SBV = logits_SBV + self.head.bias.to(logits_SBV.dtype)
         if self.config.vocab_padding:
             logits_SBV = self.factory.hide_tokens_from(num_tokens(self.config), logits_SBV)
         return logits_SBV if labels_BS is None else self.losses(self.factory, logits_SBV, labels_BS)

@@ -47,6 +47,14 @@ class Layers:
         """Embedding table [V, D]: tokens [...] -> [..., D]."""
         return nn.Embedding(vocab_size, width)
 
+    def vocab_bias(self, vocab_size: int) -> nn.Parameter:
+        """A number for each token [V], split as the rows of an embedding table are."""
+        tensor = self.splits["tp"]
+        parameter = nn.Parameter(torch.empty(vocab_size // tensor.size))
+        if tensor.size > 1:  # the marks that megatron-core gives its own layers, and DeepSpeed reads
+            parameter.tensor_model_parallel, parameter.partition_dim = True, 0  # type: ignore[attr-defined]
+        return parameter
+
     def embed(self, table: nn.Module, tokens_BS: Tensor) -> Tensor:
         """Rows [S, B, D] of an embedding table, in the region where activations may be split over the sequence."""
         return table(tokens_BS).transpose(0, 1).contiguous()

@@ -46,8 +46,7 @@ def resolve_model(model: ModelConfig) -> ModelSpec:
     return ModelSpec.model_construct(
         **dict(model)
         | {
-            "blocks": preset["blocks"],
-            "tie_embeddings": preset["tie_embeddings"],
+            **{name: preset[name] for name in ("blocks", "tie_embeddings", "head_transform")},
             "attention": AttentionSpec.model_construct(**filled("attention")),
             "positions": PositionsSpec.model_construct(**filled("positions")),
             "rope": RopeSpec.model_construct(**filled("rope")),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FamilyName = Literal["gpt", "llama", "mistral", "qwen3"]
+FamilyName = Literal["bert", "gpt", "llama", "mistral", "qwen3"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Family:
     also: tuple[str, ...] = ()
 
 
+_DECODER = {"norm.placement": "pre", "norm.embedding": False, "positions.num_token_types": 0, "head_transform": False}
 _LLAMA = {
+    **_DECODER,
     "blocks": ["full"],
     "positions.kind": "rotary",
     "norm.kind": "rms_norm",
@@ -28,9 +30,28 @@ _LLAMA = {
     "tie_embeddings": False,
 }
 FAMILIES: dict[FamilyName, Family] = {
+    "bert": Family(
+        "an encoder: blocks that see both ways, learned positions, token types, LayerNorm behind each sublayer and the "
+        "embeddings, exact GELU, biases, tied embeddings, a head with a layer of its own",
+        {
+            "blocks": ["bidirectional"],
+            "positions.kind": "learned",
+            "positions.num_token_types": 2,
+            "norm.kind": "layer_norm",
+            "norm.placement": "post",
+            "norm.embedding": True,
+            "attention.bias": True,
+            "attention.head_norms": False,
+            "feed_forward.activation": "gelu_erf",
+            "feed_forward.bias": True,
+            "tie_embeddings": True,
+            "head_transform": True,
+        },
+    ),
     "gpt": Family(
         "learned positions, LayerNorm, GELU, biases, tied embeddings",
         {
+            **_DECODER,
             "blocks": ["full"],
             "positions.kind": "learned",
             "norm.kind": "layer_norm",

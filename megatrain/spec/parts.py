@@ -22,18 +22,30 @@ def parameters(model: ModelSpec) -> dict[str, Parameter]:
 
 
 def embedding(model: ModelSpec) -> Iterator[Parameter]:
-    """Words, and learned positions."""
+    """Words, learned positions, token types, and a norm of their sum."""
     yield Parameter("embedding.word.weight", _vocabulary(model), Role.TABLE, "normal", {"tp": 0})
     if model.positions.kind == "learned":
         table = model.max_seq_len, model.hidden_size
         yield Parameter("embedding.position.weight", table, Role.TABLE, "normal")
+    if model.positions.num_token_types:
+        table = model.positions.num_token_types, model.hidden_size
+        yield Parameter("embedding.token_type.weight", table, Role.TABLE, "normal")
+    if model.norm.embedding:
+        yield from norm(model, "embedding.norm")
 
 
 def head(model: ModelSpec) -> Iterator[Parameter]:
-    """The last norm, and the output rows of an untied model."""
-    yield from norm(model, "final_norm")
+    """The last norm, the output rows of an untied model, their biases, and the layer before them."""
+    if model.norm.placement == "pre":
+        yield from norm(model, "final_norm")
     if not model.tie_embeddings:
         yield Parameter("head.weight", _vocabulary(model), Role.HEAD, "normal", {"tp": 0})
+    if model.head_transform:
+        D = model.hidden_size
+        yield Parameter("head.bias", (model.vocab_size,), Role.BIAS, "zeros", {"tp": 0})
+        yield Parameter("head.transform.dense.weight", (D, D), Role.MATRIX, "normal")
+        yield Parameter("head.transform.dense.bias", (D,), Role.BIAS, "zeros")
+        yield from norm(model, "head.transform.norm")
 
 
 def block(model: ModelSpec, layer: int) -> Iterator[Parameter]:

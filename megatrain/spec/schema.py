@@ -13,7 +13,8 @@ from megatrain.spec.section import Natural, Positive, PositiveFloat, Probability
 
 PositionKind = Literal["learned", "rotary"]
 NormKind = Literal["layer_norm", "rms_norm"]
-Activation = Literal["gelu", "swiglu"]
+NormPlacement = Literal["pre", "post"]
+Activation = Literal["gelu", "gelu_erf", "swiglu"]
 BlockKind = Literal["full", "window", "bidirectional"]
 
 
@@ -46,6 +47,11 @@ class PositionsConfig(Section):
         None,
         description="learned: a table with a row for each position, added to the embeddings. rotary: queries and keys "
         "are turned by their positions (model.rope). Default: the family's.",
+    )
+    num_token_types: Natural | None = Field(
+        None,
+        description="Rows of a table of token types, added to the embeddings (BERT's segments; every token of a batch "
+        "is of type 0); 0: none. Default: the family's.",
     )
 
 
@@ -90,7 +96,9 @@ class FeedForwardConfig(Section):
         "then have as many weights as two).",
     )
     activation: Activation | None = Field(
-        None, description="gelu: down(gelu(up x)). swiglu: down(silu(gate x) · up x). Default: the family's."
+        None,
+        description="gelu: down(gelu(up x)), by GPT-2's formula with tanh. gelu_erf: the same, exact. swiglu: "
+        "down(silu(gate x) · up x). Default: the family's.",
     )
     bias: bool | None = Field(
         None, description="Biases in its matrices; experts never have them. Default: the family's."
@@ -98,11 +106,17 @@ class FeedForwardConfig(Section):
 
 
 class NormConfig(Section):
-    """The norms before each sublayer and before the head."""
+    """The norms of the stream."""
 
     kind: NormKind | None = Field(
         None, description="layer_norm (with a bias) or rms_norm (without); default: the family's."
     )
+    placement: NormPlacement | None = Field(
+        None,
+        description="pre: before each sublayer, x + f(norm(x)), and before the head. post: after each sum, "
+        "norm(x + f(x)). Default: the family's.",
+    )
+    embedding: bool | None = Field(None, description="A norm behind the embeddings; default: the family's.")
     eps: PositiveFloat = Field(1e-5, description="Epsilon inside the square root of the norms.")
 
 
@@ -168,6 +182,11 @@ class ModelConfig(Section):
     tie_embeddings: bool | None = Field(
         None, description="Use the word embedding as the output head; default: the family's."
     )
+    head_transform: bool | None = Field(
+        None,
+        description="A dense layer, exact GELU and a norm before the output rows, and a bias for each token "
+        "behind them (BERT's head of masked language models); default: the family's.",
+    )
     init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
     dropout: Probability = Field(0.0, description="Dropout of embeddings and of each sublayer's output.")
     attention: AttentionConfig = AttentionConfig()
@@ -192,6 +211,7 @@ class PositionsSpec(PositionsConfig):
     """Resolved."""
 
     kind: PositionKind
+    num_token_types: Natural
 
 
 class RopeSpec(RopeConfig):
@@ -212,6 +232,8 @@ class NormSpec(NormConfig):
     """Resolved."""
 
     kind: NormKind
+    placement: NormPlacement
+    embedding: bool
 
 
 class ExpertsSpec(ExpertsConfig):
@@ -225,6 +247,7 @@ class ModelSpec(ModelConfig):
 
     blocks: list[BlockKind]
     tie_embeddings: bool
+    head_transform: bool
     attention: AttentionSpec
     positions: PositionsSpec
     rope: RopeSpec

@@ -16,6 +16,10 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 # model, layout, ranks
 LAYOUTS = [
+    ("bert_tiny", "single", 1),
+    ("bert_tiny", "tp2_pp2", 4),
+    ("bert_tiny", "tp2_sequence", 4),
+    ("bert_base", "zero3", 8),
     ("gpt_tiny", "single", 1),
     ("gpt_tiny", "tp2_pp2", 4),
     ("gpt_tiny", "tp2_sequence", 4),
@@ -72,7 +76,13 @@ def test_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("gpt_124m", 124475904), ("llama_1b", 1235814400), ("llama_8b", 8030261248)]
+    ("name", "number"),
+    [
+        ("bert_base", 109518912),  # published: 109,514,298 without the padding rows and their biases
+        ("gpt_124m", 124475904),
+        ("llama_1b", 1235814400),
+        ("llama_8b", 8030261248),
+    ],
 )
 def test_a_model_file_states_its_size(name: str, number: int) -> None:
     path = CONFIGS / "model" / f"{name}.yaml"

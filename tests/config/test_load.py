@@ -61,7 +61,9 @@ def test_derived_fields_stay_open_until_the_world_is_known() -> None:
     assert filled == {
         "model.blocks", "model.tie_embeddings", "model.attention.num_kv_heads", "model.attention.head_width",
         "model.attention.bias",
-        "model.attention.head_norms", "model.positions.kind", "model.rope.original_max_seq_len", "model.norm.kind",
+        "model.attention.head_norms", "model.positions.kind", "model.positions.num_token_types", "model.head_transform",
+        "model.rope.original_max_seq_len", "model.norm.kind",
+        "model.norm.placement", "model.norm.embedding",
         "model.feed_forward.hidden_size", "model.feed_forward.activation", "model.feed_forward.bias",
         "model.experts.hidden_size", "parallel.dp", "schedule.decay_steps",
     }  # fmt: skip

@@ -47,6 +47,8 @@ CASES = [
     ("schedule.decay_steps=50", "schedule.name=cosine"),
     ("schedule.min_lr_ratio=0.5", "schedule.name=inverse_sqrt"),
     ("data.temperature=2.0", "data.weigh_by=tokens"),
+    ("data.mask_probability=0.3", 'data.objective=masked model.blocks=["bidirectional"]'),
+    ("data.mask_token=5", 'data.objective=masked model.blocks=["bidirectional"]'),
     ("train.checkpoint_every_nth=3", "train.activation_checkpointing=every_nth"),
     ("train.activation_budget=0.25", "train.activation_checkpointing=budget"),
     ("checkpoint.keep_every=100", "checkpoint.keep_last=2"),

@@ -131,7 +131,7 @@ def test_files_of_pickled_tensors_are_read_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, "'bert' is not known; these are: gpt2, llama"),
+        ({"model_type": "t5"}, "'t5' is not known; these are: bert, gpt2, llama"),
         ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act = 'gelu' is not computed here; .*mlp_bias = True"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "RoPE scaling 'proportional' is not computed"),
         (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatrain.data.errors import DataError
-from megatrain.data.feed.objectives import build_objective
+from megatrain.data.feed.objectives import Masked, build_objective
+from megatrain.data.feed.rows import Batch
 from megatrain.data.feed.validation import num_batches, validation_loader
 from megatrain.data.shards.reader import TokenDataset
 from megatrain.data.shards.writer import DatasetWriter
@@ -96,6 +97,14 @@ def test_validation_hides_always_the_same_and_no_padding(sources, sequences):
             assert (one.labels[padding] == IGNORE).all() and torch.equal(one.tokens[padding], causal.tokens[padding])
             assert sequences not in ("concatenate", "mask_documents") or causal.lengths is None, "as it always was"
     assert one.lengths is not None and not one.lengths.any(), "a batch after the end is all padding"
+
+
+def test_padding_is_never_a_label_whatever_token_it_is():
+    tokens, ids, lengths = torch.ones(3, SEQ, dtype=torch.int64), torch.arange(3), torch.tensor([SEQ, 5, 0])
+    batch = Masked("key", 0.9, MASK, VOCAB)(Batch(tokens, tokens.clone(), ids, None, ids, lengths))
+    padding = torch.arange(SEQ) >= lengths[:, None]
+    assert (batch.labels[padding] == IGNORE).all() and (batch.tokens[padding] == 1).all()
+    assert (batch.labels[~padding] == 1).sum() > 0.6 * lengths.sum()
 
 
 @pytest.mark.parametrize("name", ["[MASK]", "<mask>"])

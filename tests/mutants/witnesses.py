@@ -24,6 +24,8 @@ WITNESSES: dict[str, list[str]] = {
     "schedule": ["tests/optim/test_schedule.py"],
     "norms": ["tests/models/parts/test_norms.py"],
     "mixture": ["tests/models/test_mixture.py", "--deselect", f"{_COMPILED}"],
+    "bert": ["tests/models/test_bert.py"],
+    "objectives": ["tests/data/test_objectives.py"],
     "window-attention": ["tests/models/test_window_attention.py"],
     "documents": ["tests/models/test_documents.py", "tests/models/test_document_attention.py"],
     "recompute": ["tests/models/test_recompute.py"],

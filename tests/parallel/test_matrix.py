@@ -60,7 +60,16 @@ NUMBERS = (
         "num_shared_experts",
         "num_dense_layers",
     ),
-    *("blocks", "expert_interval", "router_score", "router_groups", "router_balance_rate", "sequences", "objective"),
+    *(
+        "blocks",
+        "norm_placement",
+        "expert_interval",
+        "router_score",
+        "router_groups",
+        "router_balance_rate",
+        "sequences",
+        "objective",
+    ),
     *("eod_loss", "ramp", "optimizer", "dtype", "gradient_dtype", "residual_dtype", "logits_dtype"),
 )
 # With a large epsilon AdamW's first steps are smooth in the gradient: lr * g / |g| would turn the rounding of a

@@ -29,6 +29,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"tie_embeddings": False, "attention.bias": False, "feed_forward.bias": True},
     {"attention.head_norms": True, "attention.head_width": 12, "norm.kind": "layer_norm"},
     {"positions.kind": "learned", "feed_forward.activation": "gelu", "norm.kind": "rms_norm"},
+    {"norm.placement": "post", "norm.embedding": True, "positions.num_token_types": 3},
+    {"head_transform": True, "feed_forward.activation": "gelu_erf", "tie_embeddings": False},
+    {"head_transform": True, "tie_embeddings": True, "norm.placement": "pre"},
     MIXTURE,
 ]
 

@@ -115,6 +115,7 @@ SETTINGS = _settings(
     attention_dropout=("model.attention.dropout", _NONE),
     document_attention="model.attention.documents",
     blocks=("model.blocks", ("full", "window", "bidirectional")),
+    norm_placement=("model.norm.placement", ("pre", "post")),
     num_experts=("model.experts.num_experts", _NONE),
     expert_capacity=("model.experts.capacity", _UNSET),
     num_shared_experts=("model.experts.num_shared", _NONE),
@@ -198,6 +199,10 @@ REFUSALS = (
     _refuse(
         "blocks", "bidirectional", "cp_method", "all_gather",
         "it gives a rank keys up to its queries alone, and these blocks see what comes after",
+    ),
+    _refuse(
+        "norm_placement", "post", "residual_dtype", "fp32",
+        "the stream is what a norm gives out, in the type of its weights, and no sum that runs through all blocks",
     ),
     _refuse("document_attention", "varlen", "dtype", "fp32", "FlashAttention computes in 16 bits"),
     _refuse(

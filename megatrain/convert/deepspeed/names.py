@@ -31,11 +31,11 @@ def names_of(model: ModelSpec, names: Collection[str]) -> tuple[Line, ...]:
 
 def module_order(model: ModelSpec) -> list[str]:
     """The parameters in the order of Hugging Face's modules, which DeepSpeed flattens them in."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    values = config_from_model(model)
+    values, auto = config_from_model(model), getattr(transformers, family_of_model(model).auto)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        whole = auto.from_config(transformers.AutoConfig.for_model(**values))
     return [name for name, _ in whole.named_parameters()]
 
 

@@ -27,6 +27,12 @@ class Family:
         rope_theta: what holds where the file leaves it out.
         window: the field that says how far back attention reaches in every block, null: to the first position; and what
             holds where the file leaves it out.
+        head: the rows of the output, which the file of a tied model need not have.
+        copies: tensors that are another one under a second name: copy -> what it repeats.
+        left_out: how the names of tensors begin that have no place here, and are left behind with a word.
+        older: how names ended in older files -> how they end now.
+        auto: the class of transformers that loads it.
+        output: its module from activations to logits; None: the rows alone.
     """
 
     model_type: str
@@ -43,6 +49,12 @@ class Family:
     experts: bool = False
     rope_theta: float = 10000.0
     window: tuple[str, int] | None = None
+    head: str = "lm_head.weight"
+    copies: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    older: Mapping[str, str] = field(default_factory=dict)
+    auto: str = "AutoModelForCausalLM"
+    output: str | None = None
 
     @property
     def is_rotary(self) -> bool:

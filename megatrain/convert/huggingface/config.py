@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatrain.convert.errors import ConversionError
+from megatrain.convert.families.bert import BERT
 from megatrain.convert.families.family import Family
 from megatrain.convert.families.gpt2 import GPT2
 from megatrain.convert.families.llama import LLAMA
@@ -19,7 +20,7 @@ from megatrain.spec.derive import mixture_layers, num_tokens
 from megatrain.spec.keys import flat, nested
 from megatrain.spec.schema import ModelConfig, ModelSpec
 
-FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE)
+FAMILIES = (BERT, GPT2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE)
 
 # what says how a model is trained, stored or computed, and not what it computes
 NOT_COMPARED = (

@@ -35,9 +35,9 @@ from megatrain.spec.derive import num_tokens
 from megatrain.spec.kinds import WEIGHT
 from megatrain.spec.schema import ModelSpec
 
-ADAPTER, HEAD = "adapter_config.json", "lm_head.weight"
-# masks and frequencies that older files hold beside the weights
-_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+ADAPTER = "adapter_config.json"
+# masks, frequencies and positions that older files hold beside the weights
+_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.(position|token_type)_ids$")
 
 
 class HuggingFaceReader:
@@ -70,7 +70,8 @@ class HuggingFaceReader:
                 f"{folder}: {len(there)} tensors are not those of {self.model.experts.num_experts} experts"
             )
         self._prefix = "" if any(name.startswith(self.family.prefix) for name in there) else self.family.prefix
-        self._require_one_head()
+        self._names = self._known_names()
+        self._require_copies()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,24 +80,41 @@ class HuggingFaceReader:
 
     def read(self, kind: str, name: str) -> Tensor:
         """A weight, in the type of the file."""
-        return self._tensors.read(name.removeprefix(self._prefix))
+        return self._tensors.read(self._names.get(name, name))
 
     def names(self) -> Collection[str]:
-        """Names of the weights; a tied head that was stored all the same does not count."""
-        tied = {HEAD} if self.model.tie_embeddings else set()
-        there = {name for name in self._tensors.names() if not _BUFFERS.search(name)} - tied
-        return {name if name == HEAD else self._prefix + name for name in there}
+        """Names of the weights; a tied head that was stored all the same does not count, nor do other copies."""
+        return self._names.keys() - self._copies().keys()
 
-    def _require_one_head(self) -> None:
-        """Checks that a head which the config ties is the word embedding.
+    def _known_names(self) -> dict[str, str]:
+        """As today's files have them, of all that counts -> as this one has them."""
+        names, left = {}, []
+        for name in self._tensors.names():
+            known = name if name == self.family.head else self._prefix + name
+            for before, now in self.family.older.items():
+                known = known.removesuffix(before) + now if known.endswith(before) else known
+            if known.startswith(self.family.left_out or ("\0",)):
+                left.append(known)
+            elif not _BUFFERS.search(known):
+                names[known] = name
+        if left:
+            print(f"{', '.join(sorted(left))} stay behind: {self.family.architecture} has no use for them")
+        return names
+
+    def _copies(self) -> dict[str, str]:
+        """Tensors that the config says are others under a second name -> these."""
+        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
+        return {**self.family.copies, **({self.family.head: word} if self.model.tie_embeddings else {})}
+
+    def _require_copies(self) -> None:
+        """Checks that a head which the config ties is the word embedding, and other copies likewise.
 
         Raises:
             ConversionError: it is another, which programs take or leave as they like.
         """
-        word = next(str(line.theirs) for line in self.table if line.ours == "embedding.word.weight")
-        here = {HEAD, word.removeprefix(self._prefix)}
-        if self.model.tie_embeddings and here <= set(self._tensors.names()):
-            require_tied(self._tensors.read(HEAD), self.read(WEIGHT, word), f"{self.path}: {HEAD}")
+        for copy, name in self._copies().items():
+            if {copy, name} <= self._names.keys():
+                require_tied(self.read(WEIGHT, copy), self.read(WEIGHT, name), f"{self.path}: {copy}")
 
 
 def _tensors(folder: Path, trust: bool) -> SafetensorsReader | BinReader:

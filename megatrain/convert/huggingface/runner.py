@@ -19,7 +19,7 @@ _MESSAGE = 500  # characters of another program's message
 
 
 class HuggingFaceRunner:
-    """What ``AutoModelForCausalLM.from_pretrained`` makes of a folder, run in FP32 a block at a time.
+    """What transformers' ``from_pretrained`` makes of a folder, run in FP32 a block at a time.
 
     The model stays in ``dtype``, the type of the files, whose pages are read when they are looked at; the block that
     runs is a copy in FP32.
@@ -29,13 +29,14 @@ class HuggingFaceRunner:
     """
 
     def __init__(self, folder: Path, family: Family, dtype: torch.dtype):
-        self._model = _loaded(folder, dtype)
+        self._model = _loaded(folder, family, dtype)
         self._base = self._model.base_model
-        self._list = family.blocks.rpartition(".")[2]
+        parent, _, self._list = family.blocks.rpartition(".")
+        self._parent, self._output = self._model.get_submodule(parent), family.output
         self._blocks = list(self._model.get_submodule(family.blocks))
         self._word = self._model.get_input_embeddings()
         for child in self._base.children():
-            if child not in (self._word, getattr(self._base, self._list)):
+            if child not in (self._word, self._parent, getattr(self._parent, self._list)):
                 child.float()
         self._rotary = getattr(self._base, "rotary_emb", None)
         self._base.config.num_hidden_layers = 1
@@ -47,12 +48,14 @@ class HuggingFaceRunner:
         self._hidden = [self._word(tokens).float() for tokens in batches]
         normed: list[Tensor] = []
         for number, block in enumerate(self._blocks):
-            setattr(self._base, self._list, nn.ModuleList([copy.deepcopy(block).float()]).eval())
+            setattr(self._parent, self._list, nn.ModuleList([copy.deepcopy(block).float()]).eval())
             ran = [self._run(hidden) for hidden in self._hidden]
             if number == 0:
                 yield [before for before, _, _ in ran]
                 if (positions := getattr(self._base, "wpe", None)) is not None:
                     positions.weight.zero_()  # transformers adds them to whatever comes in
+                if hasattr(self._base, "embeddings"):  # as BERT's module does all that it adds and normalises
+                    self._base.embeddings = _AsTheyAre()
             self._hidden, normed = [after for _, after, _ in ran], [norm for _, _, norm in ran]
             yield self._hidden
         self._hidden = normed
@@ -60,7 +63,8 @@ class HuggingFaceRunner:
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
         """See ``Runner``."""
-        head = copy.deepcopy(self._model.get_output_embeddings()).float()
+        output = self._model.get_submodule(self._output) if self._output else self._model.get_output_embeddings()
+        head = copy.deepcopy(output).float()
         for hidden_BSD in self._hidden:
             for rows in hidden_BSD.flatten(0, 1).split(_ROWS):
                 yield head(rows)
@@ -75,7 +79,7 @@ class HuggingFaceRunner:
         def keep(value: Any) -> None:
             found.append(value[0] if isinstance(value, tuple) else value)
 
-        (block,) = getattr(self._base, self._list)
+        (block,) = getattr(self._parent, self._list)
         if self._rotary is not None:
             self._base.rotary_emb = copy.deepcopy(self._rotary)
         hooks = [
@@ -92,7 +96,14 @@ class HuggingFaceRunner:
         return found[0], found[1], normed
 
 
-def _loaded(folder: Path, dtype: torch.dtype) -> Any:
+class _AsTheyAre(nn.Module):
+    """Embeddings that leave alone what comes in instead of tokens."""
+
+    def forward(self, inputs_embeds: Tensor, **others: Any) -> Tensor:
+        return inputs_embeds
+
+
+def _loaded(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -103,7 +114,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
         own = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **own)
         config._attn_implementation = "sdpa"  # whatever kernel it names, which may want a GPU
-        made = transformers.AutoModelForCausalLM.from_pretrained(
+        made = getattr(transformers, family.auto).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, **own
         )
     except Exception as error:  # whatever its code and those of its libraries raise

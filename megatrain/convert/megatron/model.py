@@ -182,6 +182,7 @@ class MegatronWriter:
         states: bool,
         spread_experts: bool,
     ):
+        _require_decoder(model)
         _require_biases(model)
         self.dtype, self._model, self._step, self._adam = dtype, model, step, adam
         self._own_for_experts = spread_experts and bool(model.experts.num_experts)
@@ -237,6 +238,23 @@ class MegatronWriter:
         if len(self.kinds) == 1:
             return common
         return common | {"optimizer": common_states(self._step, self._adam, self._own_for_experts)}
+
+
+def _require_decoder(model: ModelSpec) -> None:
+    """Checks that the model is one of Megatron-core's GPT models.
+
+    Raises:
+        ConversionError: names what they don't have.
+    """
+    others = {
+        "model.blocks bidirectional": "bidirectional" in model.blocks,
+        "model.norm.placement post": model.norm.placement == "post",
+        "model.norm.embedding": model.norm.embedding,
+        "model.positions.num_token_types": model.positions.num_token_types > 0,
+        "model.head_transform": model.head_transform,
+    }
+    if found := [name for name, has in others.items() if has]:
+        raise ConversionError(f"Megatron-core's GPT, which is written here, has no place for {', '.join(found)}")
 
 
 def _require_biases(model: ModelSpec) -> None:

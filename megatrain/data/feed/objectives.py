@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from megatrain.config.schema import DataConfig
 from megatrain.data.errors import DataError
 from megatrain.data.feed.order import keyed_stream
-from megatrain.data.feed.rows import IGNORE, Batch
+from megatrain.data.feed.rows import Batch
 from megatrain.data.shards.reader import TokenDataset
+from megatrain.spec.labels import IGNORE
 
 _MASK_TOKENS = ("[MASK]", "<mask>")
 _HIDDEN, _REPLACED = 0.8, 0.9  # of the chosen tokens 80 % are hidden, the next 10 % replaced, the rest kept

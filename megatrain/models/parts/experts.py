@@ -34,6 +34,14 @@ class GeluExperts(nn.Module):
         return grouped_matmul(hidden, self.down, counts_E)
 
 
+class ErfGeluExperts(GeluExperts):
+    """The same with GELU as it is defined."""
+
+    def __init__(self, config: ModelSpec, layers: Layers):
+        super().__init__(config, layers)
+        self.activate = F.gelu
+
+
 class SwiGluExperts(GeluExperts):
     """down_e(silu(gate_e(x)) * up_e(x))."""
 
@@ -48,7 +56,7 @@ class SwiGluExperts(GeluExperts):
         return grouped_matmul(hidden, self.down, counts_E)
 
 
-EXPERTS: dict[str, type[GeluExperts]] = {"gelu": GeluExperts, "swiglu": SwiGluExperts}
+EXPERTS: dict[str, type[GeluExperts]] = {"gelu": GeluExperts, "gelu_erf": ErfGeluExperts, "swiglu": SwiGluExperts}
 """By their names in ``model.feed_forward.activation``."""
 
 

@@ -20,6 +20,13 @@ class GeluFeedForward(FeedForward):
         return self.down(F.gelu(self.up(x_SBD), approximate="tanh"))
 
 
+class ErfGeluFeedForward(GeluFeedForward):
+    """The same with GELU as it is defined, x times the normal distribution's function (Hendrycks & Gimpel 2016)."""
+
+    def forward(self, x_SBD: Tensor, batch: MicroBatch) -> Tensor:
+        return self.down(F.gelu(self.up(x_SBD)))
+
+
 class SwiGluFeedForward(FeedForward):
     """down(silu(gate(x)) * up(x)), Shazeer 2020, eq. 6."""
 
@@ -37,6 +44,7 @@ class SwiGluFeedForward(FeedForward):
 
 FEED_FORWARDS: dict[str, type[GeluFeedForward] | type[SwiGluFeedForward]] = {
     "gelu": GeluFeedForward,
+    "gelu_erf": ErfGeluFeedForward,
     "swiglu": SwiGluFeedForward,
 }
 """By their names in ``model.feed_forward.activation``."""

@@ -26,14 +26,15 @@ Weights = dict[str, Tensor]
 class PartSuite:
     """What every part must hold: its formula and its gradients.
 
-    ``part``: the class. ``family`` and ``model`` are the config's. ``error``: the largest that is rounding, relative to
-    the largest number, in FP64 (a part that computes in FP32 has FP32's). ``documents``: whether a case's sequences
-    hold several.
+    ``part``: the class. ``family``, ``model`` and ``data`` are the config's. ``error``: the largest that is
+    rounding, relative to the largest number, in FP64 (a part that computes in FP32 has FP32's). ``documents``: whether
+    a case's sequences hold several.
     """
 
     part: ClassVar[type[nn.Module]]
     family: ClassVar[str] = "llama"
     model: ClassVar[dict[str, Any]] = {}
+    data: ClassVar[dict[str, Any]] = {}
     error: ClassVar[float] = 1e-12
     documents: ClassVar[tuple[bool, ...]] = (False,)
 
@@ -56,7 +57,7 @@ class PartSuite:
 
     @classmethod
     def config(cls, layout: Layout = ONE_PROCESS, **model: Any) -> ResolvedRun:
-        return run_config(cls.family, layout, model={**cls.model, **model})
+        return run_config(cls.family, layout, model={**cls.model, **model}, data=cls.data)
 
     @classmethod
     def weights(cls, config: ResolvedRun) -> Weights:

@@ -3,8 +3,11 @@
 from typing import Any, ClassVar
 
 from megatrain.models.parts.attention import Attention
+from megatrain.models.parts.bidirectional_attention import BidirectionalAttention
 from megatrain.models.parts.window_attention import WindowAttention
-from tests.models.parts.mixer_suite import CausalMixerSuite
+from tests.layouts import Layout
+from tests.models.parts.mixer_suite import CausalMixerSuite, MixerSuite
+from tests.models.parts.suite import TENSOR
 
 WINDOW = 4
 
@@ -23,6 +26,19 @@ class TestTurnedAttention(TestAttention):
     """Qwen 3: rotary positions, and a norm on each head's queries and keys. Turns are made in FP32."""
 
     family, rotary, error = "qwen3", True, 3e-6
+
+
+class TestBidirectionalAttention(MixerSuite):
+    """Vaswani et al. 2017, section 3.2.3: a token of an encoder sees all of its document."""
+
+    part, family = BidirectionalAttention, "gpt"
+    model: ClassVar[dict[str, Any]] = {"blocks": ["bidirectional"]}
+    data: ClassVar[dict[str, Any]] = {"objective": "masked"}
+    layouts: ClassVar[tuple[Layout, ...]] = (*TENSOR, Layout(cp=2, cp_method="ulysses"))
+
+    @staticmethod
+    def sees(query: int, key: int) -> bool:
+        return True
 
 
 class TestWindowAttention(CausalMixerSuite):

@@ -53,7 +53,12 @@ MUTANTS = [
         "dropped term",
         "reference",
     ),
-    _m("models/parts/attention", "visible, is_causal=visible is None", "visible, is_causal=False", "wrong flag"),
+    _m(
+        "models/parts/attention",
+        "is_causal, is_grouped = visible is None and self.is_causal,",
+        "is_causal, is_grouped = False,",
+        "wrong flag",
+    ),
     _m("models/parts/attention", "causal_lower_right(rows, cols)", "None", "wrong mask", "cp"),
     _m(
         "models/parts/attention",
@@ -135,7 +140,7 @@ MUTANTS = [
         "documents-split",
         "cp",
     ),
-    _m("models/parts/documents", "same.tril(cols - rows)", "same.tril(cols - rows - 1)", "off by one", "documents"),
+    _m("models/parts/documents", ".tril(cols - rows).unsq", ".tril(cols - rows - 1).unsq", "off by one", "documents"),
     # blocks and the whole
     _m(
         "models/block",
@@ -179,8 +184,8 @@ MUTANTS = [
     ),
     _m(
         "models/ends",
-        ".transpose(0, 1) + self.position(own_positions(own_S, documents))",
-        ".transpose(0, 1)",
+        "x_SBD = x_SBD + self.position(own_positions(own_S, documents))",
+        "pass",
         "missing term",
     ),
     _m("models/decoder", "        x = self.final_norm(x)\n", "", "missing norm"),
@@ -228,6 +233,12 @@ MUTANTS = [
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.silu(up) * gate", "swapped"),
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.silu(gate.detach()) * up", "lost gradient"),
     _m("models/parts/feed_forward", "F.silu(gate) * up", "F.gelu(gate) * up", "another function"),
+    _m("models/decoder", "if lengths_B is not None and self.sees_ahead:", "if False:", "padding is seen", "bert"),
+    _m("models/block", "feed_forward_norm(x + self", "feed_forward_norm(x_SBD + self", "wrong stream", "bert"),
+    _m("models/ends", "F.gelu(self.dense(x_SBD))", "F.gelu(self.dense(x_SBD), approximate='tanh')", "tanh", "bert"),
+    _m("data/feed/objectives", "_REPLACED = 0.8, 0.9", "_REPLACED = 0.8, 0.95", "wrong share", "objectives"),
+    _m("data/feed/objectives", "            chosen &= np.arange", "            np.arange", "padding", "objectives"),
+    _m("data/feed/objectives", "batch.sample_ids.numpy()", "np.arange(len(tokens))", "by row", "objectives"),
     _m("models/parts/window_attention", "- self.window + 1)", "- self.window)", "off by one", "window-attention"),
     _m("models/parts/window_attention", "seen & band_ST", "band_ST", "lost mask", "window-attention"),
     _m("models/parts/window_attention", "cols - rows - self.window", "-self.window", "wrong place", "window-attention"),

@@ -176,8 +176,8 @@ MUTANTS = [
     _m(
         "positions from zero on every context rank",
         "models/decoder",
-        "own_positions(self.factory.positions(num_positions, x_SBD.device), documents)",
-        "own_positions(self.factory.positions(num_positions, x_SBD.device).argsort(), documents)",
+        "own_positions(self.factory.positions(num_positions, device), documents)",
+        "own_positions(self.factory.positions(num_positions, device).argsort(), documents)",
         "cp-llama",
     ),
     _m(
