@@ -51,8 +51,7 @@ class Layers:
         """A number for each token [V], split as the rows of an embedding table are."""
         tensor = self.splits["tp"]
         parameter = nn.Parameter(torch.empty(vocab_size // tensor.size))
-        if tensor.size > 1:  # the marks that megatron-core gives its own layers, and DeepSpeed reads
-            parameter.tensor_model_parallel, parameter.partition_dim = True, 0  # type: ignore[attr-defined]
+        mark(parameter, tensor_dim=0 if tensor.size > 1 else None)
         return parameter
 
     def embed(self, table: nn.Module, tokens_BS: Tensor) -> Tensor:

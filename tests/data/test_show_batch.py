@@ -57,7 +57,9 @@ def test_it_shows_the_labels_of_hidden_tokens(tmp_path, capsys):
     ids = Tokenizer.from_str(byte_tokenizer().decode()).encode(text).ids
     path = str(write_documents(tmp_path / "data", [np.array([*ids, 0])] * 9, 257))
     options = {"objective": "masked", "mask_token": 0, "mask_probability": 0.5, "sequences": "one_document"}
-    config = resolve(run_config(path, {"global_batch_size": 1}, seq_len=32, **options), 1)
+    config = run_config(path, {"global_batch_size": 1}, seq_len=32, **options)
+    model = config.model.model_copy(update={"blocks": ["bidirectional"]})
+    config = resolve(config.model_copy(update={"model": model}), 1)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "data.json").write_text(
         json.dumps(training_data(path, {"global_batch_size": 1}, seq_len=32, **options).state(0))
