@@ -23,6 +23,7 @@ ELSEWHERE = {
     "os._exit",
     "signal._HANDLER",
     "part._replace",
+    "documents._replace",
     "config._attn_implementation",
     "torch._dynamo",
     "_ATEN._scaled_dot_product_flash_attention",

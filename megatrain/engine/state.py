@@ -69,4 +69,5 @@ def optimizer_step_count(engine: Engine) -> int:
 def set_optimizer_step_count(engine: Engine, count: int) -> None:
     """Sets AdamW's update count; ``prepare_import`` must have run before."""
     for state in engine.runtime.base_optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], float(count))
+        counter = state.get("step", torch.tensor(0.0))  # Adafactor makes a matrix' own in its first step
+        state["step"] = torch.full_like(counter, float(count))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import megatrain
 from launch.convert import main
 from megatrain.checkpoint.store.arrays import CheckpointReader, CheckpointWriter
 from megatrain.checkpoint.store.errors import CheckpointError
@@ -112,6 +113,7 @@ def test_mistakes_on_the_command_line_get_one_message(
 def test_a_missing_package_is_named_with_its_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(megatrain, "convert", megatrain.convert)  # comes back with the modules
     for name in [name for name in sys.modules if name.startswith("megatrain.convert")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "safetensors", None)

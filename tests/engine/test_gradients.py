@@ -1,60 +1,34 @@
-"""Where accumulated gradients stand, their sum over replicas, and when a good step of FP16 counts."""
+"""The sum of gradients over replicas, and when a good step of FP16 counts."""
 
 import torch
-from torch import nn
 
 from tests.pool import Pool
 
 
-def parameter(**places: float) -> nn.Parameter:
-    """A parameter with a gradient in each of ``places``."""
-    made = nn.Parameter(torch.zeros(2))
-    for place, value in places.items():
-        setattr(made, place, torch.full((2,), value))
-    return made
-
-
-def summed() -> list[tuple[str, list[float]]]:
-    """After the sum over the ranks: every place that has a gradient, of parameters that have it in one or several."""
+def summed() -> list[list[float]]:
+    """Gradients of all ranks, summed each by itself; a world of one sends nothing."""
     import torch.distributed as dist
 
-    from megatrain.engine.zero.gradients import accumulated_gradient, all_reduce_accumulated
+    from megatrain.engine.zero.gradients import all_reduce_each
 
     group, rank = dist.group.WORLD, dist.get_rank()
     assert group is not None
-    parameters = [
-        parameter(grad=1.0 + rank),
-        parameter(grad=5.0, grad_accum=10.0 + rank),
-        parameter(grad=5.0, grad_accum=6.0, _hp_grad=100.0 + rank),
-        parameter(),
-    ]
-    all_reduce_accumulated(parameters, group)
-    assert accumulated_gradient(parameters[-1]) is None
-    return [
-        (place, getattr(one, place).tolist())
-        for one in parameters
-        for place in ("grad", "grad_accum", "_hp_grad")
-        if getattr(one, place, None) is not None
-    ]
+    gradients = [torch.full((2,), 1.0 + rank), torch.full((3,), 10.0 * rank)]
+    all_reduce_each(gradients, group)
+    return [gradient.tolist() for gradient in gradients]
 
 
-def test_the_accumulated_gradient_alone_is_summed(pool: Pool) -> None:
+def test_each_gradient_is_summed(pool: Pool) -> None:
     for found in pool.run(summed, 2):
-        assert found == [
-            ("grad", [3.0, 3.0]),
-            ("grad", [5.0, 5.0]),
-            ("grad_accum", [21.0, 21.0]),
-            ("grad", [5.0, 5.0]),
-            ("grad_accum", [6.0, 6.0]),
-            ("_hp_grad", [201.0, 201.0]),
-        ]
+        assert found == [[3.0, 3.0], [10.0, 10.0, 10.0]]
+    assert pool.run(summed, 1) == [[[1.0, 1.0], [0.0, 0.0, 0.0]]]
 
 
 def loss_scales() -> list[float]:
     """The scale after each thing that happens; it doubles in the step after two good ones."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    from megatrain.engine.zero.gradients import count_good_steps_later
+    from megatrain.engine.zero.loss_scaler import LossScaler
 
     scaler = DynamicLossScaler(
         init_scale=16.0,
@@ -65,7 +39,7 @@ def loss_scales() -> list[float]:
         raise_error_at_min_scale=False,
         dtype=torch.half,
     )
-    count = count_good_steps_later(scaler)
+    count = LossScaler(scaler).count_good_step
     seen = []
     for overflow in (False, False, False, True, False, False, False):
         scaler.update_scale(overflow)  # DeepSpeed does, before it divides the gradients by the scale
