@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain.models.build import build_model
+from megatrain.models.parts import window_attention
 from megatrain.models.parts.documents import documents_of
 from megatrain.models.parts.window_attention import WindowAttention, WindowCore
 from megatrain.parallel.layers import Layers
@@ -40,10 +42,14 @@ def by_loops(query: Tensor, key: Tensor, value: Tensor, window: int, positions_B
     return mixed
 
 
+@pytest.mark.parametrize("at_once", [2, 64])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("rows", [S, 4])
 @pytest.mark.parametrize("window", [1, 3, S, 100])
-def test_a_token_sees_so_many_positions(window: int, rows: int, documents: bool) -> None:
+def test_a_token_sees_so_many_positions(
+    window: int, rows: int, documents: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_attention, "_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(window)
     query, key, value = (torch.randn(S, B, heads, K, generator=generator, dtype=torch.float64) for heads in (H, G, G))
     positions = random_positions(generator)[:B, :S] if documents else None
@@ -69,3 +75,13 @@ def test_what_lies_outside_all_windows_does_not_matter() -> None:
     changed[:, 3] = (changed[:, 3] + 1) % 64
     different = (model(tokens) != model(changed)).any(-1).any(-1)
     assert different.tolist() == [3 <= place <= 3 + 2 * 2 for place in range(12)]
+
+
+def test_work_grows_with_the_window_and_not_with_the_square_of_the_sequence() -> None:
+    """Products as torch counts them: 64 queries at once, which see 127 keys together, the first only their own 64."""
+    core = WindowCore(spec(64), Layers(), "layers.0")
+    for length in (128, 512):
+        query, key, value = (torch.randn(length, B, H, K, device="meta") for _ in range(3))
+        with FlopCounterMode(display=False) as counter:
+            core(query, key, value, None, None)
+        assert counter.get_total_flops() == 4 * B * H * K * 64 * (64 + 127 * (length // 64 - 1))

@@ -43,6 +43,11 @@ def with_padding(documents: Documents | None, lengths_B: Tensor, num_positions: 
     return documents._replace(numbers_BT=documents.numbers_BT.masked_fill(is_padding_BT, 0))
 
 
+def between(documents: Documents, begin: int, end: int) -> Documents:
+    """What is told of the positions from ``begin`` to before ``end``, for the dense mask."""
+    return Documents(documents.positions_BT[:, begin:end], documents.numbers_BT[:, begin:end], None)
+
+
 def same_document(documents: Documents, rows: int, cols: int) -> Tensor:
     """[B, rows, cols]: whether the last ``rows`` of the first ``cols`` positions share a document with each of them."""
     numbers = documents.numbers_BT[:, :cols]
