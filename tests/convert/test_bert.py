@@ -58,7 +58,8 @@ def test_bert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().out
     assert "bert.pooler.dense.weight" in told and "cls.seq_relationship.weight stay behind: BertForMaskedLM" in told
     tokens = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+    # logits up to 4, each the work of some 20 roundings of 2^-24 and 2^-53 of them: found 2.4e-6 and 5e-15
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
         theirs = BertForMaskedLM.from_pretrained(source, dtype=dtype).eval()
         with torch.no_grad():
             error = our_logits(tmp_path / "run", tokens, dtype) - theirs(tokens).logits
